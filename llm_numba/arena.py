@@ -1,0 +1,237 @@
+"""One block of memory for everything, and every tensor a view of it.
+
+A tensor is one TensorSpec line. `layout` turns groups of them into offsets, without allocating anything; `Arena` makes
+the one allocation and the views. After it a training step allocates nothing.
+
+A plan decides what shares memory. Tensors that name the same slot in `shares` are never needed at the same time:
+the plan "reuse" lays them over one another, and one buffer serves all layers; the plan "keep" gives each its own, so
+that a whole step can be looked at afterwards. The code that runs the step is the same.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from llm_numba.config import GPT2Config
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+
+
+class TensorSpec(NamedTuple):
+    """A tensor's line in a list; shape is that of one layer where there is one for each layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    per_layer: bool = False
+    shares: str = ""  # the slot it lives in under the plan "reuse"
+    std: float = 0.0  # parameters: drawn from a normal distribution of this deviation ...
+    fill: float = 0.0  # ... or, where that is 0, set to this value
+    decays: bool = False  # parameters: weight decay applies
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in the arena; shape has the layers in front where each has its own."""
+
+    group: str
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    stacked: bool
+    offset: int  # bytes
+    nbytes: int
+
+
+Groups = dict[str, list[TensorSpec]]
+
+
+def parameter_specs(config: GPT2Config) -> list[TensorSpec]:
+    """The parameters of GPT-2, in llm.c's order. The projections into the residual stream start smaller, because
+    2*L of them add up in it (Radford et al. 2019, section 2.3)."""
+    maxT, Vp, C = config.max_seq_len, config.padded_vocab_size, config.channels
+    residual_std = 0.02 / math.sqrt(2 * config.num_layers)
+    each = dict(per_layer=True)
+    return [
+        TensorSpec("wte", (Vp, C), std=0.02, decays=True),
+        TensorSpec("wpe", (maxT, C), std=0.02, decays=True),
+        TensorSpec("ln1w", (C,), fill=1, **each),
+        TensorSpec("ln1b", (C,), **each),
+        TensorSpec("qkvw", (3 * C, C), std=0.02, decays=True, **each),
+        TensorSpec("qkvb", (3 * C,), **each),
+        TensorSpec("attprojw", (C, C), std=residual_std, decays=True, **each),
+        TensorSpec("attprojb", (C,), **each),
+        TensorSpec("ln2w", (C,), fill=1, **each),
+        TensorSpec("ln2b", (C,), **each),
+        TensorSpec("fcw", (4 * C, C), std=0.02, decays=True, **each),
+        TensorSpec("fcb", (4 * C,), **each),
+        TensorSpec("fcprojw", (C, 4 * C), std=residual_std, decays=True, **each),
+        TensorSpec("fcprojb", (C,), **each),
+        TensorSpec("lnfw", (C,), fill=1),
+        TensorSpec("lnfb", (C,)),
+    ]
+
+
+def activation_specs(config: GPT2Config, B: int, T: int, attention: list[TensorSpec]) -> list[TensorSpec]:
+    """What a forward pass writes, in its order; `attention` is what the backend's attention saves."""
+    C, Vp = config.channels, config.padded_vocab_size
+    each = dict(per_layer=True)
+    return [
+        TensorSpec("encoded", (B, T, C)),
+        TensorSpec("ln1", (B, T, C), **each),
+        TensorSpec("ln1_mean", (B, T), **each),
+        TensorSpec("ln1_rstd", (B, T), **each),
+        TensorSpec("qkv", (B, T, 3 * C), **each),
+        *attention,
+        TensorSpec("atty", (B, T, C), **each),
+        TensorSpec("attproj", (B, T, C), shares="branch", **each),
+        TensorSpec("residual2", (B, T, C), **each),
+        TensorSpec("ln2", (B, T, C), **each),
+        TensorSpec("ln2_mean", (B, T), **each),
+        TensorSpec("ln2_rstd", (B, T), **each),
+        TensorSpec("fch", (B, T, 4 * C), **each),
+        TensorSpec("fch_gelu", (B, T, 4 * C), **each),
+        TensorSpec("fcproj", (B, T, C), shares="branch", **each),
+        TensorSpec("residual3", (B, T, C), **each),
+        TensorSpec("lnf", (B, T, C)),
+        TensorSpec("lnf_mean", (B, T)),
+        TensorSpec("lnf_rstd", (B, T)),
+        TensorSpec("logits", (B, T, Vp)),
+        TensorSpec("losses", (B, T)),
+    ]
+
+
+def activation_gradient_specs(config: GPT2Config, B: int, T: int) -> list[TensorSpec]:
+    """What a backward pass writes, in its order. The gradient of logits is not here: it replaces the logits."""
+    C = config.channels
+    each = dict(per_layer=True)
+    return [
+        TensorSpec("dlnf", (B, T, C), shares="dbranch"),
+        TensorSpec("dresidual3", (B, T, C), shares="dstream", **each),
+        TensorSpec("dfch_gelu", (B, T, 4 * C), shares="dwide", **each),
+        TensorSpec("dfch", (B, T, 4 * C), shares="dfch", **each),
+        TensorSpec("dln2", (B, T, C), shares="dbranch", **each),
+        TensorSpec("dresidual2", (B, T, C), shares="dstream", **each),
+        TensorSpec("datty", (B, T, C), shares="dbranch", **each),
+        TensorSpec("dqkv", (B, T, 3 * C), shares="dwide", **each),
+        TensorSpec("dln1", (B, T, C), shares="dbranch", **each),
+        TensorSpec("dencoded", (B, T, C), shares="dstream"),
+    ]
+
+
+def input_specs(B: int, T: int) -> list[TensorSpec]:
+    """What a step is given: the tokens, and the numbers that change from step to step."""
+    return [
+        TensorSpec("tokens", (B, T), "int32"),
+        TensorSpec("targets", (B, T), "int32"),
+        TensorSpec("learning_rate", (1,)),
+        TensorSpec("step", (1,), "int32"),
+        TensorSpec("grad_scale", (1,)),
+        TensorSpec("grad_norm_squared", (1,), "float64"),
+    ]
+
+
+def training_groups(config: GPT2Config, B: int, T: int, backend: SimpleNamespace) -> Groups:
+    """Everything that training needs, group by group."""
+    parameters = parameter_specs(config)
+    return {
+        "parameters": parameters,
+        "gradients": [spec._replace(name="d" + spec.name) for spec in parameters],
+        "m": parameters,
+        "v": parameters,
+        "activations": activation_specs(config, B, T, backend.attention_specs(config, B, T)),
+        "activation gradients": activation_gradient_specs(config, B, T),
+        "inputs": input_specs(B, T),
+        "scratch": [TensorSpec("scratch", (backend.scratch_size(config, B, T),))],
+    }
+
+
+def layout(groups: Groups, L: int, plan: str) -> tuple[list[Place], int]:
+    """Where each tensor stands, and the bytes of the whole, for L layers under a plan ("keep" or "reuse")."""
+    places, slots, end = [], {}, 0
+
+    def nbytes_of(shape, dtype):
+        return -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+
+    shared = [s for specs in groups.values() for s in specs if s.shares and plan == "reuse"]
+    slot_sizes = {s.shares: max(nbytes_of(o.shape, o.dtype) for o in shared if o.shares == s.shares) for s in shared}
+    for group, specs in groups.items():
+        for spec in specs:
+            shares = spec.shares if plan == "reuse" else ""
+            stacked = spec.per_layer and not shares
+            shape = (L, *spec.shape) if stacked else spec.shape
+            nbytes = slot_sizes[shares] if shares else nbytes_of(shape, spec.dtype)
+            if shares in slots:
+                places.append(Place(group, spec, shape, stacked, slots[shares], 0))
+                continue
+            if shares:
+                slots[shares] = end
+            places.append(Place(group, spec, shape, stacked, end, nbytes))
+            end += nbytes
+    return places, end
+
+
+class Arena:
+    """The allocation of a layout, zeroed, with a view of each tensor."""
+
+    def __init__(self, groups: Groups, config: GPT2Config, plan: str, backend: SimpleNamespace):
+        self.config, self.plan, self.backend = config, plan, backend
+        self.places, self.nbytes = layout(groups, config.num_layers, plan)
+        self.memory = backend.allocate(self.nbytes)
+        self._views = {}
+        self.tensors = {(p.group, p.spec.name): self._view(p.offset, p.shape, p.spec.dtype) for p in self.places}
+
+    def _view(self, offset, shape, dtype):
+        """Tensors of one place and shape are one object, so that an op can see that it would copy onto itself."""
+        key = (offset, shape, dtype)
+        if key not in self._views:
+            self._views[key] = self.backend.view(self.memory, offset, shape, dtype)
+        return self._views[key]
+
+    def group(self, name: str):
+        """A whole group as one flat float32 array; the few floats between two tensors stay 0."""
+        places = [p for p in self.places if p.group == name]
+        start = places[0].offset
+        return self._view(start, ((places[-1].offset + places[-1].nbytes - start) // 4,), "float32")
+
+    def namespace(self, *groups: str) -> SimpleNamespace:
+        """The tensors of these groups by name, and `layers`: for each layer its own views by the same names.
+
+        A layer also has `inp` and `dinp`, the residual stream as it comes in and its gradient.
+        """
+        places = [p for p in self.places if p.group in groups]
+        whole = {p.spec.name: self.tensors[p.group, p.spec.name] for p in places}
+        layers = []
+        for l in range(self.config.num_layers):
+            views = {}
+            for p in places:
+                if p.spec.per_layer:
+                    tensor = whole[p.spec.name]
+                    views[p.spec.name] = tensor[l] if p.stacked else tensor
+            views["inp"] = layers[-1].residual3 if l else whole["encoded"]
+            views["dinp"] = layers[-1].dresidual3 if l and "dresidual3" in whole else whole.get("dencoded")
+            layers.append(SimpleNamespace(**views))
+        return SimpleNamespace(**whole, layers=layers, num_heads=self.config.num_heads)
+
+
+def format_bytes(nbytes: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    size, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
+
+
+def format_map(places: list[Place], nbytes: int) -> str:
+    """The arena as a table: tensor, shape, dtype, offset, bytes and share of the whole, with a sum for each group."""
+    lines = []
+    for group in dict.fromkeys(p.group for p in places):
+        mine = [p for p in places if p.group == group]
+        total = sum(p.nbytes for p in mine)
+        lines.append(f"{group}: {format_bytes(total)}, {total / nbytes:.1%}")
+        for p in mine:
+            shape = " x ".join(map(str, p.shape))
+            size = f"{p.nbytes:>15,} {p.nbytes / nbytes:7.2%}" if p.nbytes else f"  shares {p.spec.shares}"
+            lines.append(f"  {p.spec.name:<18} {shape:<26} {p.spec.dtype:<8} at {p.offset:>15,} {size}")
+    lines.append(f"whole arena: {nbytes:,} bytes = {format_bytes(nbytes)}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The ops on the CPU: one file a layer, its functions compiled by Numba."""

@@ -1,0 +1,61 @@
+"""How every CPU function is compiled, and the small pieces that several of them inline.
+
+`fastmath` lets LLVM reorder a sum into vector lanes and fuse a multiply with an add. It does not promise that there are
+no NaNs and infinities, so these travel through a step to where they can be seen. The order that LLVM picks is fixed
+when a function is compiled: it never depends on the number of threads.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+# Threads that wait for work sleep instead of spinning: a spinning one takes the core from whoever else wants it, and
+# a step then becomes several times slower. OpenMP reads this when Numba loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np  # noqa: E402
+from numba import config, njit  # noqa: E402
+
+from llm_numba.folders import cache_folder  # noqa: E402
+
+
+def use_own_cache() -> None:
+    """Keep compiled functions under a name that changes with any file beside this one: Numba itself notices a change
+    in the file of a function, but not in another whose function it inlined there. NUMBA_CACHE_DIR comes first."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-{digest}")
+
+
+use_own_cache()
+
+FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+PARALLEL = dict(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+INLINE = dict(inline="always", fastmath=FASTMATH, error_model="numpy")
+
+LOG2E = np.float32(1.4426950408889634)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2, the first is exact
+EXP_LOWEST, EXP_HIGHEST = np.float32(-87), np.float32(88)
+ONE, HALF = np.float32(1), np.float32(0.5)
+
+
+@njit(**INLINE)
+def exp(x):
+    """e**x in float32, free of branches, so that LLVM turns a loop over it into vector code.
+
+    x = n ln2 + r with a whole n; e**r is a polynomial and 2**n is made by writing n into a float's exponent bits.
+    Relative error 1.2e-7 for x in [-87, 88]; beyond these x is taken as the bound; NaN stays NaN.
+    Source:   S. L. Moshier, Cephes Mathematical Library, expf
+    """
+    x = EXP_LOWEST if x < EXP_LOWEST else x
+    x = EXP_HIGHEST if x > EXP_HIGHEST else x
+    n = np.floor(x * LOG2E + HALF)
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power_of_two = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + ONE) * power_of_two

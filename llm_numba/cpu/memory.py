@@ -1,0 +1,67 @@
+"""The CPU's side of the arena: memory, views of it, and what the CPU's ops need beside their results."""
+
+import numpy as np
+import psutil
+from numba import config, set_num_threads
+
+from llm_numba.arena import ALIGNMENT, TensorSpec
+from llm_numba.config import GPT2Config
+from llm_numba.cpu.attention import attention_scratch_size
+from llm_numba.cpu.global_norm import global_norm_scratch_size
+from llm_numba.cpu.layernorm import layernorm_scratch_size
+from llm_numba.cpu.matmul import matmul_scratch_size
+
+
+def allocate(nbytes: int) -> np.ndarray:
+    """nbytes of zeros (uint8), starting at a multiple of ALIGNMENT."""
+    block = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    return block[start : start + nbytes]
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without pushing others out of memory."""
+    return psutil.virtual_memory().available
+
+
+def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The bytes of memory from offset on as an array of this shape and dtype."""
+    count = int(np.prod(shape))
+    return memory[offset : offset + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+def set_threads(threads: int) -> None:
+    """Run the ops on this many threads; 0: as many as the cores that this process may use."""
+    set_num_threads(threads or config.NUMBA_NUM_THREADS)
+
+
+def zero(tensor: np.ndarray) -> None:
+    """tensor = 0."""
+    tensor.fill(0)
+
+
+def to_device(tensor: np.ndarray, host: np.ndarray) -> None:
+    """tensor = host, an array or a number."""
+    tensor[...] = host
+
+
+def to_host(tensor: np.ndarray) -> np.ndarray:
+    """tensor as a NumPy array; on the CPU it is one already, and is not copied."""
+    return tensor
+
+
+def attention_specs(config: GPT2Config, B: int, T: int) -> list[TensorSpec]:
+    """What attention_forward leaves for attention_backward."""
+    return [TensorSpec("att", (B, config.num_heads, T, T), per_layer=True)]
+
+
+def scratch_size(config: GPT2Config, B: int, T: int) -> int:
+    """Floats of scratch that the most demanding op of a step needs."""
+    C, maxT, V = config.channels, config.max_seq_len, config.padded_vocab_size
+    parameters = (V + maxT) * C + config.num_layers * (12 * C * C + 13 * C) + 2 * C
+    return max(
+        matmul_scratch_size(B * T, 4 * C),
+        attention_scratch_size(T, config.head_size),
+        layernorm_scratch_size(C),
+        global_norm_scratch_size(2 * parameters),
+    )

@@ -1,0 +1,27 @@
+"""One way to tell a user what went wrong: one line, and a non-zero exit."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake or a state of the machine that the user can mend.
+
+    The message is one line: which flag, file or value; what was expected; what to do.
+    """
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and leave the process; what the user can mend is told without a traceback.
+
+    Exit status: main's own (None is 0), 2 after a UserError, 130 after Ctrl-C.
+    """
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,94 @@
+"""GPT-2: the forward pass, the loss, the backward pass and the update, as calls of ops in their order.
+
+`ops` are the functions of one device, `m` the arena's tensors by name (`Arena.namespace`), `m.layers` the same for each
+layer. Nothing here knows which device it is on, and nothing is allocated. B, T, C, Vp: batch, time, channels, padded
+vocabulary. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+import numpy as np
+
+from llm_numba.arena import Arena, parameter_specs
+
+
+def initialise(ops, arena: Arena, seed: int) -> None:
+    """parameters = GPT-2's random start; the rows of wte that only pad the vocabulary are 0 and stay so."""
+    rng = np.random.default_rng(seed)
+    for spec in parameter_specs(arena.config):
+        tensor = arena.tensors["parameters", spec.name]
+        if spec.std:
+            values = rng.standard_normal(tensor.shape, np.float32) * np.float32(spec.std)
+            if spec.name == "wte":
+                values[arena.config.vocab_size :] = 0
+            ops.to_device(tensor, values)
+        else:
+            ops.to_device(tensor, spec.fill)
+
+
+def forward(ops, m):
+    """m.tokens (B, T) -> m.logits (B, T, Vp)."""
+    ops.encoder_forward(m.encoded, m.tokens, m.wte, m.wpe)  # (B, T, C)
+    for l in m.layers:
+        ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)  # (B, T, C)
+        ops.matmul_forward(l.qkv, l.ln1, l.qkvw, l.qkvb, m.scratch)  # (B, T, 3*C)
+        ops.attention_forward(l.atty, l.att, l.qkv, m.num_heads, m.scratch)  # (B, T, C)
+        ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)  # (B, T, C)
+        ops.residual_forward(l.residual2, l.inp, l.attproj)  # (B, T, C)
+        ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)  # (B, T, C)
+        ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
+        ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
+        ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)  # (B, T, C)
+        ops.residual_forward(l.residual3, l.residual2, l.fcproj)  # (B, T, C)
+    top = m.layers[-1].residual3
+    ops.layernorm_forward(m.lnf, m.lnf_mean, m.lnf_rstd, top, m.lnfw, m.lnfb)  # (B, T, C)
+    ops.matmul_forward(m.logits, m.lnf, m.wte, None, m.scratch)  # (B, T, Vp)
+
+
+def loss(ops, m, vocab_size, dloss=None):
+    """The mean of m.losses (B, T) for m.targets; with dloss, m.logits become the gradient of dloss * their sum."""
+    write_dlogits = dloss is not None
+    ops.fused_classifier(m.logits, m.losses, m.targets, dloss if write_dlogits else 0.0, vocab_size, write_dlogits)
+    return float(np.mean(ops.to_host(m.losses), dtype=np.float64))
+
+
+def backward(ops, m):
+    """The gradient of m.logits -> += the gradient of every parameter. Read `forward` from its last line up."""
+    top = m.layers[-1]
+    ops.matmul_backward(m.dlnf, m.dwte, None, m.logits, m.lnf, m.wte, m.scratch)
+    ops.zero(top.dresidual3)
+    ops.layernorm_backward(
+        top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch
+    )
+    for l in reversed(m.layers):
+        ops.matmul_backward(l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch)
+        ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
+        ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch)
+        ops.residual_backward(l.dresidual2, l.dresidual3)
+        ops.layernorm_backward(
+            l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch
+        )
+        ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch)
+        ops.attention_backward(l.dqkv, l.datty, l.atty, l.att, l.qkv, m.num_heads, m.scratch)
+        ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch)
+        ops.residual_backward(l.dinp, l.dresidual2)
+        ops.layernorm_backward(l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch)
+    ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+
+
+def parameter_sets(arena: Arena) -> list[tuple]:
+    """(parameter, gradient, m, v, whether weight decay applies) of every parameter, for `update`."""
+    return [
+        (*(arena.tensors[group, prefix + spec.name] for group, prefix in _SETS), spec.decays)
+        for spec in parameter_specs(arena.config)
+    ]
+
+
+_SETS = [("parameters", ""), ("gradients", "d"), ("m", ""), ("v", "")]
+
+
+def update(ops, m, sets, beta1, beta2, eps, weight_decay):
+    """One step of AdamW on every parameter, with m.learning_rate, m.step and m.grad_scale."""
+    for param, grad, first, second, decays in sets:
+        decay = weight_decay if decays else 0.0
+        ops.adamw_update(
+            param, grad, first, second, m.learning_rate, beta1, beta2, eps, decay, m.step, m.grad_scale
+        )
