@@ -188,7 +188,11 @@ class Arena:
             self._views[key] = self.backend.view(self.memory, offset, shape, dtype)
         return self._views[key]
 
-    def group(self, name: str):
+    def named(self, group: str) -> dict:
+        """The tensors of a group by name."""
+        return {name: tensor for (owner, name), tensor in self.tensors.items() if owner == group}
+
+    def flat(self, name: str):
         """A whole group as one flat float32 array; the few floats between two tensors stay 0."""
         places = [p for p in self.places if p.group == name]
         start = places[0].offset

@@ -89,6 +89,4 @@ def update(ops, m, sets, beta1, beta2, eps, weight_decay):
     """One step of AdamW on every parameter, with m.learning_rate, m.step and m.grad_scale."""
     for param, grad, first, second, decays in sets:
         decay = weight_decay if decays else 0.0
-        ops.adamw_update(
-            param, grad, first, second, m.learning_rate, beta1, beta2, eps, decay, m.step, m.grad_scale
-        )
+        ops.adamw_update(param, grad, first, second, m.learning_rate, beta1, beta2, eps, decay, m.step, m.grad_scale)

@@ -14,7 +14,6 @@ from numba.extending import intrinsic, overload
 
 from llm_numba.cpu.jit import INLINE
 
-
 MR, NR = 6, 64  # with AVX-512 the tile takes 24 of the 32 vector registers
 
 
@@ -33,9 +32,9 @@ def _stack_floats(typing_context, size):
 
 
 def stack_array(rows, columns):
-    """A function, for compiled and plain Python alike, that returns a (rows, columns) float32 array of undefined content.
+    """A function, for compiled and plain Python alike, that returns a (rows, columns) float32 array.
 
-    Compiled, the array is on the stack: making it costs nothing, and it is gone when the caller returns.
+    The content is undefined. Compiled, the array is on the stack: making it costs nothing, and it is gone when the caller returns.
     """
 
     def new():

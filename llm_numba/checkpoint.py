@@ -1,0 +1,154 @@
+"""Checkpoints: one safetensors file each, whole or not there, in which a flipped bit is found."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llm_numba.errors import UserError
+
+FORMAT = "llm_numba checkpoint 1"
+RANKS = "tokenizer.ranks"
+NAME = re.compile(r"step_(\d+)\.safetensors")
+TEMPORARY = ("*.safetensors.tmp", ".tmp*")  # ours; the safetensors library's own, which it renames to ours
+
+Tokenizer = tuple[dict, bytes]
+
+
+def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
+    """Write a checkpoint: after a crash, or a power cut, `path` holds either what it held before or all of this.
+
+    tensors:   any shapes; float32, uint8, int64 ... come back bit for bit
+    state:     JSON types; floats come back exactly, nan and inf included
+    tokenizer: a dict of JSON types and the ranks' bytes
+    Errors: UserError where the file cannot be written (disk full, folder not writable ...); no temporary file stays.
+    """
+    path = Path(path)
+    texts = {"format": FORMAT, "state": json.dumps(state), "tokenizer": json.dumps(tokenizer and tokenizer[0])}
+    # safetensors writes the memory as it lies
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    if tokenizer:
+        tensors[RANKS] = np.frombuffer(tokenizer[1], np.uint8)
+    texts["sha256"] = _sha256(texts, tensors)
+
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, texts)
+        temporary.chmod(mode)  # safetensors gives its files to the owner alone
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+        if os.name != "nt":  # Windows opens no folder
+            _sync(path.parent, os.O_RDONLY)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise UserError(f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are untouched") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
+    """What `save` was given: (tensors, state, tokenizer). Each tensor is read once, into memory of its own.
+
+    Errors: UserError for a file that is missing, truncated, damaged or no checkpoint; it names the checkpoint of the
+    same run that can be used instead: the last one before it that is whole.
+    """
+    path = Path(path)
+    try:
+        return _read(path)
+    except UserError as error:
+        message = str(error)
+    step = _step(path)
+    for other in reversed([p for p in _checkpoints(path.parent) if step is not None and _step(p) < step]):
+        with contextlib.suppress(UserError):
+            _read(other)
+            message += f"; use the one before it: --resume {other}"
+            break
+    raise UserError(message)
+
+
+def checkpoint_path(run_folder: str | Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return Path(run_folder) / "checkpoints" / f"step_{step:06d}.safetensors"
+
+
+def newest(run_folder: str | Path) -> Path:
+    """The run's checkpoint with the most steps. Errors: UserError where there is none."""
+    folder = Path(run_folder) / "checkpoints"
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
+        raise UserError(f"no checkpoint to resume from in {folder}: is {run_folder} a run's folder?")
+    return checkpoints[-1]
+
+
+def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
+    """Remove the run's checkpoints but the last `keep` (at least 1) and those of every `keep_every`-th step (0: none).
+
+    What writers that were killed have left behind goes too; so nothing may be writing a checkpoint meanwhile.
+    Errors: UserError where a file cannot be removed.
+    """
+    folder = Path(run_folder) / "checkpoints"
+    old = [p for p in _checkpoints(folder)[:-keep] if not keep_every or _step(p) % keep_every]
+    for path in [*old, *(p for pattern in TEMPORARY for p in folder.glob(pattern))]:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove the old checkpoint {path}: {error.strerror}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
+    try:
+        with open(path, "rb"):  # says what is wrong with a path better than safetensors does
+            pass
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    try:
+        with safe_open(path, "numpy", backend="pread") as file:
+            texts = file.metadata() or {}
+            sha256 = texts.pop("sha256", None)
+            if texts.get("format") != FORMAT or texts.keys() != {"format", "state", "tokenizer"}:
+                raise UserError(f"{path} is no checkpoint that this version of llm_numba can read, or is damaged")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
+    if sha256 != _sha256(texts, tensors):
+        raise UserError(f"{path} is damaged: its checksum does not match what it holds")
+    state, tokenizer = json.loads(texts["state"]), json.loads(texts["tokenizer"])
+    return tensors, state, None if tokenizer is None else (tokenizer, tensors.pop(RANKS).tobytes())
+
+
+def _sha256(texts: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
+    """The checksum of all that a checkpoint says; the first line tells how to divide what follows it."""
+    outline = [sorted(texts.items()), [(name, t.dtype.name, t.shape) for name, t in sorted(tensors.items())]]
+    digest = hashlib.sha256(json.dumps(outline).encode() + b"\n")
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by step; temporary files are none."""
+    return sorted((p for p in folder.glob("step_*.safetensors") if _step(p) is not None), key=_step)
+
+
+def _step(path: Path) -> int | None:
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

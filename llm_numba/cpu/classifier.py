@@ -1,0 +1,49 @@
+"""Softmax and cross-entropy in one op, so that the probabilities never need memory of their own."""
+
+import numpy as np
+from numba import njit, prange
+
+from llm_numba.cpu.jit import PARALLEL, exp
+
+ZERO = np.float32(0)
+SIGN, ALL_BUT_SIGN = np.int32(31), np.int32(0x7FFFFFFF)
+LOWEST = np.int32(-0x80000000)
+
+
+@njit(**PARALLEL)
+def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
+    """The loss of each prediction and, in the logits' place, its gradient.
+
+    logits (B, T, Vp), losses (B, T) <- targets (B, T) int32, dloss (a number: the gradient of every loss)
+    With softmax over the first vocab_size (V) columns:
+    Writes:   losses = -log(softmax[target]), in nats;
+              where write_dlogits: logits = (softmax - onehot(target)) * dloss, and 0 in the padding columns V..Vp
+    Parallel: over the B*T rows; each thread owns its rows, so nothing races
+    Moves:    B*T*Vp floats in, as many out; a row is read again while it is in the cache
+    Expects:  0 <= targets < vocab_size, unchecked; a NaN among a row's logits makes its loss NaN
+    """
+    B, T, Vp = logits.shape
+    V = vocab_size
+    rows, row_losses, row_targets = logits.reshape(B * T, Vp), losses.reshape(B * T), targets.reshape(B * T)
+    bit_rows = rows.view(np.int32)
+    for i in prange(B * T):
+        x, bits, target = rows[i, :V], bit_rows[i, :V], row_targets[i]
+        # seek the largest logit: LLVM vectorises a maximum of integers, but of floats only where there are no NaNs.
+        # A float's bits, all but the sign's flipped where it is negative, are in the order of the floats
+        top_key = LOWEST
+        for v in range(V):
+            top_key = max(top_key, bits[v] ^ ((bits[v] >> SIGN) & ALL_BUT_SIGN))
+        top = np.int32(top_key ^ ((top_key >> SIGN) & ALL_BUT_SIGN)).view(np.float32)
+
+        total = ZERO
+        for v in range(V):
+            total += exp(x[v] - top)
+        # in float64, because LLVM may add in any order, and log(total) drowns next to a large logit
+        row_losses[i] = np.log(np.float64(total)) + (np.float64(top) - np.float64(x[target]))
+
+        if write_dlogits:
+            scale = np.float32(dloss) / total
+            for v in range(V):
+                x[v] = exp(x[v] - top) * scale
+            x[target] -= np.float32(dloss)
+            rows[i, V:] = ZERO

@@ -1,0 +1,99 @@
+"""Layer normalisation over the channels."""
+
+import numpy as np
+from numba import njit, prange
+
+from llm_numba.cpu.jit import ONE, PARALLEL
+
+EPSILON = np.float32(1e-5)
+ZERO = np.float32(0)
+PIECES = 64  # the backward cuts the rows in so many pieces, whatever the number of threads
+BLOCK = 64  # channels that one task adds up over the pieces
+
+
+@njit(**PARALLEL)
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """Normalise each (b, t) row to zero mean and unit variance, then scale and shift.
+
+    out (B, T, C), mean (B, T), rstd (B, T) <- inp (B, T, C), weight (C,), bias (C,)
+    Writes:   out =, mean =, rstd = 1 / sqrt(biased variance + 1e-5)
+    Parallel: over the B*T rows; each thread owns its rows, so nothing races
+    Moves:    2*B*T*C floats
+    Source:   Ba et al. 2016, arXiv:1607.06450
+    """
+    B, T, C = inp.shape
+    x_rows, y_rows = inp.reshape(B * T, C), out.reshape(B * T, C)
+    means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
+    for i in prange(B * T):
+        x, y = x_rows[i], y_rows[i]
+        total = ZERO
+        for c in range(C):
+            total += x[c]
+        m = total / np.float32(C)
+        # the variance from the differences: E[x^2] - m^2 would cancel
+        squares = ZERO
+        for c in range(C):
+            squares += (x[c] - m) * (x[c] - m)
+        r = ONE / np.sqrt(squares / np.float32(C) + EPSILON)
+        for c in range(C):
+            y[c] = (x[c] - m) * r * weight[c] + bias[c]
+        means[i] = m
+        rstds[i] = r
+
+
+@njit(**PARALLEL)
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch):
+    """The gradients of `layernorm_forward`, in one pass over the rows.
+
+    dinp (B, T, C), dweight (C,), dbias (C,)
+        <- dout (B, T, C), inp (B, T, C), weight (C,), mean (B, T), rstd (B, T), scratch
+    With norm = (inp - mean) * rstd and dnorm = weight * dout, both (B, T, C), and averages over a row's channels:
+    Writes:   dinp += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)),
+              dweight += sum over b, t of dout * norm, dbias += sum over b, t of dout
+    Parallel: over PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of scratch;
+              then over blocks of channels, each of which adds its shares up in order. Neither cut depends on the number
+              of threads, so the sums do not either
+    Moves:    4*B*T*C floats
+    Scratch:  layernorm_scratch_size(C) floats
+    """
+    B, T, C = inp.shape
+    dx_rows, dy_rows, x_rows = dinp.reshape(B * T, C), dout.reshape(B * T, C), inp.reshape(B * T, C)
+    means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
+    pieces = min(PIECES, B * T)
+    shares = scratch[: pieces * 2 * C].reshape(pieces, 2, C)
+
+    for piece in prange(pieces):
+        dweight_share, dbias_share = shares[piece, 0], shares[piece, 1]
+        dweight_share[:] = ZERO
+        dbias_share[:] = ZERO
+        for i in range(piece * B * T // pieces, (piece + 1) * B * T // pieces):
+            dx, dy, x, m, r = dx_rows[i], dy_rows[i], x_rows[i], means[i], rstds[i]
+            # the row's two averages
+            dnorm_sum = ZERO
+            dnorm_norm_sum = ZERO
+            for c in range(C):
+                dnorm = weight[c] * dy[c]
+                dnorm_sum += dnorm
+                dnorm_norm_sum += dnorm * ((x[c] - m) * r)
+            dnorm_average = dnorm_sum / np.float32(C)
+            dnorm_norm_average = dnorm_norm_sum / np.float32(C)
+            # two loops, because LLVM gives up on one that writes to three arrays
+            for c in range(C):
+                dx[c] += r * (weight[c] * dy[c] - dnorm_average - (x[c] - m) * r * dnorm_norm_average)
+            for c in range(C):
+                dweight_share[c] += dy[c] * ((x[c] - m) * r)
+                dbias_share[c] += dy[c]
+
+    for block in prange((C + BLOCK - 1) // BLOCK):
+        first, last = block * BLOCK, (block + 1) * BLOCK
+        dw, db = dweight[first:last], dbias[first:last]
+        for piece in range(pieces):
+            dweight_share, dbias_share = shares[piece, 0, first:last], shares[piece, 1, first:last]
+            for c in range(dw.shape[0]):
+                dw[c] += dweight_share[c]
+                db[c] += dbias_share[c]
+
+
+def layernorm_scratch_size(C: int) -> int:
+    """How many floats `layernorm_backward` needs for C channels."""
+    return PIECES * 2 * C

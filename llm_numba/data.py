@@ -1,0 +1,484 @@
+"""Text or token shards on disk -> batches of tokens.
+
+`prepare` finds the files, tokenises text once into shards in the cache folder, and says which tokens are for training
+and which are held out; a `Loader` deals windows of them as batches. A shard is llm.c's `.bin`: a header of 256 int32
+(magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16, little endian.
+"""
+
+import codecs
+import glob
+import hashlib
+import json
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+
+from llm_numba.errors import UserError
+from llm_numba.folders import cache_folder
+from llm_numba.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state
+
+MAGIC, VERSION, HEADER = 20240520, 1, 256
+CACHE_FORMAT = 1  # raise it when the same text must be tokenised anew
+SHARD_TOKENS = 100_000_000
+LEARN_CHARACTERS = 64_000_000
+PIECE_BYTES = 1 << 18  # a few pieces in a row must stay below 10^6 white spaces, where tiktoken and rustbpe panic
+BLOCK_TOKENS = 1 << 20
+
+
+class Span(NamedTuple):
+    """The tokens [start, stop) of a shard."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+class Corpus(NamedTuple):
+    """What a run trains and validates on; `encoding` is None where the shards' own is not known."""
+
+    train: list[Span]
+    val: list[Span]
+    encoding: tiktoken.Encoding | None
+    vocab_size: int
+
+
+def prepare(
+    data: Sequence[str], val_data: Sequence[str], tokenizer: str, vocab_size: int | None, val_fraction: float
+) -> Corpus:
+    """Find the data, tokenise it if it is text and this was not done before, hold out the validation part.
+
+    data          files, folders and globs (see `find_files`); none of them: Python's own standard library
+    val_data      likewise, for validation; none of them: the last `val_fraction` of all tokens of `data`
+    tokenizer     gpt2, bytes, bpe (learned from `data`), or none for shards whose tokens cannot be turned into text
+    vocab_size    for bpe and none, 65536 at most, which is what a shard's uint16 holds; the others have their own
+
+    A text file is a document; documents come in a fixed shuffled order, so that the held-out end is like the rest,
+    each behind an end-of-text token. Special tokens' names inside a text are plain text. bpe learns from the first
+    64 million characters in that order. The shards lie in `cache_folder()`, under a name that changes with the files'
+    paths, sizes and times, the tokenizer and its size; the tokenizer is kept beside them.
+    Errors: a file that is missing, empty, not UTF-8 or a damaged shard; a tokenizer that does not fit the data.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction}: it must be at least 0 and below 1")
+    files = find_files(data) if data else standard_library_files()
+    val_files = find_files(val_data, "--val-data") if val_data else []
+    _check_tokenizer(tokenizer, vocab_size, [*files, *val_files])
+
+    identity = [tokenizer, platform.python_version() if not data else None]
+    if tokenizer == "bpe":  # then validation text too is tokenised with what these files taught
+        identity += [vocab_size, _stamps(files)]
+    if _is_shard(files[0]):
+        encoding = None if tokenizer == "none" else load_tokenizer(tokenizer, (), vocab_size)
+        vocab_size = encoding.n_vocab if encoding else vocab_size
+        train = [_whole(path, vocab_size) for path in files]
+    else:
+        files = _shuffled(files)
+        encoding, train = _tokenised(
+            files, identity, lambda: load_tokenizer(tokenizer, _text_to_learn_from(files), vocab_size)
+        )
+        vocab_size = encoding.n_vocab
+
+    if not val_files:
+        return Corpus(*_split(train, val_fraction), encoding, vocab_size)
+    if _is_shard(val_files[0]):
+        val = [_whole(path, vocab_size) for path in val_files]
+    else:
+        _, val = _tokenised(_shuffled(val_files), identity, lambda: encoding)
+    return Corpus(train, val, encoding, vocab_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def find_files(patterns: Sequence[str], flag: str = "--data") -> list[Path]:
+    """The files that `patterns` mean, sorted, each once: either all of them token shards (`*.bin`) or none.
+
+    A file is taken as it is. A folder stands for all files in and below it that are not hidden (no name on the way
+    begins with a dot) and are shards or text; as for git, a file without a zero byte in its first 8000 is text. A glob
+    (`*`, `?`, `[...]`; `**` for any folders) stands for the files that it matches. Empty files in folders and globs are
+    left out. Errors name `flag` and the value: nothing found, an empty file, shards and text together.
+    """
+    found = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        try:
+            if path.is_file():
+                files = [path]
+                if not path.stat().st_size:
+                    raise UserError(f"{flag} {pattern}: the file is empty")
+            elif pattern and path.is_dir():  # "" is not the working folder
+                visible = _walk(path, lambda name: not name.startswith("."))
+                files = [file for file in visible if _is_shard(file) or b"\0" not in _first_bytes(file)]
+            else:
+                files = [Path(name) for name in glob.iglob(str(path), recursive=True) if os.path.isfile(name)]
+                files = [file for file in files if file.stat().st_size]
+        except OSError as error:
+            raise UserError(f"{flag} {pattern}: {error.filename}: {error.strerror}") from error
+        if not files:
+            raise UserError(f"{flag} {pattern}: no text and no .bin shard there: give a file, a folder or a glob")
+        for file in files:
+            found.setdefault(file.resolve(), file.absolute())
+    files = sorted(found.values())
+    shards = [file for file in files if _is_shard(file)]
+    if shards and len(shards) < len(files):
+        text = next(file for file in files if not _is_shard(file))
+        raise UserError(f"{flag}: both shards ({shards[0]}) and text ({text}): give one kind, by a glob like *.bin")
+    return files
+
+
+def standard_library_files() -> list[Path]:
+    """The sources of the running Python's standard library, sorted: about 10 MB of text that is always there.
+
+    Left out: tests, installed packages, and what is empty or not UTF-8.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    sources = [file for file in _walk(root, lambda name: name not in others) if file.suffix == ".py"]
+    files = [file for file in sources if _is_utf8(file)]
+    if not files:
+        raise UserError(f"{root}: this Python has no sources of its standard library there: give text with --data")
+    return files
+
+
+def _walk(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """The non-empty files in and below `folder`, sorted; `wanted` judges the name of each file and each folder."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = filter(wanted, folders)
+        paths = (Path(parent, name) for name in filter(wanted, names))
+        files += [path for path in paths if path.is_file() and path.stat().st_size]
+    return sorted(files)
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix == ".bin"
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(8000)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _write(path: Path, *parts: bytes | np.ndarray) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write `tokens` (n,), each of 0..65535, as a token shard; an existing file is replaced once all is on the disk."""
+    header = np.zeros(HEADER, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    _write(path, header, np.ascontiguousarray(tokens, "<u2"))
+
+
+def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap:
+    """The tokens of a shard, (n,) uint16, mapped from the disk: reading a few reads only these.
+
+    Errors: no such file; another magic or version; no tokens; a length that is not the header's; and, where
+    `vocab_size` is given, a token that is not below it. That check reads the file once, a block at a time.
+    """
+    try:
+        header, size = np.fromfile(path, "<i4", HEADER), path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): a token shard was expected") from error
+    if len(header) < HEADER or header[0] != MAGIC:
+        raise UserError(f"{path}: not a token shard: expected llm.c's .bin, {HEADER} int32 beginning with {MAGIC}")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: a token shard of version {header[1]}: expected version {VERSION} (uint16 tokens)")
+    count = int(header[2])
+    if count < 1:
+        raise UserError(f"{path}: the token shard is empty: expected at least one token")
+    expected = HEADER * 4 + count * 2
+    if size != expected:
+        raise UserError(
+            f"{path}: {size} bytes long, but its header says {count} tokens, {expected} bytes: copy it anew"
+        )
+    tokens = np.memmap(path, "<u2", "r", offset=HEADER * 4)
+    if vocab_size is not None:
+        _check_ids(path, tokens, vocab_size)
+    return tokens
+
+
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        block = tokens[start : start + BLOCK_TOKENS]
+        if block.max() >= vocab_size:
+            at = int(np.argmax(block >= vocab_size))
+            raise UserError(
+                f"{path}: token {start + at} is {block[at]}, but the vocabulary has {vocab_size}: "
+                "give the --tokenizer and --vocab-size that the shard was made with"
+            )
+
+
+def _whole(path: Path, vocab_size: int) -> Span:
+    return Span(path, 0, len(open_shard(path, vocab_size)))
+
+
+def _split(spans: list[Span], val_fraction: float) -> tuple[list[Span], list[Span]]:
+    """The spans without the last `val_fraction` of their tokens, and these."""
+    left = sum(span.stop - span.start for span in spans)
+    left -= int(left * val_fraction)
+    train, val = [], []
+    for span in spans:
+        cut = min(span.start + left, span.stop)
+        left -= cut - span.start
+        if cut > span.start:
+            train.append(span._replace(stop=cut))
+        if cut < span.stop:
+            val.append(span._replace(start=cut))
+    return train, val
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text -> shards
+
+
+def _check_tokenizer(tokenizer: str, vocab_size: int | None, files: list[Path]) -> None:
+    """Errors: a tokenizer that cannot be used with these files, or a vocabulary that a shard cannot hold."""
+    if tokenizer == "bpe" and any(map(_is_shard, files)):
+        raise UserError("--tokenizer bpe: it is learned from text, not from .bin shards: use gpt2, bytes or none")
+    if tokenizer == "none" and not all(map(_is_shard, files)):
+        raise UserError("--tokenizer none: only for .bin shards; text needs gpt2, bpe or bytes")
+    if tokenizer == "none" and vocab_size is None:
+        raise UserError("--tokenizer none: give --vocab-size too: the ids in the shards must be below it")
+    if tokenizer in ("bpe", "none") and vocab_size is not None and not 1 <= vocab_size <= 65536:
+        raise UserError(f"--vocab-size {vocab_size}: it must be 1 to 65536, what the uint16 of a token shard holds")
+
+
+def _stamps(files: list[Path]) -> list:
+    """What changes when a file does."""
+    stats = [(str(file), file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _shuffled(files: list[Path]) -> list[Path]:
+    return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+
+
+def _tokenised(
+    files: list[Path], identity: list, load: Callable[[], tiktoken.Encoding]
+) -> tuple[tiktoken.Encoding, list[Span]]:
+    """The encoding and the shards of `files`, from the cache folder if they were tokenised before.
+
+    `identity` is what else the tokens depend on; `load` gives the encoding where there is work to do.
+    """
+    key = json.dumps([CACHE_FORMAT, identity, _stamps(files)])
+    folder = cache_folder() / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    if not folder.is_dir():
+        _tokenise(folder, files, load())
+    try:
+        corpus = json.loads((folder / "corpus.json").read_text())
+        encoding = tokenizer_from_state(corpus["tokenizer"], (folder / "tokenizer.tiktoken").read_bytes())
+        return encoding, [_whole(folder / name, encoding.n_vocab) for name in corpus["shards"]]
+    except (KeyError, OSError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{folder}: this tokenised text is damaged: delete the folder and start again") from error
+
+
+def _tokenise(folder: Path, files: list[Path], encoding: tiktoken.Encoding) -> None:
+    """Write the shards of `files` and their tokenizer; `folder` appears when all is done. Several may do it at once."""
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder.parent) as temporary:
+        unfinished = Path(temporary, "tokens")
+        unfinished.mkdir()
+        shards = _write_shards(unfinished, _encode(files, encoding))
+        state, ranks = tokenizer_state(encoding)
+        _write(unfinished / "tokenizer.tiktoken", ranks)
+        _write(unfinished / "corpus.json", json.dumps({"tokenizer": state, "shards": shards}).encode())
+        try:
+            os.rename(unfinished, folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process was first, with the same tokens
+                raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def _write_shards(folder: Path, arrays: Iterable[np.ndarray]) -> list[str]:
+    """Write the concatenated `arrays` as shards of SHARD_TOKENS each, the last one shorter; returns their names."""
+    names = []
+    shard = np.empty(SHARD_TOKENS, np.uint16)
+    used = 0
+
+    def flush():
+        names.append(f"{len(names):06d}.bin")
+        write_shard(folder / names[-1], shard[:used])
+
+    for array in arrays:
+        while len(array):
+            taken, array = np.split(array, [SHARD_TOKENS - used])
+            shard[used : used + len(taken)] = taken
+            used += len(taken)
+            if used == SHARD_TOKENS:
+                flush()
+                used = 0
+    if used:
+        flush()
+    return names
+
+
+def _encode(files: list[Path], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
+    """The tokens of all files, an end-of-text token before each; bounded memory, one thread a core."""
+    from tqdm import tqdm
+
+    def encode(piece: tuple[bool, str]) -> np.ndarray:
+        first, text = piece
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        return np.concatenate(([encoding.eot_token], tokens)) if first else tokens
+
+    pieces = ((number == 0, text) for file in files for number, text in enumerate(_pieces(file)))
+    size = sum(file.stat().st_size for file in files)
+    with (
+        tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        while batch := list(islice(pieces, 32)):
+            yield from pool.map(encode, batch)
+            progress.update(sum(len(text.encode()) for _, text in batch))
+
+
+def _text_to_learn_from(files: list[Path]) -> Iterator[str]:
+    size = 0
+    for file in files:
+        for text in _pieces(file):
+            yield text
+            size += len(text)
+            if size >= LEARN_CHARACTERS:
+                return
+
+
+# the last white space behind something else: GPT-2's pattern never puts both into one word
+LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file in pieces whose tokens, one after the other, are the tokens of the whole text.
+
+    A stretch of PIECE_BYTES without a place to cut is cut where it ends: there a word may fall in two.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, offset = "", 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(PIECE_BYTES):
+                offset -= len(decoder.getstate()[0])
+                text = rest + decoder.decode(block)
+                offset = file.tell()
+                cut = LAST_CUT.match(text)
+                end = cut.end() if cut else len(text)
+                yield text[:end]
+                rest = text[end:]
+            offset -= len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte {offset + error.start}: convert it, or leave the file out"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if rest:
+        yield rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Loader:
+    """Deals the windows of `spans`, each exactly once an epoch, B at a time, epoch after epoch.
+
+    A window is T + 1 tokens: T inputs and, one further, their T targets; the next one in the span begins T further, so
+    a span of n tokens has (n - 1) // T windows. A batch goes over the ends of spans and epochs; nothing is dropped.
+    Without `shuffle` row b of batch i is window i * B + b. With it the spans, and the windows inside each, come in an
+    order that only (seed, epoch, span) decide. Shards are mapped, and only the current span's order is in memory.
+    Errors: not one window; `flag` is the flag that the tokens came from.
+    """
+
+    def __init__(self, spans: Sequence[Span], B: int, T: int, seed: int, shuffle: bool, flag: str = "--data"):
+        longest = max((span.stop - span.start for span in spans), default=0)
+        if longest <= T:
+            raise UserError(
+                f"{flag}: {longest} tokens in a row, but one window needs {T + 1} (T + 1): "
+                "give more text or a smaller --sequence-length"
+            )
+        self.B, self.T, self.seed, self.shuffle = B, T, seed, shuffle
+        self.spans = [span for span in spans if span.stop - span.start > T]
+        self.counts = np.array([(span.stop - span.start - 1) // T for span in self.spans])
+        self.windows_per_epoch = int(self.counts.sum())
+        self._seek(0, 0)
+
+    def next_batch(self, tokens: np.ndarray, targets: np.ndarray) -> None:
+        """tokens =, targets = the next B windows; both (B, T) int32."""
+        for b in range(self.B):
+            start = self._span.start + int(self._windows[self._next]) * self.T
+            window = self._shard[start : start + self.T + 1]
+            tokens[b], targets[b] = window[:-1], window[1:]
+            self._next += 1
+            if self._next == len(self._windows):
+                self._seek(*self._position())
+
+    def state(self) -> dict:
+        """The position: the epoch, and the number of its windows that were dealt. JSON-able."""
+        epoch, window = self._position()
+        return {"epoch": epoch, "window": window}
+
+    def restore(self, state: dict) -> None:
+        """Go on as the loader with the same spans, T and seed did from `state`. Errors: not a position of this data."""
+        epoch, window = (state.get(name) for name in ("epoch", "window"))
+        if type(epoch) is not int or type(window) is not int or epoch < 0 or not 0 <= window < self.windows_per_epoch:
+            raise UserError(
+                f"the stored position in the data is {state}, but an epoch has {self.windows_per_epoch} windows: "
+                "resume with the same --data and --sequence-length"
+            )
+        self._seek(epoch, window)
+
+    def _position(self) -> tuple[int, int]:
+        window = self._before + self._next
+        return self._epoch + window // self.windows_per_epoch, window % self.windows_per_epoch
+
+    def _seek(self, epoch: int, window: int) -> None:
+        """Make `window` of `epoch` the next one: open its span and put the span's windows in this epoch's order."""
+        order = self._order(len(self.spans), epoch, 0)
+        ends = np.cumsum(self.counts[order])
+        place = int(np.searchsorted(ends, window, side="right"))
+        index = int(order[place])
+        self._epoch, self._before = epoch, int(ends[place] - self.counts[index])
+        self._next = window - self._before
+        self._span = self.spans[index]
+        self._shard = open_shard(self._span.path)
+        self._windows = self._order(int(self.counts[index]), epoch, 1 + index)
+
+    def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(count)
+        return np.random.default_rng([self.seed, epoch, purpose]).permutation(count)

@@ -1,0 +1,48 @@
+"""--check-finite: stop at the first value that is nan or infinite, and say where it is."""
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+
+from llm_numba.errors import UserError
+from llm_numba.ops import WRITES
+
+
+def tensor_names(m: SimpleNamespace) -> dict[int, str]:
+    """id of a view in the namespace m -> "layer 3 qkv". One view has one name only under the plan "keep"."""
+    names = {}
+    for l, layer in enumerate(m.layers):
+        names |= {
+            id(tensor): f"layer {l} {name}" for name, tensor in vars(layer).items() if name not in ("inp", "dinp")
+        }
+    return names | {id(tensor): name for name, tensor in vars(m).items()}
+
+
+def checked(ops, m: SimpleNamespace, state: SimpleNamespace) -> SimpleNamespace:
+    """The same ops, each followed by a look at what it wrote. state.step counts the updates so far."""
+    names = tensor_names(m)
+
+    def follow(op_name, op):
+        parameters = list(inspect.signature(getattr(op, "py_func", op)).parameters)
+        written = [parameters.index(name) for name in WRITES[op_name]]
+
+        def call(*arguments):
+            op(*arguments)
+            for i in written:
+                if arguments[i] is not None:
+                    check(ops.to_host(arguments[i]), op_name, names.get(id(arguments[i]), parameters[i]))
+
+        return call
+
+    def check(tensor, op_name, name):
+        if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
+            bad = ~np.isfinite(tensor)
+            index = tuple(int(i) for i in np.unravel_index(bad.argmax(), tensor.shape))
+            where = f"{name}[{', '.join(map(str, index))}]"
+            raise UserError(
+                f"step {state.step + 1}: {where} is {tensor[index]} after {op_name}, the first value that is not "
+                f"finite; {bad.sum():,} of the tensor's {tensor.size:,} values are not"
+            )
+
+    return SimpleNamespace(**{**vars(ops), **{name: follow(name, getattr(ops, name)) for name in WRITES}})

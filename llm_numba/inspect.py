@@ -1,0 +1,190 @@
+"""Look inside one step: python -m llm_numba.inspect RUN_OR_PRESET
+
+Runs one batch forward and backward with every tensor in memory of its own, and prints what each holds. A tensor is
+called by its name, behind its layer where there is one for each: encoded, 3.qkv, 3.dqkv.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llm_numba import checkpoint, data, model, settings
+from llm_numba.arena import Arena, training_groups
+from llm_numba.config import PRESETS, GPT2Config
+from llm_numba.errors import UserError, exit_with
+from llm_numba.ops import get_ops
+from llm_numba.train import read_data
+
+HEADER = (
+    f"{'tensor':<16} {'shape':<20} {'mean':>11} {'std':>10} {'min':>11} {'max':>11} {'zeros':>7} {'not finite':>11}"
+)
+
+
+def one_batch(ops, arena: Arena, m) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Run a step on m.tokens and m.targets, and give (heading, name, tensor) of every tensor in the arena's order.
+
+    A tensor is given when it holds what its name says: the logits before their gradient replaces them, as dlogits.
+    """
+    model.forward(ops, m)
+    yield from tensors_of(ops, arena, "parameters")
+    yield from tensors_of(ops, arena, "activations", without=("losses",))
+    model.loss(ops, m, arena.config.vocab_size, 1.0 / m.tokens.size)
+    yield "loss", "losses", ops.to_host(m.losses)
+    model.backward(ops, m)
+    yield "activation gradients", "dlogits", ops.to_host(m.logits)
+    yield from tensors_of(ops, arena, "activation gradients")
+    yield from tensors_of(ops, arena, "gradients")
+
+
+def tensors_of(ops, arena: Arena, group: str, without=()) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(heading, name, tensor) of a group: what belongs to no layer first, then layer by layer."""
+    tensors = {name: ops.to_host(tensor) for name, tensor in arena.named(group).items() if name not in without}
+    per_layer = {p.spec.name for p in arena.places if p.group == group and p.spec.per_layer}
+    for name, tensor in tensors.items():
+        if name not in per_layer:
+            yield group, name, tensor
+    for l in range(arena.config.num_layers):
+        for name in filter(per_layer.__contains__, tensors):
+            yield f"{group} of layer {l}", f"{l}.{name}", tensors[name][l]
+
+
+def describe(name: str, tensor: np.ndarray) -> str:
+    """One line: shape, mean, standard deviation, extremes of the finite values; share of zeros; how many not finite."""
+    finite = tensor[np.isfinite(tensor)].astype(np.float64)
+    mean, std, low, high = (f(finite) if finite.size else np.nan for f in (np.mean, np.std, np.min, np.max))
+    zeros, broken = np.mean(tensor == 0), tensor.size - finite.size
+    shape = " x ".join(map(str, tensor.shape))
+    numbers = f"{mean:>11.3e} {std:>10.3e} {low:>11.3e} {high:>11.3e} {zeros:>7.1%} {broken:>11,}"
+    return f"{name:<16} {shape:<20} {numbers}" + ("   <---" if broken else "")
+
+
+def save(tensor: np.ndarray, name: str, path: Path) -> None:
+    """Write a tensor as .npy, or as a picture, .png: rows by columns, of the first sequence, heads side by side."""
+    try:
+        if path.suffix == ".npy":
+            np.save(path, tensor)
+        else:
+            picture(tensor, name, path)
+    except OSError as error:
+        raise UserError(f"--save {name}={path}: cannot be written ({error.strerror})") from error
+
+
+def picture(tensor: np.ndarray, name: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    flat = tensor[0] if tensor.ndim >= 3 else np.atleast_2d(tensor)
+    panels = flat if flat.ndim == 3 else flat[None]
+    bound = float(np.nanmax(np.abs(np.where(np.isfinite(panels), panels, 0)))) or 1.0
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(max(6, 3 * len(panels)), 5), squeeze=False, sharey=True, layout="constrained"
+    )
+    for i, (axis, values) in enumerate(zip(axes[0], panels, strict=True)):
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
+        axis.set(xlabel="key" if len(panels) > 1 else "column", title=f"head {i}" if len(panels) > 1 else "")
+    axes[0, 0].set_ylabel("query" if len(panels) > 1 else "row")
+    figure.suptitle(f"{name}  {' x '.join(map(str, tensor.shape))}")
+    figure.colorbar(image, ax=axes[0].tolist())
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def build(args, ops) -> tuple[Arena, object]:
+    """The arena and its tensors by name, with the weights and a batch of a run, or a random model and random tokens."""
+    groups = ("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+
+    def allocate(config, T):
+        arena = Arena(training_groups(config, args.batch_size, T, ops), config, "keep", ops)
+        return arena, arena.namespace(*groups)
+
+    def length(context):
+        T = args.sequence_length or context
+        if not 1 <= T <= context:
+            raise UserError(f"--sequence-length {T}: the context is {context}; give 1 to {context}")
+        return T
+
+    if args.source in PRESETS:
+        config = PRESETS[args.source]
+        arena, m = allocate(config, length(config.max_seq_len))
+        model.initialise(ops, arena, args.seed)
+        batch = np.random.default_rng(args.seed).integers(
+            0, config.vocab_size, (args.batch_size, m.tokens.shape[1] + 1)
+        )
+        ops.to_device(m.tokens, batch[:, :-1])
+        ops.to_device(m.targets, batch[:, 1:])
+        return arena, m
+    path = Path(args.source)
+    if not path.exists():
+        raise UserError(f"{args.source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
+    path = checkpoint.newest(path) if path.is_dir() else path
+    tensors, record, _ = checkpoint.load(path)
+    s = settings.from_record(record["settings"], path)
+    config = GPT2Config(**record["config"])
+    T = length(s.sequence_length or config.max_seq_len)
+    arena, m = allocate(config, T)
+    for name, tensor in arena.named("parameters").items():
+        ops.to_device(tensor, tensors[name])
+    batch = np.empty((2, args.batch_size, T), np.int32)
+    data.Loader(read_data(s).train, args.batch_size, T, args.seed, True).next_batch(*batch)
+    ops.to_device(m.tokens, batch[0])
+    ops.to_device(m.targets, batch[1])
+    return arena, m
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_numba.inspect",
+        description="Run one batch forward and backward, and print what every activation and gradient holds.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_PRESET",
+        help="a run folder or a checkpoint, with a batch of its data; or a preset, with random weights and tokens",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences in the batch (default: 1)")
+    parser.add_argument(
+        "--sequence-length", type=int, default=0, metavar="T", help="tokens in each (default: as the run)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="which batch, and which random weights (default: 42)")
+    parser.add_argument(
+        "--save",
+        action="append",
+        default=[],
+        metavar="TENSOR=FILE",
+        help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png; may be given repeatedly",
+    )
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    wanted = {}
+    for value in args.save:
+        name, equals, file = value.partition("=")
+        if not equals or Path(file).suffix not in (".npy", ".png"):
+            raise UserError(f"--save {value}: expected TENSOR=FILE with FILE ending in .npy or .png")
+        wanted[name] = Path(file)
+
+    ops = get_ops("cpu")
+    arena, m = build(args, ops)
+    shown, names = None, set()
+    for heading, name, tensor in one_batch(ops, arena, m):
+        if heading != shown:
+            print(f"\n{heading}\n{HEADER}")
+            shown = heading
+        print(describe(name, tensor))
+        names.add(name)
+        if name in wanted:
+            save(tensor, name, wanted[name])
+    missing = wanted.keys() - names
+    if missing:
+        raise UserError(f"--save {missing.pop()}=...: no such tensor; the table above has their names")
+    print(f"\nloss {float(np.mean(ops.to_host(m.losses), dtype=np.float64)):.4f}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    exit_with(main)

@@ -1,0 +1,30 @@
+"""How far a loss or a gradient norm lies from its recent values: the sign of an update that is better skipped."""
+
+import math
+
+WINDOW = 128  # values
+
+
+def z_score(history: list[float], value: float) -> float:
+    """How many standard deviations `value` lies above the mean of the last WINDOW values, itself included.
+
+    history +=  `value`, if it is finite; the oldest value leaves a full window. It is a plain list, which starts empty
+                and goes to a checkpoint as JSON.
+    Returns nan until the window is full (`value` is then taken in, not judged), 0 where all its values are equal, and
+    inf for a value that is not finite, which the window never takes in. Values are those of a float32: their squares
+    fit a float64. The mean is mean(x), the deviation the population's: sqrt(mean((x - mean)^2)); a single value
+    can lie at most sqrt(WINDOW - 1) = 11.3 deviations away.
+    Source: llm.c, llmc/outlier_detector.h
+    """
+    value = float(value)
+    full = len(history) == WINDOW
+    if not math.isfinite(value):
+        return math.inf if full else math.nan
+    if full:
+        del history[0]
+    history.append(value)
+    if not full:
+        return math.nan
+    mean = math.fsum(history) / WINDOW
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in history) / WINDOW)
+    return (value - mean) / deviation if deviation else 0.0

@@ -1,0 +1,144 @@
+"""What a run leaves to read: its settings, a log as text and as JSON lines, a picture, and a known curve to compare."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from llm_numba.errors import UserError
+from llm_numba.settings import Settings, to_record
+
+REFERENCE = Path(__file__).parent / "reference" / "tiny.json"
+SMOOTH = 20  # steps that are averaged before a loss is compared or drawn
+TOLERANCE = 0.1  # a run further than this from the reference, relative, is told so
+
+
+class RunLog:
+    """The files of a run folder, and the lines on the screen; a resumed log loses what came after the checkpoint."""
+
+    def __init__(self, folder: Path, record: dict, step: int):
+        try:
+            if not step and (folder / "settings.json").exists():
+                raise UserError(f"--out {folder}: holds a run already; go on with --resume {folder}, or choose another")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path = folder / "log.jsonl"
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
+            write_whole(self.path, "".join(kept))
+            write_whole(folder / "settings.json", json.dumps(record, indent=1) + "\n")
+            self.text, self.json = open(folder / "train.log", "a"), open(self.path, "a")
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+        self.folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.text.close()
+        self.json.close()
+
+    def _lines(self) -> list[str]:
+        """The whole lines of the JSON log; the last one may have been cut off."""
+        if not self.path.exists():
+            return []
+        with open(self.path) as file:
+            return [line for line in file if line.endswith("\n")]
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self._write(self.text, line)
+
+    def record(self, **values) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._write(self.json, json.dumps(finite))
+
+    def _write(self, file, line: str) -> None:
+        try:
+            print(line, file=file, flush=True)
+        except OSError as error:
+            raise UserError(f"{file.name}: cannot be written ({error.strerror}); the checkpoints are kept") from error
+
+    def step(self, step: int, steps: int, seconds_left: float, **values) -> None:
+        def z(value):
+            return "    -" if math.isnan(value) else f"{value:5.2f}"
+
+        v = values
+        share = f" | {v['share_of_peak']:4.0%} of peak" if v["share_of_peak"] is not None else ""
+        self.say(
+            f"step {step:>{len(str(steps))}}/{steps} | loss {v['loss']:7.4f} (z {z(v['loss_z'])}) | "
+            f"norm {v['norm']:7.4f} (z {z(v['norm_z'])}) | lr {v['learning_rate']:.2e} | {v['ms']:7.1f} ms | "
+            f"{v['tokens_per_second']:7,.0f} tok/s{share} | {int(seconds_left) // 60}:{int(seconds_left) % 60:02} left"
+            + (" | SKIPPED: an outlier" if v["skipped"] else "")
+        )
+        self.record(step=step, **values)
+
+    def validation(self, step: int, loss: float) -> None:
+        self.say(f"validation at step {step}: loss {loss:.4f}")
+        self.record(step=step, val_loss=loss)
+
+    def sample(self, step: int, text: str) -> None:
+        self.say(f"--- sample at step {step} ---\n{text}\n---")
+        self.record(step=step, sample=text)
+
+    def picture(self, reference: "Reference") -> None:
+        """loss.png: the training loss, smoothed, the validation loss, and the reference curve where it applies."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = [json.loads(line) for line in self._lines()]
+        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+        val = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        if train:
+            steps, losses = zip(*train, strict=True)
+            axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=1)
+            axes.plot(steps, smoothed(losses), color="C0", label=f"training, mean of {SMOOTH} steps")
+        if val:
+            axes.plot(*zip(*val, strict=True), "o-", color="C1", label="validation")
+        if reference.curve:
+            axes.plot(*zip(*reference.curve, strict=True), "--", color="grey", label="reference run")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.folder))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.folder / "loss.png", dpi=120)
+        plt.close(figure)
+
+
+class Reference:
+    """The loss curve of the default run, as recorded; for other settings there is none to compare with."""
+
+    def __init__(self, settings: Settings, log: RunLog):
+        self.log, self.curve, self.losses, self.told = log, [], [], False
+        if REFERENCE.exists():
+            known = json.loads(REFERENCE.read_text())
+            record = to_record(settings)
+            if all(record.get(name) == value for name, value in known["settings"].items()):
+                self.curve = known["curve"]
+
+    def compare(self, step: int, loss: float) -> None:
+        """Tell once when the mean of the last SMOOTH losses is further than TOLERANCE from the reference."""
+        self.losses = [*self.losses[1 - SMOOTH :], loss]
+        expected = dict(map(tuple, self.curve)).get(step)
+        if expected is None or self.told or len(self.losses) < SMOOTH:
+            return
+        mean = sum(self.losses) / SMOOTH
+        if abs(mean / expected - 1) > TOLERANCE:
+            self.told = True
+            self.log.say(
+                f"note: at step {step} the loss is {mean:.3f}; the reference run had {expected:.3f}. "
+                "A difference of this size means that something changed: the code, the text, or the machine"
+            )
+
+
+def smoothed(values) -> list[float]:
+    """The mean of each value and the SMOOTH - 1 before it, of fewer at the start."""
+    return [sum(v := values[max(0, i + 1 - SMOOTH) : i + 1]) / len(v) for i in range(len(values))]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by `text`, all of it or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,337 @@
+"""Train a GPT-2: python -m llm_numba.train (--help lists the settings)."""
+
+import math
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from llm_numba import checkpoint, data, model, outliers, sample, settings
+from llm_numba.arena import Arena, Groups, format_bytes, format_map, layout, training_groups
+from llm_numba.config import GPT2Config, preset
+from llm_numba.errors import UserError, exit_with
+from llm_numba.finite import checked
+from llm_numba.ops import get_ops
+from llm_numba.runlog import Reference, RunLog
+from llm_numba.schedule import learning_rate
+from llm_numba.settings import Settings
+from llm_numba.tokenizer import tokenizer_state
+from llm_numba.warmup import warm_up
+
+VOCABULARIES = {"gpt2": 50257, "bytes": 257}
+SAVED = {"parameters": "", "m": "m.", "v": "v."}  # groups of the arena that a checkpoint holds, and their prefix
+FIRST = {"epoch": 0, "window": 0}  # a loader's first position
+SAMPLING = SimpleNamespace(temperature=0.8, top_k=0, top_p=0.95)
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    started = time.perf_counter()
+    given, explicit = settings.parse(sys.argv[1:] if argv is None else argv)
+    stored = None
+    if given.resume:
+        path = Path(given.resume)
+        path = checkpoint.newest(path) if path.is_dir() else path
+        stored = checkpoint.load(path)
+        recorded = settings.from_record(stored[1]["settings"], path)
+        given = settings.resume_with(recorded, given, explicit)
+    settings.check(given)
+    ops = get_ops(given.device, given.interpret, given.no_jit)
+    ops.set_threads(given.threads)
+    if given.plan_memory:
+        return plan_memory(given, ops)
+    folder = path.parent.parent if stored else Path(given.out) if given.out else next_folder(given.preset)
+    return train(given, ops, folder, stored, started)
+
+
+def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
+    """Run the whole training, from data to the last checkpoint; stored: a checkpoint's content to go on from.
+
+    Returns the exit status: 0, or 128 + a signal's number when that signal ended the run early.
+    """
+    T = s.sequence_length or preset(s.preset).max_seq_len
+    corpus = read_data(s)
+    config = preset(s.preset, vocab_size=corpus.vocab_size)
+    train_loader = data.Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
+    val_loader = data.Loader(corpus.val, s.batch_size, T, s.seed, True, "--val-data or --val-fraction")
+    accumulate = (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
+    windows_per_step = accumulate * s.batch_size
+    steps = s.steps or max(1, round(s.epochs * train_loader.windows_per_epoch / windows_per_step))
+
+    groups = all_groups(s, config, T, ops)
+    check_memory(groups, s, config)
+    fingerprint = data_fingerprint(corpus)
+    if stored and stored[1]["data"] != fingerprint:
+        raise UserError(f"--resume {s.resume}: the data is no longer what the run was started on; give it back")
+    if stored and stored[1]["step"] >= steps:
+        raise UserError(f"--resume {s.resume}: all {steps} steps are done; give more with --steps or --epochs")
+    arena = Arena(groups, config, plan_of(s), ops)
+    m = arena.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+    state = SimpleNamespace(step=0, loss_history=[], norm_history=[])
+    if stored:
+        restore(ops, arena, state, train_loader, stored)
+    else:
+        model.initialise(ops, arena, s.seed)
+
+    with RunLog(folder, settings.to_record(s), state.step) as log, stop_signals() as stop:
+        log.say(f"run folder {folder}: {describe(config, arena, corpus, T, accumulate, steps)}")
+        seconds = 0.0 if s.no_jit or s.interpret else warm_up(ops)
+        log.say(f"ops ready in {seconds:.1f} s (compiled, or read from what an earlier start compiled)")
+        peak = None if s.interpret else ops.peak_flops()
+        run = SimpleNamespace(
+            s=s, ops=ops, arena=arena, m=m, config=config, corpus=corpus, state=state, log=log, steps=steps,
+            train_loader=train_loader, val_loader=val_loader, accumulate=accumulate, folder=folder, peak=peak,
+            fingerprint=fingerprint, sets=model.parameter_sets(arena), gradients=arena.flat("gradients"),
+            flops=flops_per_token(config, T), times=[], reference=Reference(s, log),
+            batch=np.empty((2, s.batch_size, T), np.int32),
+        )  # fmt: skip
+        if s.check_finite:
+            run.ops = checked(ops, m, state)
+        log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
+        while state.step < steps and not stop:
+            one_step(run)
+            if state.step == steps or is_time(state.step, s.val_every):
+                validate(run)
+            if state.step == steps or is_time(state.step, s.sample_every):
+                show_sample(run)
+            if state.step == steps or stop or is_time(state.step, s.checkpoint_every):
+                save(run)
+        log.picture(run.reference)
+        if stop:
+            log.say(f"stopped by {signal.Signals(stop[0]).name} after step {state.step}; nothing is lost")
+            log.say(f"go on with:  python -m llm_numba.train --resume {folder}")
+            return 128 + stop[0]
+        farewell(run)
+        return 0
+
+
+def one_step(run) -> None:
+    """Forward and backward over the micro-batches, then the update; one line in the log."""
+    s, ops, m, state = run.s, run.ops, run.m, run.state
+    start = time.perf_counter()
+    ops.zero(run.gradients)
+    loss = 0.0
+    if s.overfit:
+        run.train_loader.restore(FIRST)
+    for _ in range(run.accumulate):
+        load_batch(run, run.train_loader)
+        model.forward(ops, m)
+        loss += model.loss(ops, m, run.config.vocab_size, 1.0 / (run.accumulate * m.tokens.size)) / run.accumulate
+        model.backward(ops, m)
+    ops.global_norm_squared(m.grad_norm_squared, run.gradients, m.scratch)
+    norm = math.sqrt(ops.to_host(m.grad_norm_squared)[0])
+
+    loss_z = outliers.z_score(state.loss_history, loss)
+    norm_z = outliers.z_score(state.norm_history, norm)
+    skip = (s.skip_loss_z and loss_z > s.skip_loss_z) or (s.skip_norm_z and norm_z > s.skip_norm_z)
+    if not (math.isfinite(loss) and math.isfinite(norm)) and not skip:
+        raise UserError(
+            f"step {state.step + 1}: the loss is {loss}, the gradient's norm {norm}: the run cannot go on. "
+            f"To see where it starts: python -m llm_numba.train --resume {run.folder} --check-finite; "
+            "a smaller --learning-rate may avoid it"
+        )
+    rate = learning_rate(state.step, run.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
+    if not skip:
+        ops.to_device(m.learning_rate, rate)
+        ops.to_device(m.step, state.step + 1)
+        ops.to_device(m.grad_scale, s.grad_clip / norm if 0 < s.grad_clip < norm else 1.0)
+        model.update(ops, m, run.sets, s.beta1, s.beta2, s.eps, s.weight_decay)
+    state.step += 1
+
+    seconds = time.perf_counter() - start
+    run.times = [*run.times[-19:], seconds]
+    tokens_per_second = run.accumulate * m.tokens.size / seconds
+    share = tokens_per_second * run.flops / run.peak if run.peak else None
+    left = (run.steps - state.step) * sum(run.times) / len(run.times)
+    run.log.step(
+        state.step, run.steps, left, loss=loss, loss_z=loss_z, norm=norm, norm_z=norm_z, learning_rate=rate,
+        ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=bool(skip),
+    )  # fmt: skip
+    run.reference.compare(state.step, loss)
+
+
+def load_batch(run, loader: data.Loader) -> None:
+    """m.tokens, m.targets = the loader's next batch."""
+    loader.next_batch(*run.batch)
+    run.ops.to_device(run.m.tokens, run.batch[0])
+    run.ops.to_device(run.m.targets, run.batch[1])
+
+
+def validate(run) -> None:
+    """The mean loss over the same batches of held-out text each time."""
+    s, m = run.s, run.m
+    run.val_loader.restore(FIRST)
+    batches = max(1, min(s.val_batches, run.val_loader.windows_per_epoch // s.batch_size))
+    total = 0.0
+    for _ in range(batches):
+        load_batch(run, run.val_loader)
+        model.forward(run.ops, m)
+        total += model.loss(run.ops, m, run.config.vocab_size) / batches
+    run.log.validation(run.state.step, total)
+
+
+def show_sample(run) -> None:
+    """A text that the model writes now; only (seed, step) decide the draws."""
+    encoding = run.corpus.encoding
+    if encoding is None:
+        return
+    rng = np.random.default_rng([run.s.seed, run.state.step])
+    tokens = sample.generate(run.ops, run.arena, [encoding.eot_token], SAMPLING, rng)
+    text = "".join(sample.text_of(tokens, encoding, run.s.sample_tokens))
+    run.log.sample(run.state.step, text)
+
+
+def save(run) -> None:
+    """A checkpoint of everything that the next step depends on. Random numbers need no state of their own: those of
+    the data's order and of samples follow from the seed and the step or the epoch."""
+    s, state, arena = run.s, run.state, run.arena
+    tensors = {
+        prefix + name: run.ops.to_host(tensor)
+        for group, prefix in SAVED.items()
+        for name, tensor in arena.named(group).items()
+    }
+    record = {
+        **vars(state),
+        "loader": run.train_loader.state(),
+        "config": asdict(run.config),
+        "settings": settings.to_record(s),
+        "data": run.fingerprint,
+    }
+    encoding = run.corpus.encoding
+    path = checkpoint.checkpoint_path(run.folder, state.step)
+    checkpoint.save(path, tensors, record, tokenizer_state(encoding) if encoding else None)
+    checkpoint.prune(run.folder, s.keep, s.keep_every)
+    run.log.say(f"checkpoint {path}")
+
+
+def restore(ops, arena: Arena, state: SimpleNamespace, loader: data.Loader, stored) -> None:
+    """Arena, state and loader = as they were when the checkpoint was saved."""
+    tensors, record, _ = stored
+    for group, prefix in SAVED.items():
+        for name, tensor in arena.named(group).items():
+            ops.to_device(tensor, tensors[prefix + name])
+    for name in vars(state):
+        setattr(state, name, record[name])
+    loader.restore(record["loader"])
+
+
+def read_data(s: Settings) -> data.Corpus:
+    kind = settings.tokenizer_kind(s)
+    vocab_size = s.vocab_size or preset(s.preset).vocab_size
+    return data.prepare(s.data, s.val_data, kind, vocab_size, s.val_fraction)
+
+
+def data_fingerprint(corpus: data.Corpus) -> list:
+    """Changes when the training tokens do: each span's length, and a checksum of its beginning and its end."""
+    found = []
+    for span in corpus.train:
+        tokens = data.open_shard(span.path)[span.start : span.stop]
+        ends = zlib.crc32(tokens[-data.BLOCK_TOKENS :], zlib.crc32(tokens[: data.BLOCK_TOKENS]))
+        found.append([len(tokens), ends])
+    return found
+
+
+def plan_of(s: Settings) -> str:
+    """--check-finite names tensors, so none may share memory with another."""
+    return "keep" if s.check_finite else "reuse"
+
+
+def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
+    return training_groups(config, s.batch_size, T, ops) | sample.sampling_groups(config, ops)
+
+
+def plan_memory(s: Settings, ops) -> None:
+    """Print the arena's map and what the machine has; nothing is allocated."""
+    kind = settings.tokenizer_kind(s)
+    config = preset(s.preset, vocab_size=VOCABULARIES.get(kind) or s.vocab_size or preset(s.preset).vocab_size)
+    groups = all_groups(s, config, s.sequence_length or config.max_seq_len, ops)
+    print(format_map(*layout(groups, config.num_layers, plan_of(s))))
+    check_memory(groups, s, config)
+    print(f"available on this machine: {format_bytes(ops.available_memory())}; it fits")
+
+
+def check_memory(groups: Groups, s: Settings, config: GPT2Config) -> None:
+    """Raise a UserError, with a batch size that would fit, where the arena is larger than the memory available."""
+    ops = get_ops(s.device)
+    available, needed = ops.available_memory(), layout(groups, config.num_layers, plan_of(s))[1]
+    if needed <= available:
+        return
+    T = s.sequence_length or config.max_seq_len
+    fits = [
+        B
+        for B in range(s.batch_size - 1, 0, -1)
+        if layout(training_groups(config, B, T, ops), config.num_layers, plan_of(s))[1] < available
+    ]
+    hint = f"--batch-size {fits[0]} would fit" if fits else "no batch size fits: choose a smaller --preset"
+    raise UserError(
+        f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
+        f"memory are available; {hint}"
+    )
+
+
+def describe(config: GPT2Config, arena: Arena, corpus: data.Corpus, T: int, accumulate: int, steps: int) -> str:
+    parameters = sum(math.prod(p.shape) for p in arena.places if p.group == "parameters")
+    tokens, held_out = (sum(span.stop - span.start for span in spans) for spans in (corpus.train, corpus.val))
+    return (
+        f"{parameters / 1e6:.1f} M parameters, {config.num_layers} layers of {config.channels} channels, "
+        f"{config.vocab_size} tokens in the vocabulary; {tokens:,} tokens to train on, {held_out:,} held out; "
+        f"{steps} steps of {accumulate * arena.tensors['inputs', 'tokens'].shape[0]} x {T} tokens; "
+        f"arena {format_bytes(arena.nbytes)}"
+    )
+
+
+def flops_per_token(config: GPT2Config, T: int) -> float:
+    """Forward and backward: 6 a parameter of the matmuls, and attention's two products over half of T x T."""
+    L, C = config.num_layers, config.channels
+    return 6.0 * (12 * L * C * C + config.padded_vocab_size * C) + 6.0 * L * C * T
+
+
+def next_folder(name: str) -> Path:
+    """The first of runs/NAME-000, runs/NAME-001, ... that is not there yet."""
+    return next(p for i in range(10**6) if not (p := Path("runs") / f"{name}-{i:03d}").exists())
+
+
+def is_time(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT or SIGTERM: the run ends after its step, with a checkpoint.
+    A second one ends it at once."""
+    received = []
+
+    def receive(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print(f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def farewell(run) -> None:
+    folder, say = run.folder, run.log.say
+    say(f"done: log.jsonl, train.log, loss.png and checkpoints/ are in {folder}. What to try next:")
+    if run.corpus.encoding:
+        prompt = "def " if not run.s.data else "Once"
+        say(f'  more text    python -m llm_numba.sample {folder} --prompt "{prompt}"')
+    say(f"  train on     python -m llm_numba.train --resume {folder} --steps {2 * run.steps}")
+    say("  own text     python -m llm_numba.train --data FILE_OR_FOLDER")
+    say("  look inside  python -m llm_numba.inspect " + str(folder))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    exit_with(main)
