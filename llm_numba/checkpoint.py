@@ -90,6 +90,16 @@ def newest(run_folder: str | Path) -> Path:
     return checkpoints[-1]
 
 
+def set_aside(path: str | Path) -> list[Path]:
+    """Rename the checkpoints of the same run with more steps than this one, so that going on from it is what counts.
+
+    They keep their content, as step_000200.safetensors.aside. Returns their new paths.
+    """
+    path = Path(path)
+    newer = [p for p in _checkpoints(path.parent) if _step(p) > _step(path)]
+    return [p.replace(p.with_name(p.name + ".aside")) for p in newer]
+
+
 def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
     """Remove the run's checkpoints but the last `keep` (at least 1) and those of every `keep_every`-th step (0: none).
 

@@ -80,7 +80,7 @@ def picture(tensor: np.ndarray, name: str, path: Path) -> None:
 
     flat = tensor[0] if tensor.ndim >= 3 else np.atleast_2d(tensor)
     panels = flat if flat.ndim == 3 else flat[None]
-    bound = float(np.nanmax(np.abs(np.where(np.isfinite(panels), panels, 0)))) or 1.0
+    bound = float(np.quantile(np.abs(panels[np.isfinite(panels)]), 0.995)) or 1.0  # a few outliers would pale the rest
     figure, axes = plt.subplots(
         1, len(panels), figsize=(max(6, 3 * len(panels)), 5), squeeze=False, sharey=True, layout="constrained"
     )

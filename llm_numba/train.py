@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int | None:
     if given.resume:
         path = Path(given.resume)
         path = checkpoint.newest(path) if path.is_dir() else path
+        if path.parent.name != "checkpoints":
+            raise UserError(
+                f"--resume {given.resume}: expected a run folder, or RUN/checkpoints/step_NNNNNN.safetensors"
+            )
         stored = checkpoint.load(path)
         recorded = settings.from_record(stored[1]["settings"], path)
         given = settings.resume_with(recorded, given, explicit)
@@ -63,6 +67,8 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     accumulate = (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
     windows_per_step = accumulate * s.batch_size
     steps = s.steps or max(1, round(s.epochs * train_loader.windows_per_epoch / windows_per_step))
+    if s.warmup > steps:
+        raise UserError(f"--warmup {s.warmup}: the run has only {steps} steps; give fewer, or more --steps or --epochs")
 
     groups = all_groups(s, config, T, ops)
     check_memory(groups, s, config)
@@ -80,6 +86,9 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
         model.initialise(ops, arena, s.seed)
 
     with RunLog(folder, settings.to_record(s), state.step) as log, stop_signals() as stop:
+        if stored:
+            for other in checkpoint.set_aside(checkpoint.checkpoint_path(folder, state.step)):
+                log.say(f"set aside, because this run goes on from an earlier one: {other}")
         log.say(f"run folder {folder}: {describe(config, arena, corpus, T, accumulate, steps)}")
         seconds = 0.0 if s.no_jit or s.interpret else warm_up(ops)
         log.say(f"ops ready in {seconds:.1f} s (compiled, or read from what an earlier start compiled)")

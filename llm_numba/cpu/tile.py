@@ -34,7 +34,7 @@ def _stack_floats(typing_context, size):
 def stack_array(rows, columns):
     """A function, for compiled and plain Python alike, that returns a (rows, columns) float32 array.
 
-    The content is undefined. Compiled, the array is on the stack: making it costs nothing, and it is gone when the caller returns.
+    The content is undefined. Compiled, it is on the stack: it costs nothing, and is gone when the caller returns.
     """
 
     def new():
