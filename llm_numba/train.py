@@ -14,18 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 
 from llm_numba import checkpoint, data, model, outliers, sample, settings
-from llm_numba.arena import Arena, Groups, format_bytes, format_map, layout, training_groups
+from llm_numba.arena import Arena, format_bytes
 from llm_numba.config import GPT2Config, preset
 from llm_numba.errors import UserError, exit_with
 from llm_numba.finite import checked
 from llm_numba.ops import get_ops
+from llm_numba.plan import all_groups, check_memory, plan_memory, plan_of
 from llm_numba.runlog import Reference, RunLog
 from llm_numba.schedule import learning_rate
 from llm_numba.settings import Settings
 from llm_numba.tokenizer import tokenizer_state
 from llm_numba.warmup import warm_up
 
-VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 SAVED = {"parameters": "", "m": "m.", "v": "v."}  # groups of the arena that a checkpoint holds, and their prefix
 FIRST = {"epoch": 0, "window": 0}  # a loader's first position
 SAMPLING = SimpleNamespace(temperature=0.8, top_k=0, top_p=0.95)
@@ -71,7 +71,7 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
         raise UserError(f"--warmup {s.warmup}: the run has only {steps} steps; give fewer, or more --steps or --epochs")
 
     groups = all_groups(s, config, T, ops)
-    check_memory(groups, s, config)
+    check_memory(groups, s, config, ops)
     fingerprint = data_fingerprint(corpus)
     if stored and stored[1]["data"] != fingerprint:
         raise UserError(f"--resume {s.resume}: the data is no longer what the run was started on; give it back")
@@ -244,44 +244,6 @@ def data_fingerprint(corpus: data.Corpus) -> list:
         ends = zlib.crc32(tokens[-data.BLOCK_TOKENS :], zlib.crc32(tokens[: data.BLOCK_TOKENS]))
         found.append([len(tokens), ends])
     return found
-
-
-def plan_of(s: Settings) -> str:
-    """--check-finite names tensors, so none may share memory with another."""
-    return "keep" if s.check_finite else "reuse"
-
-
-def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
-    return training_groups(config, s.batch_size, T, ops) | sample.sampling_groups(config, ops)
-
-
-def plan_memory(s: Settings, ops) -> None:
-    """Print the arena's map and what the machine has; nothing is allocated."""
-    kind = settings.tokenizer_kind(s)
-    config = preset(s.preset, vocab_size=VOCABULARIES.get(kind) or s.vocab_size or preset(s.preset).vocab_size)
-    groups = all_groups(s, config, s.sequence_length or config.max_seq_len, ops)
-    print(format_map(*layout(groups, config.num_layers, plan_of(s))))
-    check_memory(groups, s, config)
-    print(f"available on this machine: {format_bytes(ops.available_memory())}; it fits")
-
-
-def check_memory(groups: Groups, s: Settings, config: GPT2Config) -> None:
-    """Raise a UserError, with a batch size that would fit, where the arena is larger than the memory available."""
-    ops = get_ops(s.device)
-    available, needed = ops.available_memory(), layout(groups, config.num_layers, plan_of(s))[1]
-    if needed <= available:
-        return
-    T = s.sequence_length or config.max_seq_len
-    fits = [
-        B
-        for B in range(s.batch_size - 1, 0, -1)
-        if layout(training_groups(config, B, T, ops), config.num_layers, plan_of(s))[1] < available
-    ]
-    hint = f"--batch-size {fits[0]} would fit" if fits else "no batch size fits: choose a smaller --preset"
-    raise UserError(
-        f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
-        f"memory are available; {hint}"
-    )
 
 
 def describe(config: GPT2Config, arena: Arena, corpus: data.Corpus, T: int, accumulate: int, steps: int) -> str:
