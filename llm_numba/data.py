@@ -1,8 +1,7 @@
-"""Text or token shards on disk -> batches of tokens.
+"""Text or token shards on disk -> spans of tokens to train and to validate on.
 
 `prepare` finds the files, tokenises text once into shards in the cache folder, and says which tokens are for training
-and which are held out; a `Loader` deals windows of them as batches. A shard is llm.c's `.bin`: a header of 256 int32
-(magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16, little endian.
+and which are held out; loader.py makes batches of them.
 """
 
 import codecs
@@ -25,22 +24,13 @@ import tiktoken
 
 from llm_numba.errors import UserError
 from llm_numba.folders import cache_folder
+from llm_numba.shards import Span, open_shard, write_shard, write_whole
 from llm_numba.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state
 
-MAGIC, VERSION, HEADER = 20240520, 1, 256
 CACHE_FORMAT = 1  # raise it when the same text must be tokenised anew
 SHARD_TOKENS = 100_000_000
 LEARN_CHARACTERS = 64_000_000
 PIECE_BYTES = 1 << 18  # a few pieces in a row must stay below 10^6 white spaces, where tiktoken and rustbpe panic
-BLOCK_TOKENS = 1 << 20
-
-
-class Span(NamedTuple):
-    """The tokens [start, stop) of a shard."""
-
-    path: Path
-    start: int
-    stop: int
 
 
 class Corpus(NamedTuple):
@@ -178,72 +168,6 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _write(path: Path, *parts: bytes | np.ndarray) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write `tokens` (n,), each of 0..65535, as a token shard; an existing file is replaced once all is on the disk."""
-    header = np.zeros(HEADER, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    _write(path, header, np.ascontiguousarray(tokens, "<u2"))
-
-
-def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap:
-    """The tokens of a shard, (n,) uint16, mapped from the disk: reading a few reads only these.
-
-    Errors: no such file; another magic or version; no tokens; a length that is not the header's; and, where
-    `vocab_size` is given, a token that is not below it. That check reads the file once, a block at a time.
-    """
-    try:
-        header, size = np.fromfile(path, "<i4", HEADER), path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): a token shard was expected") from error
-    if len(header) < HEADER or header[0] != MAGIC:
-        raise UserError(f"{path}: not a token shard: expected llm.c's .bin, {HEADER} int32 beginning with {MAGIC}")
-    if header[1] != VERSION:
-        raise UserError(f"{path}: a token shard of version {header[1]}: expected version {VERSION} (uint16 tokens)")
-    count = int(header[2])
-    if count < 1:
-        raise UserError(f"{path}: the token shard is empty: expected at least one token")
-    expected = HEADER * 4 + count * 2
-    if size != expected:
-        raise UserError(
-            f"{path}: {size} bytes long, but its header says {count} tokens, {expected} bytes: copy it anew"
-        )
-    tokens = np.memmap(path, "<u2", "r", offset=HEADER * 4)
-    if vocab_size is not None:
-        _check_ids(path, tokens, vocab_size)
-    return tokens
-
-
-def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    for start in range(0, len(tokens), BLOCK_TOKENS):
-        block = tokens[start : start + BLOCK_TOKENS]
-        if block.max() >= vocab_size:
-            at = int(np.argmax(block >= vocab_size))
-            raise UserError(
-                f"{path}: token {start + at} is {block[at]}, but the vocabulary has {vocab_size}: "
-                "give the --tokenizer and --vocab-size that the shard was made with"
-            )
-
-
 def _whole(path: Path, vocab_size: int) -> Span:
     return Span(path, 0, len(open_shard(path, vocab_size)))
 
@@ -315,8 +239,8 @@ def _tokenise(folder: Path, files: list[Path], encoding: tiktoken.Encoding) -> N
         unfinished.mkdir()
         shards = _write_shards(unfinished, _encode(files, encoding))
         state, ranks = tokenizer_state(encoding)
-        _write(unfinished / "tokenizer.tiktoken", ranks)
-        _write(unfinished / "corpus.json", json.dumps({"tokenizer": state, "shards": shards}).encode())
+        write_whole(unfinished / "tokenizer.tiktoken", ranks)
+        write_whole(unfinished / "corpus.json", json.dumps({"tokenizer": state, "shards": shards}).encode())
         try:
             os.rename(unfinished, folder)
         except OSError as error:
@@ -408,77 +332,3 @@ def _pieces(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if rest:
         yield rest
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-class Loader:
-    """Deals the windows of `spans`, each exactly once an epoch, B at a time, epoch after epoch.
-
-    A window is T + 1 tokens: T inputs and, one further, their T targets; the next one in the span begins T further, so
-    a span of n tokens has (n - 1) // T windows. A batch goes over the ends of spans and epochs; nothing is dropped.
-    Without `shuffle` row b of batch i is window i * B + b. With it the spans, and the windows inside each, come in an
-    order that only (seed, epoch, span) decide. Shards are mapped, and only the current span's order is in memory.
-    Errors: not one window; `flag` is the flag that the tokens came from.
-    """
-
-    def __init__(self, spans: Sequence[Span], B: int, T: int, seed: int, shuffle: bool, flag: str = "--data"):
-        longest = max((span.stop - span.start for span in spans), default=0)
-        if longest <= T:
-            raise UserError(
-                f"{flag}: {longest} tokens in a row, but one window needs {T + 1} (T + 1): "
-                "give more text or a smaller --sequence-length"
-            )
-        self.B, self.T, self.seed, self.shuffle = B, T, seed, shuffle
-        self.spans = [span for span in spans if span.stop - span.start > T]
-        self.counts = np.array([(span.stop - span.start - 1) // T for span in self.spans])
-        self.windows_per_epoch = int(self.counts.sum())
-        self._seek(0, 0)
-
-    def next_batch(self, tokens: np.ndarray, targets: np.ndarray) -> None:
-        """tokens =, targets = the next B windows; both (B, T) int32."""
-        for b in range(self.B):
-            start = self._span.start + int(self._windows[self._next]) * self.T
-            window = self._shard[start : start + self.T + 1]
-            tokens[b], targets[b] = window[:-1], window[1:]
-            self._next += 1
-            if self._next == len(self._windows):
-                self._seek(*self._position())
-
-    def state(self) -> dict:
-        """The position: the epoch, and the number of its windows that were dealt. JSON-able."""
-        epoch, window = self._position()
-        return {"epoch": epoch, "window": window}
-
-    def restore(self, state: dict) -> None:
-        """Go on as the loader with the same spans, T and seed did from `state`. Errors: not a position of this data."""
-        epoch, window = (state.get(name) for name in ("epoch", "window"))
-        if type(epoch) is not int or type(window) is not int or epoch < 0 or not 0 <= window < self.windows_per_epoch:
-            raise UserError(
-                f"the stored position in the data is {state}, but an epoch has {self.windows_per_epoch} windows: "
-                "resume with the same --data and --sequence-length"
-            )
-        self._seek(epoch, window)
-
-    def _position(self) -> tuple[int, int]:
-        window = self._before + self._next
-        return self._epoch + window // self.windows_per_epoch, window % self.windows_per_epoch
-
-    def _seek(self, epoch: int, window: int) -> None:
-        """Make `window` of `epoch` the next one: open its span and put the span's windows in this epoch's order."""
-        order = self._order(len(self.spans), epoch, 0)
-        ends = np.cumsum(self.counts[order])
-        place = int(np.searchsorted(ends, window, side="right"))
-        index = int(order[place])
-        self._epoch, self._before = epoch, int(ends[place] - self.counts[index])
-        self._next = window - self._before
-        self._span = self.spans[index]
-        self._shard = open_shard(self._span.path)
-        self._windows = self._order(int(self.counts[index]), epoch, 1 + index)
-
-    def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(count)
-        return np.random.default_rng([self.seed, epoch, purpose]).permutation(count)

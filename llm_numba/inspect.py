@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_numba import checkpoint, data, model, settings
+from llm_numba import checkpoint, model, settings
 from llm_numba.arena import Arena, training_groups
 from llm_numba.config import PRESETS, GPT2Config
 from llm_numba.errors import UserError, exit_with
+from llm_numba.loader import Loader
 from llm_numba.ops import get_ops
 from llm_numba.train import read_data
 
@@ -130,7 +131,7 @@ def build(args, ops) -> tuple[Arena, object]:
     for name, tensor in arena.named("parameters").items():
         ops.to_device(tensor, tensors[name])
     batch = np.empty((2, args.batch_size, T), np.int32)
-    data.Loader(read_data(s).train, args.batch_size, T, args.seed, True).next_batch(*batch)
+    Loader(read_data(s).train, args.batch_size, T, args.seed, True).next_batch(*batch)
     ops.to_device(m.tokens, batch[0])
     ops.to_device(m.targets, batch[1])
     return arena, m

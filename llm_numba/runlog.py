@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 from llm_numba.errors import UserError
 from llm_numba.settings import Settings, to_record
+from llm_numba.shards import write_whole
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny.json"
 SMOOTH = 20  # steps that are averaged before a loss is compared or drawn
@@ -23,8 +23,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / "log.jsonl"
             kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
-            write_whole(self.path, "".join(kept))
-            write_whole(folder / "settings.json", json.dumps(record, indent=1) + "\n")
+            write_whole(self.path, "".join(kept).encode())
+            write_whole(folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
             self.text, self.json = open(folder / "train.log", "a"), open(self.path, "a")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
@@ -135,10 +135,3 @@ class Reference:
 def smoothed(values) -> list[float]:
     """The mean of each value and the SMOOTH - 1 before it, of fewer at the start."""
     return [sum(v := values[max(0, i + 1 - SMOOTH) : i + 1]) / len(v) for i in range(len(values))]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by `text`, all of it or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

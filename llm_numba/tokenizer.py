@@ -62,8 +62,7 @@ def tokenizer_from_state(state: dict, ranks: bytes) -> tiktoken.Encoding:
             state["name"], pat_str=state["pat_str"], mergeable_ranks=tokens, special_tokens=special
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the stored tokenizer is damaged ({reason}): take the files from a good copy") from error
+        raise UserError(f"the stored tokenizer is damaged ({error}): take the files from a good copy") from error
 
 
 def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:

@@ -18,11 +18,13 @@ from llm_numba.arena import Arena, format_bytes
 from llm_numba.config import GPT2Config, preset
 from llm_numba.errors import UserError, exit_with
 from llm_numba.finite import checked
+from llm_numba.loader import Loader
 from llm_numba.ops import get_ops
 from llm_numba.plan import all_groups, check_memory, plan_memory, plan_of
 from llm_numba.runlog import Reference, RunLog
 from llm_numba.schedule import learning_rate
 from llm_numba.settings import Settings
+from llm_numba.shards import BLOCK_TOKENS, open_shard
 from llm_numba.tokenizer import tokenizer_state
 from llm_numba.warmup import warm_up
 
@@ -62,8 +64,8 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     T = s.sequence_length or preset(s.preset).max_seq_len
     corpus = read_data(s)
     config = preset(s.preset, vocab_size=corpus.vocab_size)
-    train_loader = data.Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
-    val_loader = data.Loader(corpus.val, s.batch_size, T, s.seed, True, "--val-data or --val-fraction")
+    train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
+    val_loader = Loader(corpus.val, s.batch_size, T, s.seed, True, "--val-data or --val-fraction")
     accumulate = (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
     windows_per_step = accumulate * s.batch_size
     steps = s.steps or max(1, round(s.epochs * train_loader.windows_per_epoch / windows_per_step))
@@ -165,7 +167,7 @@ def one_step(run) -> None:
     run.reference.compare(state.step, loss)
 
 
-def load_batch(run, loader: data.Loader) -> None:
+def load_batch(run, loader: Loader) -> None:
     """m.tokens, m.targets = the loader's next batch."""
     loader.next_batch(*run.batch)
     run.ops.to_device(run.m.tokens, run.batch[0])
@@ -219,7 +221,7 @@ def save(run) -> None:
     run.log.say(f"checkpoint {path}")
 
 
-def restore(ops, arena: Arena, state: SimpleNamespace, loader: data.Loader, stored) -> None:
+def restore(ops, arena: Arena, state: SimpleNamespace, loader: Loader, stored) -> None:
     """Arena, state and loader = as they were when the checkpoint was saved."""
     tensors, record, _ = stored
     for group, prefix in SAVED.items():
@@ -240,8 +242,8 @@ def data_fingerprint(corpus: data.Corpus) -> list:
     """Changes when the training tokens do: each span's length, and a checksum of its beginning and its end."""
     found = []
     for span in corpus.train:
-        tokens = data.open_shard(span.path)[span.start : span.stop]
-        ends = zlib.crc32(tokens[-data.BLOCK_TOKENS :], zlib.crc32(tokens[: data.BLOCK_TOKENS]))
+        tokens = open_shard(span.path)[span.start : span.stop]
+        ends = zlib.crc32(tokens[-BLOCK_TOKENS:], zlib.crc32(tokens[:BLOCK_TOKENS]))
         found.append([len(tokens), ends])
     return found
 

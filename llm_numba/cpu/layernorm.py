@@ -77,10 +77,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
                 dnorm_norm_sum += dnorm * ((x[c] - m) * r)
             dnorm_average = dnorm_sum / np.float32(C)
             dnorm_norm_average = dnorm_norm_sum / np.float32(C)
-            # two loops, because LLVM gives up on one that writes to three arrays
+            # the row's own gradient, and its part of the parameters'
             for c in range(C):
                 dx[c] += r * (weight[c] * dy[c] - dnorm_average - (x[c] - m) * r * dnorm_norm_average)
-            for c in range(C):
                 dweight_share[c] += dy[c] * ((x[c] - m) * r)
                 dbias_share[c] += dy[c]
 

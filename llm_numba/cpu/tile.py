@@ -9,12 +9,14 @@ registers, provided that `multiply` is inlined where the tile was made.
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, config, njit, types
 from numba.extending import intrinsic, overload
 
 from llm_numba.cpu.jit import INLINE
 
-MR, NR = 6, 64  # with AVX-512 the tile takes 24 of the 32 vector registers
+# With AVX-512 the tile takes 24 of the 32 vector registers. Where nothing is compiled a small one is quicker to walk
+# through, as a tile at the edge of a matrix is computed whole.
+MR, NR = (2, 8) if config.DISABLE_JIT else (6, 64)
 
 
 @intrinsic(prefer_literal=True)

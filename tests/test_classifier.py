@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+from reference import (
+    SHAPES,
+    TINY,
+    UNIT,
+    assert_close,
+    classifier_backward,
+    classifier_forward,
+    finite_difference,
+    one_hot,
+)
+
+DLOSS = 0.125
+
+
+def make(rng, B, T, V, padding=0, spread=3.0):
+    """Logits, NaN in the padding columns, and targets, of which the first row's is the last column."""
+    logits = np.full((B, T, V + padding), np.nan, np.float32)
+    logits[..., :V] = spread * rng.standard_normal((B, T, V))
+    targets = rng.integers(0, V, (B, T), dtype=np.int32)
+    targets[0, 0] = V - 1
+    return logits, targets
+
+
+def softmax_error(logits, V):
+    """The relative error of e**(x - top) / total for each logit.
+
+    x - top rounds by a unit of |x - top|, and so does e**'s n ln 2; e** loses two units, the division and the product
+    with dloss one each. In the total, all of whose terms are positive, the terms' own errors average, and V additions
+    add the root of V, four deviations.
+    """
+    distance = np.abs(logits[..., :V] - logits[..., :V].max(axis=-1, keepdims=True)).astype(np.float64)
+    average = np.average(distance, axis=-1, weights=np.exp(-distance), keepdims=True) if V > 1 else 0
+    return UNIT * (2 * distance + 2 * average + 6 + 4 * np.sqrt(V))
+
+
+def check(ops, place, garbage, logits, targets, V, expected_losses, expected_dlogits):
+    B, T, _ = logits.shape
+    got, losses = place(logits), garbage(B, T)
+    ops.fused_classifier(got, losses, place(targets, np.int32), DLOSS, V, True)
+    relative = softmax_error(logits, V)
+    at_target = np.take_along_axis(relative, targets[..., None], axis=-1)[..., 0]
+    # -log loses the relative error of what it is taken of, and rounds
+    assert_close("losses", losses, expected_losses, at_target + 2 * UNIT * np.abs(expected_losses))
+    onehot = one_hot(targets, V)
+    probabilities = expected_dlogits[..., :V] / DLOSS + onehot
+    assert_close(
+        "dlogits", got[..., :V], expected_dlogits[..., :V], DLOSS * (relative * probabilities + UNIT * onehot) + TINY
+    )
+    assert (got[..., V:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padding", [0, 31], ids="padding{}".format)
+def test_losses_and_dlogits(ops, rng, place, garbage, shape, padding):
+    V = shape[2]
+    logits, targets = make(rng, *shape, padding)
+    expected = classifier_forward(logits, targets, V), classifier_backward(DLOSS, logits, targets, V)
+    check(ops, place, garbage, logits, targets, V, *expected)
+
+
+@pytest.mark.compiled
+def test_vocabulary_of_gpt2(ops, rng, place, garbage):
+    V = 50257
+    logits, targets = make(rng, 1, 2, V, padding=47)
+    expected = classifier_forward(logits, targets, V), classifier_backward(DLOSS, logits, targets, V)
+    check(ops, place, garbage, logits, targets, V, *expected)
+
+
+@pytest.mark.parametrize("spread", [0.0, 30.0, 1e4], ids="spread{}".format)
+@pytest.mark.parametrize("centre", [0.0, 1e4, -1e4], ids="centre{}".format)
+def test_large_logits(ops, rng, place, garbage, centre, spread):
+    """e**x overflows from 89 on: only differences from the largest logit may matter."""
+    logits, targets = make(rng, 2, 3, 17, 3, spread)
+    logits += np.float32(centre)
+    # the logarithm of a probability that is 0 even in float64 has to be found another way
+    x = logits[..., :17].astype(np.float64)
+    top = x.max(axis=-1, keepdims=True)
+    log_total = top[..., 0] + np.log(np.exp(x - top).sum(axis=-1))
+    losses = log_total - np.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+    check(ops, place, garbage, logits, targets, 17, losses, classifier_backward(DLOSS, logits, targets, 17))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 17), (2, 17, 257)])
+def test_loss_alone_leaves_the_logits(ops, rng, place, garbage, shape):
+    B, T, V = shape
+    logits, targets = make(rng, B, T, V, padding=5)
+    got, losses, full_losses = place(logits), garbage(B, T), garbage(B, T)
+    ops.fused_classifier(got, losses, place(targets, np.int32), DLOSS, V, False)
+    assert got.tobytes() == logits.tobytes()
+    ops.fused_classifier(got, full_losses, place(targets, np.int32), DLOSS, V, True)
+    assert np.array_equal(losses, full_losses)
+    assert got.tobytes() != logits.tobytes()
+
+
+def test_finite_differences(ops, rng, place, garbage):
+    V = 5
+    logits, targets = make(rng, 2, 3, V, spread=1.0)
+    numeric = finite_difference(lambda x: classifier_forward(x, targets, V), logits, DLOSS)
+    assert_close("dlogits", classifier_backward(DLOSS, logits, targets, V), numeric, 1e-8)
+    check(ops, place, garbage, logits, targets, V, classifier_forward(logits, targets, V), numeric)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("column", [0, 3, 50, 96])
+def test_nan_logit_makes_the_loss_nan(ops, rng, place, garbage, column, sign):
+    logits, targets = make(rng, 2, 2, 97, padding=3)
+    logits[1, 0, column] = np.copysign(np.nan, sign)
+    got, losses = place(logits), garbage(2, 2)
+    losses[...] = 0
+    ops.fused_classifier(got, losses, place(targets, np.int32), DLOSS, 97, True)
+    assert np.array_equal(np.isnan(losses), [[False, False], [True, False]])
+    assert np.isnan(got[1, 0, :97]).all()
+    assert np.isfinite(np.delete(got.reshape(4, -1), 2, axis=0)).all()
+
+
+def test_infinite_logits(ops, place, garbage):
+    """A logit of -inf has no probability; one of +inf leaves nothing to normalise by."""
+    logits = place([[[0.0, -np.inf, 0.0], [0.0, np.inf, 0.0]]])
+    losses = garbage(1, 2)
+    ops.fused_classifier(logits, losses, place([[0, 0]], np.int32), DLOSS, 3, True)
+    assert_close("loss", losses[0, :1], [np.log(2)], 4 * UNIT)
+    assert np.isnan(losses[0, 1])
+
+
+@pytest.mark.compiled
+def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bits):
+    logits, targets = make(rng, 3, 17, 257, padding=127)
+    targets = place(targets, np.int32)
+
+    def run():
+        got, losses = place(logits), garbage(3, 17)
+        ops.fused_classifier(got, losses, targets, DLOSS, 257, True)
+        return got, losses
+
+    assert_same_bits(run)

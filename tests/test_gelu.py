@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pytest
+from reference import SHAPES, TINY, UNIT, assert_close, finite_difference, gelu_backward, gelu_forward
+
+# near tanh = -1 the formula's 1 + tanh has lost all digits but those above float64's unit
+TANH_ERROR = 2 * 2.0**-53
+
+
+def make(rng, *shape):
+    """An input, mostly in [-9, 9], and a gradient."""
+    return (3 * rng.standard_normal(shape)).astype(np.float32), rng.standard_normal(shape).astype(np.float32)
+
+
+def parts(inp):
+    """For the tolerances, in float64: |2u|, sigmoid(2u), d(2u)/dinp."""
+    x = inp.astype(np.float64)
+    double_u = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return np.abs(double_u), np.exp(-np.logaddexp(0, -double_u)), 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+
+
+def sigmoid_error(inp):
+    """The relative error of sigmoid(2u): four operations lead to 2u, whose error e**-2u multiplies by |2u|; e**x itself
+    loses two units; the sum and the division after it one each."""
+    double_u, sigmoid, _ = parts(inp)
+    return UNIT * ((1 - sigmoid) * (4 * double_u + 3) + 3)
+
+
+def check_forward(ops, place, garbage, inp):
+    out = garbage(*inp.shape)
+    ops.gelu_forward(out, place(inp))
+    expected = gelu_forward(inp)
+    error = (sigmoid_error(inp) + UNIT) * parts(inp)[1] + TANH_ERROR
+    assert_close("out", out, expected, np.abs(inp) * error + TINY)
+
+
+def check_backward(ops, place, garbage, inp, dout, expected, expected_error=0.0):
+    dinp = garbage(*inp.shape)
+    ops.gelu_backward(dinp, place(inp), place(dout))
+    # s + x s (1 - s) d2u: 1 - s loses a unit of s where s is near 1; ten operations besides
+    _, s, d2u = parts(inp)
+    relative = sigmoid_error(inp)
+    second = np.abs(inp) * s * d2u
+    error = s * relative + second * (1 - s) * (2 * relative + 8 * UNIT) + second * s * relative + 4 * UNIT * s
+    error += TANH_ERROR * (1 + np.abs(inp) * d2u)
+    assert_close("dinp", dinp, expected, np.abs(dout) * error + TINY + expected_error)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (97,)])
+def test_forward(ops, rng, place, garbage, shape):
+    check_forward(ops, place, garbage, make(rng, *shape)[0])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (97,)])
+def test_backward(ops, rng, place, garbage, shape):
+    inp, dout = make(rng, *shape)
+    check_backward(ops, place, garbage, inp, dout, gelu_backward(dout, inp))
+
+
+def test_whole_range(ops, place, garbage):
+    """Zero, the smallest and large numbers, both signs; where the exponential is cut off (about -10) and beyond."""
+    inp = np.concatenate([np.linspace(-14, 14, 97), [0.0, -0.0, 1e-45, -1e-30, 1e-8, 50, -50, 1e4, -1e4]])
+    inp = inp.astype(np.float32)
+    check_forward(ops, place, garbage, inp)
+    dout = np.ones_like(inp)
+    check_backward(ops, place, garbage, inp[:-2], dout[:-2], gelu_backward(dout, inp)[:-2])
+
+
+def test_finite_differences(ops, rng, place, garbage):
+    inp, dout = make(rng, 2, 3, 5)
+    numeric = finite_difference(gelu_forward, inp, dout)
+    assert_close("dinp", gelu_backward(dout, inp), numeric, 1e-8)
+    check_backward(ops, place, garbage, inp, dout, numeric, 1e-8)
+
+
+def test_nan_stays_where_it_is(ops, rng, place, garbage):
+    inp, dout = (place(x) for x in make(rng, 1, 3, 97))
+    inp[0, 1, 3] = inp[0, 2, 96] = np.nan
+    out, dinp = garbage(1, 3, 97), garbage(1, 3, 97)
+    ops.gelu_forward(out, inp)
+    ops.gelu_backward(dinp, inp, dout)
+    assert np.array_equal(np.isnan(out), np.isnan(inp))
+    assert np.array_equal(np.isnan(dinp), np.isnan(inp))
+
+
+def test_infinite_input(ops, place, garbage):
+    out = garbage(1, 1, 1)
+    ops.gelu_forward(out, place([[[np.inf]]]))
+    assert out[0, 0, 0] == np.inf
+
+
+@pytest.mark.compiled
+def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bits):
+    inp, dout = (place(x) for x in make(rng, 3, 17, 257))
+
+    def run():
+        out, dinp = garbage(3, 17, 257), garbage(3, 17, 257)
+        ops.gelu_forward(out, inp)
+        ops.gelu_backward(dinp, inp, dout)
+        return out, dinp
+
+    assert_same_bits(run)

@@ -1,0 +1,25 @@
+"""Without its compiler the package computes the same: every op can be stepped through in a debugger."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_numba.ops import CONTRACT
+
+
+@pytest.mark.compiled
+def test_ops_in_plain_python():
+    """The ops' tests once more, as far as conftest.py finds them small enough, with the compiler switched off."""
+    here = Path(__file__).parent
+    files = [path for path in (here / f"test_{layer}.py" for layer in CONTRACT) if path.exists()]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout

@@ -1,0 +1,297 @@
+"""The command line, its help, the record and the resume check all say what the dataclass says."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from llm_numba import settings as module
+from llm_numba.config import PRESETS
+from llm_numba.errors import UserError
+from llm_numba.settings import (
+    FIELDS,
+    PRESET_DEFAULTS,
+    RANGES,
+    Settings,
+    check,
+    from_record,
+    parse,
+    resume_with,
+    to_record,
+    tokenizer_kind,
+)
+
+FLAGS = {name: "--" + name.replace("_", "-") for name in FIELDS}
+# a command line that gives every setting, none its default
+EVERYTHING = (
+    "--out a/b --resume old --seed 7 --threads 1 --plan-memory --preset nano --sequence-length 16 --data x.txt y "
+    "--val-data z --tokenizer bpe --vocab-size 300 --val-fraction 0.1 --no-shuffle --batch-size 3 --tokens-per-step 96 "
+    "--steps 97 --epochs 2.5 --overfit --learning-rate 1e-2 --schedule wsd --warmup 3 --final-fraction 0 --beta1 0.8 "
+    "--beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 --skip-norm-z 6 --val-every 1 "
+    "--val-batches 3 --sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 --keep-every 8 --no-jit "
+    "--interpret layernorm matmul_backward --check-finite"
+).split()
+
+
+def error_of(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """flag -> what --help says about it, on one line."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    entries = re.split(r"\n  (?=--)", text)[1:]
+    flags = [re.match(r"--[\w-]+", entry)[0] for entry in entries]
+    assert sorted(flags) == sorted(set(flags)), "a flag is told twice"
+    return dict(zip(flags, (" ".join(entry.split()) for entry in entries), strict=True))
+
+
+def test_help_tells_each_flag_once_with_its_default(help_of):
+    examples = {"--preset nano --steps", "--data book.txt", "--resume runs"}  # the description's lines start otherwise
+    assert not examples & help_of.keys()
+    assert set(help_of) == set(FLAGS.values())
+    for name, flag in FLAGS.items():
+        default, text = FIELDS[name].default, help_of[flag]
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        shown = re.search(r"\(default: ([^,;)]+)([^;)]*)(; may change on resume)?\)", text)
+        assert shown and shown[1] == str(default if default not in ("", ()) else "none"), text
+        assert bool(shown[3]) == (FIELDS[name].metadata["free"] and not FIELDS[name].metadata["once"]), text
+        for preset, defaults in PRESET_DEFAULTS.items():
+            assert (f", {preset} {defaults.get(name)}" in shown[2]) == (name in defaults), text
+        for choice in FIELDS[name].metadata["choices"]:
+            assert choice in text
+
+
+def test_every_setting_is_described():
+    for name, f in FIELDS.items():
+        meta = f.metadata
+        assert len(meta["help"]) > 10, name
+        assert type(f.default) is f.type, name
+        if not (f.type is bool or meta["choices"]):
+            assert meta["unit"], f"{name} has no unit"
+        if f.type in (int, float):
+            assert meta["must"] in RANGES and RANGES[meta["must"]](f.default), name
+
+
+def test_presets_have_known_defaults():
+    assert PRESET_DEFAULTS.keys() <= PRESETS.keys()
+    for preset in PRESETS:
+        assert PRESET_DEFAULTS.get(preset, {}).keys() <= FIELDS.keys()
+        check(parse(["--preset", preset])[0])
+
+
+def test_without_flags_the_dataclass_defaults():
+    assert parse([]) == (Settings(**PRESET_DEFAULTS["tiny"]), set())
+    assert parse(["--preset", "d12"]) == (Settings(preset="d12", **PRESET_DEFAULTS.get("d12", {})), {"preset"})
+
+
+def test_every_flag_reaches_its_field():
+    settings, explicit = parse(EVERYTHING)
+    assert explicit == FIELDS.keys() - {"device"}  # cpu is its only choice
+    assert all(getattr(settings, name) != FIELDS[name].default for name in explicit)
+    assert settings.data == ("x.txt", "y") and settings.interpret == ("layernorm", "matmul_backward")
+    assert (settings.learning_rate, settings.epochs, settings.shuffle, settings.out) == (1e-2, 2.5, False, "a/b")
+    check(settings)
+
+
+def test_a_flag_with_its_default_is_explicit():
+    assert parse(["--seed", "42", "--shuffle"])[1] == {"seed", "shuffle"}
+    assert parse(["--data", "a", "--data", "b", "c"])[0].data == ("a", "b", "c")
+
+
+def test_preset_defaults_give_way_to_flags(monkeypatch):
+    monkeypatch.setitem(module.PRESET_DEFAULTS, "nano", {"batch_size": 5, "steps": 300})
+    nano = ["--preset", "nano"]
+    assert (parse(nano)[0].batch_size, parse(nano)[0].steps) == (5, 300)
+    assert parse(["--preset", "d12"])[0].batch_size == FIELDS["batch_size"].default
+    assert parse([*nano, "--batch-size", "8"])[0].batch_size == 8
+    # whoever asks for epochs gets epochs, and does not get the preset's steps
+    assert parse([*nano, "--epochs", "3"])[0].steps == 0
+    assert parse([*nano, "--epochs", "3", "--steps", "7"])[0].steps == 7
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--batchsize 3", ["--batchsize", "--batch-size", "--help"]),
+        ("--batch-siz=3", ["--batch-siz", "--batch-size"]),  # no abbreviations
+        ("book.txt", ["book.txt"]),
+        ("--batch-size eight", ["--batch-size", "'eight'", "int"]),
+        ("--batch-size 8.0", ["--batch-size", "'8.0'", "int"]),
+        ("--learning-rate fast", ["--learning-rate", "'fast'", "float"]),
+        ("--batch-size", ["--batch-size", "expected one argument"]),
+        ("--data", ["--data", "expected at least one"]),
+        ("--preset tny", ["--preset", "'tny'", *PRESETS]),
+        ("--schedule step", ["--schedule", "'step'", "cosine", "linear", "constant", "wsd"]),
+        ("--device cuda", ["--device", "'cuda'", "cpu"]),
+        ("--overfit=yes", ["--overfit", "'yes'"]),
+    ],
+)
+def test_parse_errors(line, words):
+    message = error_of(parse, line.split())
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--seed -1", ["--seed -1", "at least 0"]),
+        ("--threads 100000", ["--threads 100000", "cores", "0 for all"]),
+        ("--threads -1", ["--threads -1", "at least 0"]),
+        ("--sequence-length 129", ["--sequence-length 129", "tiny", "1 to 128"]),
+        ("--batch-size 0", ["--batch-size 0", "at least 1"]),
+        ("--tokens-per-step 1000 --batch-size 8", ["--tokens-per-step 1000", "8 x 128 = 1024", "such as 1024"]),
+        ("--tokens-per-step 5000 --batch-size 8", ["--tokens-per-step 5000", "such as 4096 or 5120"]),
+        (
+            "--tokens-per-step 100 --batch-size 3 --sequence-length 32",
+            ["--tokens-per-step 100", "3 x 32 = 96", "such as 96 or 192"],
+        ),
+        ("--steps -3", ["--steps -3"]),
+        ("--epochs 0", ["--epochs 0.0", "above 0"]),
+        ("--epochs inf", ["--epochs inf", "finite"]),
+        ("--learning-rate nan", ["--learning-rate nan", "finite"]),
+        ("--learning-rate 0", ["--learning-rate 0.0", "above 0"]),
+        ("--warmup 11 --steps 10", ["--warmup 11", "--steps", "10"]),
+        ("--final-fraction 1.5", ["--final-fraction 1.5", "at most 1"]),
+        ("--beta1 1", ["--beta1 1.0", "below 1"]),
+        ("--val-fraction 0", ["--val-fraction 0.0", "above 0"]),
+        ("--keep 0", ["--keep 0", "at least 1"]),
+        ("--vocab-size 300 --preset nano", ["--vocab-size 300", "bytes"]),
+        ("--vocab-size 300 --tokenizer gpt2", ["--vocab-size 300", "gpt2", "bpe"]),
+        ("--vocab-size 256", ["--vocab-size 256", "bpe", "257 to 65536"]),
+        ("--vocab-size 65537 --tokenizer none", ["--vocab-size 65537", "none", "1 to 65536"]),
+        ("--interpret matmul layernrm", ["--interpret layernrm", "encoder", "adamw", "such as layernorm"]),
+    ],
+)
+def test_check_errors(line, words):
+    message = error_of(check, parse(line.split())[0])
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--tokens-per-step 5120 --batch-size 8",
+        "--tokens-per-step 96 --batch-size 3 --sequence-length 32",
+        "--sequence-length 128",
+        "--warmup 10 --steps 10",
+        "--warmup 10",
+        "--threads 1",
+        "--vocab-size 257",
+        "--vocab-size 65536 --tokenizer none",
+        "--final-fraction 1 --beta1 0 --epochs 0.01",
+        "--interpret encoder attention_cached_forward",
+    ],
+)
+def test_check_lets_the_bounds_pass(line):
+    check(parse(line.split())[0])
+
+
+def test_check_sees_a_choice_that_no_command_line_let_through():
+    assert "--preset big: choose one of nano" in error_of(check, replace(Settings(), preset="big"))
+
+
+def test_auto_tokenizer():
+    kinds = {preset: tokenizer_kind(Settings(preset=preset)) for preset in PRESETS}
+    assert kinds == dict(nano="bytes", tiny="bpe", d12="gpt2", d24="gpt2", d36="gpt2", d48="gpt2")
+    assert tokenizer_kind(Settings(preset="d12", tokenizer="bpe")) == "bpe"
+
+
+@pytest.mark.parametrize("argv", [[], EVERYTHING])
+def test_record_round_trip(argv):
+    settings = parse(argv)[0]
+    record = json.loads(json.dumps(to_record(settings)))
+    assert from_record(record, "settings.json") == settings
+    assert list(record) == list(FIELDS)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"colour": 1}, ["unknown", "colour"]),
+        ({"batch_size": None}, ["batch_size", "None", "whole number"]),
+        ({"batch_size": 8.0}, ["batch_size", "8.0", "whole number"]),
+        ({"batch_size": True}, ["batch_size", "True", "whole number"]),
+        ({"shuffle": 1}, ["shuffle", "1", "true or false"]),
+        ({"preset": 3}, ["preset", "3", "text"]),
+        ({"data": "x"}, ["data", "'x'", "list"]),
+        ({"data": [1]}, ["data", "[1]", "list"]),
+        ({"eps": "1e-8"}, ["eps", "number"]),
+    ],
+)
+def test_record_errors(change, words):
+    message = error_of(from_record, to_record(Settings()) | change, "runs/x/settings.json")
+    assert all(word in message for word in ["runs/x/settings.json", *words]), message
+
+
+def test_record_without_a_key_or_no_record():
+    record = to_record(Settings())
+    del record["seed"], record["keep"]
+    assert "settings.json: lacks settings keep, seed" in error_of(from_record, record, "settings.json")
+    assert "settings.json: expected" in error_of(from_record, [1], "settings.json")
+    assert from_record(to_record(Settings()) | {"epochs": 2}, "settings.json") == Settings(epochs=2.0)
+
+
+def resumed(started, then):
+    return resume_with(parse(started.split())[0], *parse(then.split()))
+
+
+def test_resume_takes_over_what_was_recorded():
+    recorded = parse(EVERYTHING)[0]
+    settings = resume_with(recorded, *parse(["--resume", "runs/a"]))
+    # what holds for one start only is back at its default
+    assert settings == replace(
+        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), check_finite=False
+    )
+    assert resume_with(recorded, *parse(EVERYTHING)) == recorded
+
+
+def test_resume_changes_what_is_free():
+    settings = resumed("--steps 10 --seed 3", "--resume x --steps 20 --val-every 7 --no-jit --threads 1")
+    assert (settings.steps, settings.val_every, settings.no_jit, settings.threads) == (20, 7, True, 1)
+    assert settings.seed == 3
+    # longer by epochs: the recorded steps would hide them
+    assert (resumed("--steps 10", "--epochs 3").steps, resumed("--steps 10", "--epochs 3").epochs) == (0, 3.0)
+
+
+def test_which_settings_are_free():
+    free = {name for name, f in FIELDS.items() if f.metadata["free"]}
+    groups = {name for name, f in FIELDS.items() if f.metadata["group"] in ("looking", "debugging")}
+    assert free == groups | {"resume", "threads", "plan_memory", "steps", "epochs"}
+
+
+@pytest.mark.parametrize(
+    "started, then, words",
+    [
+        ("--batch-size 4", "--batch-size 16", ["--batch-size 16", "with --batch-size 4", "leave --batch-size out"]),
+        ("", "--no-shuffle", ["--no-shuffle", "with --shuffle", "leave --shuffle out"]),
+        ("", "--overfit", ["--overfit", "without --overfit"]),
+        ("", "--data a b", ["--data a b", "without --data"]),
+        ("--preset nano", "--preset tiny", ["--preset tiny", "with --preset nano", "new run without --resume"]),
+    ],
+)
+def test_resume_errors(started, then, words):
+    message = error_of(resumed, started, then)
+    assert all(word in message for word in words), message
+
+
+def test_numba_is_not_imported():
+    code = (
+        "import sys, llm_numba.settings, llm_numba.schedule, llm_numba.outliers, llm_numba.checkpoint\n"
+        "sys.exit('numba' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
