@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -71,7 +72,7 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | Non
     for other in reversed([p for p in _checkpoints(path.parent) if step is not None and _step(p) < step]):
         with contextlib.suppress(UserError):
             _read(other)
-            message += f"; use the one before it: --resume {other}"
+            message += f"; the one before it is whole: {other}"
             break
     raise UserError(message)
 
@@ -93,11 +94,16 @@ def newest(run_folder: str | Path) -> Path:
 def set_aside(path: str | Path) -> list[Path]:
     """Rename the checkpoints of the same run with more steps than this one, so that going on from it is what counts.
 
-    They keep their content, as step_000200.safetensors.aside. Returns their new paths.
+    They keep their content, as step_000200.safetensors.aside, aside2 and so on. Returns their new paths.
     """
     path = Path(path)
     newer = [p for p in _checkpoints(path.parent) if _step(p) > _step(path)]
-    return [p.replace(p.with_name(p.name + ".aside")) for p in newer]
+    return [p.rename(_free(p.with_name(p.name + ".aside"))) for p in newer]
+
+
+def _free(path: Path) -> Path:
+    """The path itself, or the first of path2, path3, ... where there is a file."""
+    return next(p for i in itertools.count(1) if not (p := path.with_name(f"{path.name}{i if i > 1 else ''}")).exists())
 
 
 def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:

@@ -35,7 +35,7 @@ class GPT2Config:
 
 PRESETS = {  #              context  vocabulary  L   NH  C
     "nano": GPT2Config(32, 257, 2, 2, 16),  # 12 thousand parameters: for stepping through
-    "tiny": GPT2Config(128, 2048, 4, 6, 192),  # 2 million: the first run
+    "tiny": GPT2Config(128, 2048, 4, 3, 192),  # 2 million: the first run
     "d12": GPT2Config(1024, 50257, 12, 12, 768),  # 124 million: GPT-2 small
     "d24": GPT2Config(1024, 50257, 24, 16, 1024),  # 355 million: medium
     "d36": GPT2Config(1024, 50257, 36, 20, 1280),  # 774 million: large

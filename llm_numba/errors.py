@@ -1,5 +1,7 @@
 """One way to tell a user what went wrong: one line, and a non-zero exit."""
 
+import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,10 +14,17 @@ class UserError(Exception):
     """
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors, of one line like all others."""
+
+    def error(self, message):
+        raise UserError(" ".join(message.removeprefix("argument ").split()) + " (see --help)")
+
+
 def exit_with(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and leave the process; what the user can mend is told without a traceback.
 
-    Exit status: main's own (None is 0), 2 after a UserError, 130 after Ctrl-C.
+    Exit status: main's own (None is 0), 2 after a UserError, 130 after Ctrl-C, 141 where who read the output has gone.
     """
     try:
         sys.exit(main())
@@ -25,3 +34,6 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed at exit
+        sys.exit(128 + 13)

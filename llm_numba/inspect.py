@@ -4,7 +4,6 @@ Runs one batch forward and backward with every tensor in memory of its own, and 
 called by its name, behind its layer where there is one for each: encoded, 3.qkv, 3.dqkv.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 from llm_numba import checkpoint, model, settings
 from llm_numba.arena import Arena, training_groups
 from llm_numba.config import PRESETS, GPT2Config
-from llm_numba.errors import UserError, exit_with
+from llm_numba.errors import Parser, UserError, exit_with
 from llm_numba.loader import Loader
 from llm_numba.ops import get_ops
+from llm_numba.plan import check_memory
 from llm_numba.train import read_data
 
 HEADER = (
@@ -81,7 +81,9 @@ def picture(tensor: np.ndarray, name: str, path: Path) -> None:
 
     flat = tensor[0] if tensor.ndim >= 3 else np.atleast_2d(tensor)
     panels = flat if flat.ndim == 3 else flat[None]
-    bound = float(np.quantile(np.abs(panels[np.isfinite(panels)]), 0.995)) or 1.0  # a few outliers would pale the rest
+    finite = np.abs(panels[np.isfinite(panels)])
+    bound = float(np.quantile(finite, 0.995)) if finite.any() else 1.0  # a few outliers would pale the rest
+    bound = bound or float(finite.max())
     figure, axes = plt.subplots(
         1, len(panels), figsize=(max(6, 3 * len(panels)), 5), squeeze=False, sharey=True, layout="constrained"
     )
@@ -100,7 +102,11 @@ def build(args, ops) -> tuple[Arena, object]:
     groups = ("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
 
     def allocate(config, T):
-        arena = Arena(training_groups(config, args.batch_size, T, ops), config, "keep", ops)
+        needed = training_groups(config, args.batch_size, T, ops)
+        check_memory(
+            needed, settings.Settings(batch_size=args.batch_size, sequence_length=T, check_finite=True), config, ops
+        )
+        arena = Arena(needed, config, "keep", ops)
         return arena, arena.namespace(*groups)
 
     def length(context):
@@ -138,7 +144,7 @@ def build(args, ops) -> tuple[Arena, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llm_numba.inspect",
         description="Run one batch forward and backward, and print what every activation and gradient holds.",
     )
@@ -160,8 +166,9 @@ def main(argv: list[str] | None = None) -> None:
         help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png; may be given repeatedly",
     )
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    for flag, value, lowest in ("--batch-size", args.batch_size, 1), ("--seed", args.seed, 0):
+        if value < lowest:
+            raise UserError(f"{flag} {value}: must be at least {lowest}")
     wanted = {}
     for value in args.save:
         name, equals, file = value.partition("=")

@@ -1,5 +1,6 @@
 """How much memory a run needs, said before it takes any."""
 
+from bisect import bisect_right
 from dataclasses import replace
 
 from llm_numba import sample, settings
@@ -32,16 +33,18 @@ def plan_memory(s: Settings, ops) -> None:
 
 def check_memory(groups: Groups, s: Settings, config: GPT2Config, ops) -> None:
     """Raise a UserError, with a batch size that would fit, where the arena is larger than the memory available."""
-    available, needed = ops.available_memory(), layout(groups, config.num_layers, plan_of(s))[1]
+
+    def bytes_of(groups):
+        return layout(groups, config.num_layers, plan_of(s))[1]
+
+    available, needed = ops.available_memory(), bytes_of(groups)
     if needed <= available:
         return
     T = s.sequence_length or config.max_seq_len
-    fits = [
-        B
-        for B in range(s.batch_size - 1, 0, -1)
-        if layout(all_groups(replace(s, batch_size=B), config, T, ops), config.num_layers, plan_of(s))[1] <= available
-    ]
-    hint = f"--batch-size {fits[0]} would fit" if fits else "no batch size fits: choose a smaller --preset"
+    fits = bisect_right(
+        range(1, s.batch_size), available, key=lambda B: bytes_of(all_groups(replace(s, batch_size=B), config, T, ops))
+    )
+    hint = f"--batch-size {fits} would fit" if fits else "no batch size fits: choose a smaller --preset"
     raise UserError(
         f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
         f"memory are available; {hint}"

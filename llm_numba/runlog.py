@@ -1,5 +1,6 @@
 """What a run leaves to read: its settings, a log as text and as JSON lines, a picture, and a known curve to compare."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -14,28 +15,35 @@ TOLERANCE = 0.1  # a run further than this from the reference, relative, is told
 
 
 class RunLog:
-    """The files of a run folder, and the lines on the screen; a resumed log loses what came after the checkpoint."""
+    """The files of a run folder, and the lines on the screen.
 
-    def __init__(self, folder: Path, record: dict, step: int):
+    step: that of the checkpoint that the run goes on from, and the log loses what came after it; None for a new run.
+    Errors: UserError where the folder of a new run holds one already, or a file cannot be written.
+    """
+
+    def __init__(self, folder: Path, record: dict, step: int | None):
         try:
-            if not step and (folder / "settings.json").exists():
+            if step is None and (folder / "settings.json").exists():
                 raise UserError(f"--out {folder}: holds a run already; go on with --resume {folder}, or choose another")
             folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / "log.jsonl"
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
-            write_whole(self.path, "".join(kept).encode())
+            lines = [] if step is None else self._lines()
+            write_whole(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
             write_whole(folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
-            self.text, self.json = open(folder / "train.log", "a"), open(self.path, "a")
+            self.text, self.json = open(folder / "train.log", "a", encoding="utf-8"), open(self.path, "a")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: a line is damaged ({error}); mend it, or move the file away") from error
         self.folder = folder
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.text.close()
-        self.json.close()
+        for file in self.text, self.json:
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was told then
+                file.close()
 
     def _lines(self) -> list[str]:
         """The whole lines of the JSON log; the last one may have been cut off."""
@@ -90,11 +98,12 @@ class RunLog:
         rows = [json.loads(line) for line in self._lines()]
         train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
         val = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+        if not train:
+            return
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        if train:
-            steps, losses = zip(*train, strict=True)
-            axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=1)
-            axes.plot(steps, smoothed(losses), color="C0", label=f"training, mean of {SMOOTH} steps")
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=1)
+        axes.plot(steps, smoothed(losses), color="C0", label=f"training, mean of {SMOOTH} steps")
         if val:
             axes.plot(*zip(*val, strict=True), "o-", color="C1", label="validation")
         if reference.curve:
@@ -102,8 +111,12 @@ class RunLog:
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.folder))
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.folder / "loss.png", dpi=120)
-        plt.close(figure)
+        try:
+            figure.savefig(self.folder / "loss.png", dpi=120)
+        except OSError as error:
+            raise UserError(f"{self.folder / 'loss.png'}: cannot be written ({error.strerror})") from error
+        finally:
+            plt.close(figure)
 
 
 class Reference:

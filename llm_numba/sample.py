@@ -17,8 +17,9 @@ from llm_numba import model
 from llm_numba.arena import Arena, Groups, TensorSpec, activation_specs, parameter_specs
 from llm_numba.checkpoint import load, newest
 from llm_numba.config import GPT2Config
-from llm_numba.errors import UserError, exit_with
+from llm_numba.errors import Parser, UserError, exit_with
 from llm_numba.ops import get_ops
+from llm_numba.settings import Settings, check
 from llm_numba.tokenizer import tokenizer_from_state
 
 CHUNK = 16  # tokens of a prompt that go through the model together
@@ -77,6 +78,8 @@ def step(ops, arena: Arena, m: SimpleNamespace, tokens: list[int], position: int
 def choose(logits: np.ndarray, settings: SimpleNamespace, rng) -> int:
     """A token drawn from softmax(logits (V,) / temperature), cut to the top_k likeliest tokens, and of these to the
     fewest whose probabilities reach top_p (Holtzman et al. 2019, arXiv:1904.09751)."""
+    if not np.isfinite(logits).all():
+        raise UserError("the model's logits are not finite: its training went wrong; use an earlier checkpoint")
     logits = logits.astype(np.float64)
     if settings.temperature == 0:
         return int(logits.argmax())
@@ -118,7 +121,7 @@ def load_model(path: Path, ops):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llm_numba.sample",
         description="Print text that a trained model writes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -145,6 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if not (value >= lowest and (highest is None or value <= highest)):
             bounds = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
             raise UserError(f"{flag} {value}: must be {bounds}")
+    check(Settings(threads=args.threads))
     return args
 
 

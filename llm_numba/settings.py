@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from llm_numba.config import PRESETS
-from llm_numba.errors import UserError
+from llm_numba.errors import Parser, UserError
 from llm_numba.ops import CONTRACT, WRITES
 from llm_numba.outliers import WINDOW
 from llm_numba.schedule import SCHEDULES, WSD_DECAY
 
 # preset -> the settings whose default differs from Settings' own
 PRESET_DEFAULTS = {
-    "nano": {"learning_rate": 3e-3},
-    "tiny": {"learning_rate": 1e-3},
+    "nano": {"sequence_length": 16, "batch_size": 1, "learning_rate": 3e-3},
+    "tiny": {"batch_size": 16, "steps": 700, "learning_rate": 3e-3, "warmup": 50, "val_every": 100},
 }
 AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2
 VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
@@ -400,13 +400,8 @@ def _typed(name: str, value, prefix: str = "") -> str:
     return f"{prefix}{flag} {shlex.join(value) if isinstance(value, tuple) else shlex.quote(str(value))}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(" ".join(message.removeprefix("argument ").split()) + " (see --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m llm_numba.train",
         usage="%(prog)s [options]",
         description="Train a GPT-2. Without options: a tiny one, on the Python standard library's sources.\n\n"

@@ -87,14 +87,15 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     else:
         model.initialise(ops, arena, s.seed)
 
-    with RunLog(folder, settings.to_record(s), state.step) as log, stop_signals() as stop:
+    seconds = 0.0 if s.no_jit or s.interpret else warm_up(ops)
+    peak = None if s.interpret else ops.peak_flops()
+
+    with RunLog(folder, settings.to_record(s), state.step if stored else None) as log, stop_signals() as stop:
         if stored:
             for other in checkpoint.set_aside(checkpoint.checkpoint_path(folder, state.step)):
                 log.say(f"set aside, because this run goes on from an earlier one: {other}")
         log.say(f"run folder {folder}: {describe(config, arena, corpus, T, accumulate, steps)}")
-        seconds = 0.0 if s.no_jit or s.interpret else warm_up(ops)
         log.say(f"ops ready in {seconds:.1f} s (compiled, or read from what an earlier start compiled)")
-        peak = None if s.interpret else ops.peak_flops()
         run = SimpleNamespace(
             s=s, ops=ops, arena=arena, m=m, config=config, corpus=corpus, state=state, log=log, steps=steps,
             train_loader=train_loader, val_loader=val_loader, accumulate=accumulate, folder=folder, peak=peak,
@@ -111,8 +112,10 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
                 validate(run)
             if state.step == steps or is_time(state.step, s.sample_every):
                 show_sample(run)
-            if state.step == steps or stop or is_time(state.step, s.checkpoint_every):
+            if is_time(state.step, s.checkpoint_every):
                 save(run)
+        if not checkpoint.checkpoint_path(folder, state.step).exists():  # the end, or a signal
+            save(run)
         log.picture(run.reference)
         if stop:
             log.say(f"stopped by {signal.Signals(stop[0]).name} after step {state.step}; nothing is lost")
@@ -142,9 +145,11 @@ def one_step(run) -> None:
     norm_z = outliers.z_score(state.norm_history, norm)
     skip = (s.skip_loss_z and loss_z > s.skip_loss_z) or (s.skip_norm_z and norm_z > s.skip_norm_z)
     if not (math.isfinite(loss) and math.isfinite(norm)) and not skip:
+        resumable = any(run.folder.glob("checkpoints/*.safetensors"))
+        again = f"python -m llm_numba.train --resume {run.folder}" if resumable else "the same command, another --out,"
         raise UserError(
             f"step {state.step + 1}: the loss is {loss}, the gradient's norm {norm}: the run cannot go on. "
-            f"To see where it starts: python -m llm_numba.train --resume {run.folder} --check-finite; "
+            f"To see where it starts: {again} --check-finite; "
             "a smaller --learning-rate may avoid it"
         )
     rate = learning_rate(state.step, run.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
@@ -252,7 +257,7 @@ def describe(config: GPT2Config, arena: Arena, corpus: data.Corpus, T: int, accu
     parameters = sum(math.prod(p.shape) for p in arena.places if p.group == "parameters")
     tokens, held_out = (sum(span.stop - span.start for span in spans) for spans in (corpus.train, corpus.val))
     return (
-        f"{parameters / 1e6:.1f} M parameters, {config.num_layers} layers of {config.channels} channels, "
+        f"{parameters:,} parameters, {config.num_layers} layers of {config.channels} channels, "
         f"{config.vocab_size} tokens in the vocabulary; {tokens:,} tokens to train on, {held_out:,} held out; "
         f"{steps} steps of {accumulate * arena.tensors['inputs', 'tokens'].shape[0]} x {T} tokens; "
         f"arena {format_bytes(arena.nbytes)}"

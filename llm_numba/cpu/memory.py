@@ -10,6 +10,7 @@ from llm_numba.cpu.attention import attention_scratch_size
 from llm_numba.cpu.global_norm import global_norm_scratch_size
 from llm_numba.cpu.layernorm import layernorm_scratch_size
 from llm_numba.cpu.matmul import matmul_scratch_size
+from llm_numba.errors import UserError
 
 
 def allocate(nbytes: int) -> np.ndarray:
@@ -32,6 +33,8 @@ def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) ->
 
 def set_threads(threads: int) -> None:
     """Run the ops on this many threads; 0: as many as the cores that this process may use."""
+    if threads > config.NUMBA_NUM_THREADS:
+        raise UserError(f"--threads {threads}: Numba may use {config.NUMBA_NUM_THREADS} here; see NUMBA_NUM_THREADS")
     set_num_threads(threads or config.NUMBA_NUM_THREADS)
 
 

@@ -1,0 +1,142 @@
+"""The commands as a user runs them: in this process where that is the same, in one of their own where it is not."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numba
+import pytest
+
+from llm_numba import checkpoint, train
+from llm_numba.cpu import jit  # noqa: F401  chooses Numba's cache folder
+from llm_numba.errors import exit_with
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("ms", "tokens_per_second", "share_of_peak")  # what differs between two equal runs
+QUICK = ("--preset", "nano", "--batch-size", 8, "--sequence-length", 32, "--val-batches", 1, "--sample-tokens", 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A folder for tokenised text; in Numba's own for compiled functions nothing changes."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_NUMBA_CACHE", str(folder))
+        yield folder
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def write_text(path, sentences=1500):
+    """A text of short words in no order that a step could guess; returns the path as a str."""
+    words = "the cat sat on a mat and saw one dog run far off to big old red sea ".split()
+    text = " ".join(words[i * i * 7919 % 104729 % len(words)] for i in range(10 * sentences))
+    Path(path).write_text(text)
+    return str(path)
+
+
+def run_here(*arguments, program=train):
+    """The command in this process; returns what its `main` does."""
+    return program.main([str(argument) for argument in arguments])
+
+
+def environment(**changes):
+    """That of a user, with the compiled functions and the tokenised text of these tests."""
+    ours = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": numba.config.CACHE_DIR, **changes}
+    for name in "NUMBA_NUM_THREADS", "PYTHONUNBUFFERED":  # of the tests, of whoever runs them
+        ours.pop(name, None)
+    return {name: value for name, value in ours.items() if value is not None}
+
+
+def command(name, *arguments):
+    return [sys.executable, "-m", f"llm_numba.{name}", *map(str, arguments)]
+
+
+def run(name, *arguments, cwd, **options):
+    """`python -m llm_numba.NAME ARGUMENTS` to its end."""
+    options = {
+        "env": environment(),
+        "capture_output": True,
+        "text": True,
+        "encoding": "utf-8",
+        "timeout": 300,
+    } | options
+    return subprocess.run(command(name, *arguments), cwd=cwd, **options)
+
+
+@contextlib.contextmanager
+def started(command, cwd, **options):
+    """A process that is under way, and that ends with the block."""
+    options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    if os.name != "nt":  # in the background of a script these tests, and what they start, would not get SIGINT
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=cwd, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(true, process, seconds=120):
+    """Look all the time until `true()` is; False where the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "nothing happened"
+    return True
+
+
+def error_line(status, stderr):
+    """What a command told that was refused: one line, and exit status 2."""
+    assert status == 2, stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    return stderr
+
+
+def refused(capfd, *arguments, program=train):
+    """Run a command in this process that must be refused; returns its line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        exit_with(lambda: run_here(*arguments, program=program))
+    return error_line(stopped.value.code, capfd.readouterr().err)
+
+
+def rows_of(folder, key="loss"):
+    """The rows of log.jsonl that have `key`, without what time it took."""
+    rows = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows if key in row]
+
+
+def losses_of(folder):
+    return [row["loss"] for row in rows_of(folder)]
+
+
+def rows_written(folder):
+    """How many steps a run that is under way has logged."""
+    path = Path(folder) / "log.jsonl"
+    return path.read_bytes().count(b'"norm_z"') if path.exists() else 0
+
+
+def content_of(path):
+    """(tensors' bytes, state) of a checkpoint, or of a run's newest, but for the settings of one start only."""
+    path = checkpoint.newest(path) if Path(path).is_dir() else path
+    tensors, state, tokenizer = checkpoint.load(path)
+    for name in ("out", "resume", "threads", "checkpoint_every", "keep", "keep_every", "steps", "check_finite"):
+        del state["settings"][name]
+    return {name: (t.shape, t.tobytes()) for name, t in tensors.items()}, state, tokenizer
+
+
+def files_in(folder):
+    """{path: content} of all that a folder holds."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def steps_of(folder):
+    """The steps of a run's checkpoints."""
+    return sorted(int(p.stem[5:]) for p in (Path(folder) / "checkpoints").glob("step_*.safetensors"))
