@@ -31,8 +31,9 @@ CONTRACT = {
     "adamw": {"adamw_update": ("param", "m", "v")},
 }
 WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
-# what a device offers beside its ops: of memory.py and peak.py
+# what a device offers beside its ops: of jit.py, memory.py and peak.py
 BACKEND = {
+    "jit": ("nothing_compiled",),
     "memory": ("allocate", "available_memory", "view", "to_host", "set_threads", "attention_specs", "scratch_size"),
     "peak": ("peak_flops",),
 }

@@ -9,11 +9,9 @@ import math
 import numpy as np
 from numba import config, get_thread_id, njit, prange
 
-from llm_numba.cpu.jit import ONE, PARALLEL, exp
+from llm_numba.cpu.jit import ONE, PARALLEL, TASK, ZERO, dot, exp, sum_of
 from llm_numba.cpu.matmul import panels_of
 from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_columns, pack_rows
-
-ZERO = np.float32(0)
 
 
 def attention_scratch_size(T, HS):
@@ -34,46 +32,49 @@ def attention_forward(out, att, qkv, num_heads, scratch):
     """
     B, T, C = out.shape
     HS = C // num_heads
-    scale = ONE / np.float32(math.sqrt(HS))
     JT, JH = (T + NR - 1) // NR, (HS + NR - 1) // NR
     W = scratch.shape[0] // (JT * HS * NR + JH * T * NR)
-    all_k = scratch[: W * JT * HS * NR].reshape(W, JT, HS, NR)
-    all_v = scratch[W * JT * HS * NR :][: W * JH * T * NR].reshape(W, JH, T, NR)
+    k_panels = scratch[: W * JT * HS * NR].reshape(W, JT, HS, NR)
+    v_panels = scratch[W * JT * HS * NR :][: W * JH * T * NR].reshape(W, JH, T, NR)
     for n in prange(B * num_heads):
         b, h = n // num_heads, n % num_heads
-        tile = new_tile()
-        worker = get_thread_id()
-        k, v = all_k[worker], all_v[worker]
-        q = qkv[b, :, h * HS : h * HS + HS]
-        pack_columns(k, qkv[b, :, C + h * HS : C + h * HS + HS])
-        pack_rows(v, qkv[b, :, 2 * C + h * HS : 2 * C + h * HS + HS])
-        for t0 in range(0, T, MR):
-            t1 = min(t0 + MR, T)
-            scores = att[b, h, t0:t1]
-            for j in range((t1 + NR - 1) // NR):
-                multiply(tile, q[t0:t1], k[j])
-                add_tile(scores[:, j * NR : min(j * NR + NR, t1)], tile, False)
-            for r in range(t1 - t0):
-                softmax(scores[r, : t0 + r + 1], scale)
-                for s in range(t0 + r + 1, T):
-                    scores[r, s] = ZERO
-            for j in range(JH):
-                multiply(tile, scores[:, :t1], v[j, :t1])
-                add_tile(out[b, t0:t1, h * HS + j * NR : h * HS + min(j * NR + NR, HS)], tile, False)
+        w, head = get_thread_id(), slice(h * HS, h * HS + HS)
+        q, k, v = qkv[b, :, :C][:, head], qkv[b, :, C : 2 * C][:, head], qkv[b, :, 2 * C :][:, head]
+        forward_head(out[b, :, head], att[b, h], q, k, v, k_panels[w], v_panels[w])
 
 
-@njit(inline="always")
+@njit(**TASK)
+def forward_head(out, att, q, k, v, k_panels, v_panels):
+    """out (T, HS) =, att (T, T) = <- q, k, v (T, HS)."""
+    T, HS = q.shape
+    scale = ONE / np.float32(math.sqrt(HS))
+    tile = new_tile()
+    pack_columns(k_panels, k)
+    pack_rows(v_panels, 0, v)
+    for t0 in range(0, T, MR):
+        t1 = min(t0 + MR, T)
+        scores = att[t0:t1]
+        for j in range((t1 + NR - 1) // NR):
+            multiply(tile, q[t0:t1], k_panels[j])
+            add_tile(scores[:, j * NR : min(j * NR + NR, t1)], tile, False)
+        for t in range(t0, t1):
+            softmax(att[t, : t + 1], scale)
+            for s in range(t + 1, T):
+                att[t, s] = ZERO
+        for j in range(v_panels.shape[0]):
+            multiply(tile, scores[:, :t1], v_panels[j, :t1])
+            add_tile(out[t0:t1, j * NR : j * NR + NR], tile, False)
+
+
+@njit(**TASK)
 def softmax(row, scale):
     """row = softmax(scale * row), in place."""
     largest = row[0]
     for s in range(row.shape[0]):
         largest = max(largest, row[s])
-    total = ZERO
     for s in range(row.shape[0]):
-        e = exp((row[s] - largest) * scale)
-        row[s] = e
-        total += e
-    inverse = ONE / total
+        row[s] = exp((row[s] - largest) * scale)
+    inverse = ONE / sum_of(row)
     for s in range(row.shape[0]):
         row[s] *= inverse
 
@@ -92,49 +93,53 @@ def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
     """
     B, T, C = out.shape
     HS = C // num_heads
-    scale = ONE / np.float32(math.sqrt(HS))
     JT, JH = (T + NR - 1) // NR, (HS + NR - 1) // NR
     W = scratch.shape[0] // (JT * HS * NR + 3 * JH * T * NR + T * T)
-    all_v = scratch[: W * JT * HS * NR].reshape(W, JT, HS, NR)
-    all_panels = scratch[W * JT * HS * NR :][: W * 3 * JH * T * NR].reshape(W, 3, JH, T, NR)
-    all_dscores = scratch[W * (JT * HS * NR + 3 * JH * T * NR) :][: W * T * T].reshape(W, T, T)
+    v_panels = scratch[: W * JT * HS * NR].reshape(W, JT, HS, NR)
+    panels = scratch[W * JT * HS * NR :][: W * 3 * JH * T * NR].reshape(W, 3, JH, T, NR)
+    dscores = scratch[W * (JT * HS * NR + 3 * JH * T * NR) :][: W * T * T].reshape(W, T, T)
     for n in prange(B * num_heads):
         b, h = n // num_heads, n % num_heads
-        tile = new_tile()
-        worker = get_thread_id()
-        v, dscores = all_v[worker], all_dscores[worker]
-        q, k, dy = all_panels[worker, 0], all_panels[worker, 1], all_panels[worker, 2]
-        p = att[b, h]
-        y, dy_rows = out[b, :, h * HS : h * HS + HS], dout[b, :, h * HS : h * HS + HS]
-        pack_rows(q, qkv[b, :, h * HS : h * HS + HS])
-        pack_rows(k, qkv[b, :, C + h * HS : C + h * HS + HS])
-        pack_columns(v, qkv[b, :, 2 * C + h * HS : 2 * C + h * HS + HS])
-        pack_rows(dy, dy_rows)
-        # by queries: dscores = p * (dy vT - sum(dy * y)) * scale, then dq = dscores k
-        for t0 in range(0, T, MR):
-            t1 = min(t0 + MR, T)
-            for j in range((t1 + NR - 1) // NR):
-                multiply(tile, dy_rows[t0:t1], v[j])
-                add_tile(dscores[t0:t1, j * NR : min(j * NR + NR, t1)], tile, False)
-            for t in range(t0, t1):
-                total = ZERO
-                for c in range(HS):
-                    total += dy_rows[t, c] * y[t, c]
-                p_row, row = p[t, :t1], dscores[t, :t1]
-                for s in range(t1):
-                    row[s] = p_row[s] * (row[s] - total) * scale
-            for j in range(JH):
-                multiply(tile, dscores[t0:t1, :t1], k[j, :t1])
-                add_tile(dqkv[b, t0:t1, h * HS + j * NR : h * HS + min(j * NR + NR, HS)], tile, False)
-        # by keys: dk = dscoresT q, dv = pT dy; a key at s is seen by the queries t >= s
-        for s0 in range(0, T, MR):
-            s1 = min(s0 + MR, T)
-            for j in range(JH):
-                c0, c1 = h * HS + j * NR, h * HS + min(j * NR + NR, HS)
-                multiply(tile, dscores[s0:, s0:s1].T, q[j, s0:])
-                add_tile(dqkv[b, s0:s1, C + c0 : C + c1], tile, False)
-                multiply(tile, p[s0:, s0:s1].T, dy[j, s0:])
-                add_tile(dqkv[b, s0:s1, 2 * C + c0 : 2 * C + c1], tile, False)
+        w, head = get_thread_id(), slice(h * HS, h * HS + HS)
+        q, k, v = qkv[b, :, :C][:, head], qkv[b, :, C : 2 * C][:, head], qkv[b, :, 2 * C :][:, head]
+        dq, dk, dv = dqkv[b, :, :C][:, head], dqkv[b, :, C : 2 * C][:, head], dqkv[b, :, 2 * C :][:, head]
+        dy, y = dout[b, :, head], out[b, :, head]
+        backward_head(dq, dk, dv, dy, y, att[b, h], q, k, v, v_panels[w], panels[w], dscores[w])
+
+
+@njit(**TASK)
+def backward_head(dq, dk, dv, dy, y, p, q, k, v, v_panels, panels, dscores):
+    """dq, dk, dv (T, HS) = <- dy, y (T, HS), p (T, T), q, k, v (T, HS)."""
+    T, HS = q.shape
+    scale = ONE / np.float32(math.sqrt(HS))
+    tile = new_tile()
+    q_panels, k_panels, dy_panels = panels[0], panels[1], panels[2]
+    pack_rows(q_panels, 0, q)
+    pack_rows(k_panels, 0, k)
+    pack_columns(v_panels, v)
+    pack_rows(dy_panels, 0, dy)
+    # by queries: dscores = p * (dy vT - sum(dy * y)) * scale, then dq = dscores k
+    for t0 in range(0, T, MR):
+        t1 = min(t0 + MR, T)
+        for j in range((t1 + NR - 1) // NR):
+            multiply(tile, dy[t0:t1], v_panels[j])
+            add_tile(dscores[t0:t1, j * NR : min(j * NR + NR, t1)], tile, False)
+        for t in range(t0, t1):
+            total = dot(dy[t], y[t])
+            p_row, row = p[t, :t1], dscores[t, :t1]
+            for s in range(t1):
+                row[s] = p_row[s] * (row[s] - total) * scale
+        for j in range(k_panels.shape[0]):
+            multiply(tile, dscores[t0:t1, :t1], k_panels[j, :t1])
+            add_tile(dq[t0:t1, j * NR : j * NR + NR], tile, False)
+    # by keys: dk = dscoresT q, dv = pT dy; a key at s is seen by the queries t >= s
+    for s0 in range(0, T, MR):
+        s1 = min(s0 + MR, T)
+        for j in range(q_panels.shape[0]):
+            multiply(tile, dscores[s0:, s0:s1].T, q_panels[j, s0:])
+            add_tile(dk[s0:s1, j * NR : j * NR + NR], tile, False)
+            multiply(tile, p[s0:, s0:s1].T, dy_panels[j, s0:])
+            add_tile(dv[s0:s1, j * NR : j * NR + NR], tile, False)
 
 
 @njit(**PARALLEL)
@@ -166,10 +171,7 @@ def attention_cached_forward(out, cache, qkv, position, num_heads):
             largest, total = np.float32(-np.inf), ZERO
             for s in range(position + t + 1):
                 k, v = cache[b, s, 0, c0:c1], cache[b, s, 1, c0:c1]
-                score = ZERO
-                for c in range(HS):
-                    score += q[c] * k[c]
-                score *= scale
+                score = dot(q, k) * scale
                 before, largest = largest, max(largest, score)
                 shrink, weight = exp(before - largest), exp(score - largest)
                 total = total * shrink + weight

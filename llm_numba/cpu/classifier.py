@@ -3,11 +3,19 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import PARALLEL, exp
+from llm_numba.cpu.jit import PARALLEL, REDUCTION, ZERO, exp
 
-ZERO = np.float32(0)
 SIGN, ALL_BUT_SIGN = np.int32(31), np.int32(0x7FFFFFFF)
 LOWEST = np.int32(-0x80000000)
+
+
+@njit(**REDUCTION)
+def sum_of_exp(x, top):
+    """The sum of e**(x - top), x (n,)."""
+    total = ZERO
+    for v in range(x.shape[0]):
+        total += exp(x[v] - top)
+    return total
 
 
 @njit(**PARALLEL)
@@ -35,10 +43,8 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
             top_key = max(top_key, bits[v] ^ ((bits[v] >> SIGN) & ALL_BUT_SIGN))
         top = np.int32(top_key ^ ((top_key >> SIGN) & ALL_BUT_SIGN)).view(np.float32)
 
-        total = ZERO
-        for v in range(V):
-            total += exp(x[v] - top)
-        # in float64, because LLVM may add in any order, and log(total) drowns next to a large logit
+        total = sum_of_exp(x, top)
+        # in float64, because log(total) drowns next to a large logit
         row_losses[i] = np.log(np.float64(total)) + (np.float64(top) - np.float64(x[target]))
 
         if write_dlogits:

@@ -3,9 +3,17 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import PARALLEL
+from llm_numba.cpu.jit import PARALLEL, REDUCTION
 
 BLOCK = 16384  # numbers that one task sums
+
+
+@njit(**REDUCTION)
+def sum_of_squares(x):
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
 
 
 @njit(**PARALLEL)
@@ -26,10 +34,7 @@ def global_norm_squared(out, grads, scratch):
     sums = scratch[: 2 * blocks].view(np.float64)
     for block in prange(blocks):
         numbers = grads[block * BLOCK : (block + 1) * BLOCK]
-        total = 0.0
-        for i in range(numbers.shape[0]):
-            total += np.float64(numbers[i]) * np.float64(numbers[i])
-        sums[block] = total
+        sums[block] = sum_of_squares(numbers)
     total = 0.0
     for block in range(blocks):
         total += sums[block]

@@ -1,8 +1,12 @@
-"""How every CPU function is compiled, and the small pieces that several of them inline.
+"""How every CPU function is compiled, and the small pieces that several of them use.
 
-`fastmath` lets LLVM reorder a sum into vector lanes and fuse a multiply with an add. It does not promise that there are
-no NaNs and infinities, so these travel through a step to where they can be seen. The order that LLVM picks is fixed
-when a function is compiled: it never depends on the number of threads.
+LLVM may fuse a multiply with an add everywhere. It may reorder a sum, into vector lanes, only in the reductions below,
+which do nothing else: elsewhere it has picked one order in a process that compiled an op, and another in the next one,
+which read it from disk, and the bits of a run changed with it. Nowhere does it assume that there are no NaNs and
+infinities: these travel through a step to where they can be seen.
+
+The longer ops are a parallel loop that calls a function for each task: it reads better, and compiles in a third of the
+time, as Numba looks at the body of a parallel loop many times over.
 """
 
 import hashlib
@@ -19,24 +23,28 @@ from numba import config, njit  # noqa: E402
 from llm_numba.folders import cache_folder  # noqa: E402
 
 
-def use_own_cache() -> None:
+def use_own_cache() -> bool:
     """Keep compiled functions under a name that changes with any file beside this one: Numba itself notices a change
-    in the file of a function, but not in another whose function it inlined there. NUMBA_CACHE_DIR comes first."""
+    in the file of a function, but not in another whose function it inlined there. NUMBA_CACHE_DIR comes first.
+
+    Returns whether nothing was compiled before."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-{digest}")
+    return not Path(config.CACHE_DIR).exists()
 
 
-use_own_cache()
+nothing_compiled = use_own_cache()
 
-FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-PARALLEL = dict(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
-INLINE = dict(inline="always", fastmath=FASTMATH, error_model="numpy")
+PARALLEL = dict(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+TASK = dict(fastmath={"contract"}, error_model="numpy")  # what one iteration of a parallel loop does
+INLINE = dict(inline="always", fastmath={"contract"}, error_model="numpy")
+REDUCTION = dict(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 
 LOG2E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2, the first is exact
 EXP_LOWEST, EXP_HIGHEST = np.float32(-87), np.float32(88)
-ONE, HALF = np.float32(1), np.float32(0.5)
+ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 
 @njit(**INLINE)
@@ -60,3 +68,21 @@ def exp(x):
     p = p * r + np.float32(5.0000001201e-1)
     power_of_two = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     return (p * r * r + r + ONE) * power_of_two
+
+
+@njit(**REDUCTION)
+def sum_of(x):
+    """The sum of x (n,)."""
+    total = ZERO
+    for i in range(x.shape[0]):
+        total += x[i]
+    return total
+
+
+@njit(**REDUCTION)
+def dot(x, y):
+    """The sum of x * y, both (n,)."""
+    total = ZERO
+    for i in range(x.shape[0]):
+        total += x[i] * y[i]
+    return total

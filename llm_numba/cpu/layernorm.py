@@ -3,12 +3,29 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import ONE, PARALLEL
+from llm_numba.cpu.jit import ONE, PARALLEL, REDUCTION, ZERO, dot, sum_of
 
 EPSILON = np.float32(1e-5)
-ZERO = np.float32(0)
 PIECES = 64  # the backward cuts the rows in so many pieces, whatever the number of threads
 BLOCK = 64  # channels that one task adds up over the pieces
+
+
+@njit(**REDUCTION)
+def sum_of_squared_differences(x, m):
+    """The sum of (x - m)**2: the variance from sum(x**2) - m**2 would cancel."""
+    total = ZERO
+    for c in range(x.shape[0]):
+        total += (x[c] - m) * (x[c] - m)
+    return total
+
+
+@njit(**REDUCTION)
+def sum_of_dnorm_norm(weight, dy, x, m):
+    """The sum of dnorm * norm, but for norm's factor rstd."""
+    total = ZERO
+    for c in range(x.shape[0]):
+        total += (weight[c] * dy[c]) * (x[c] - m)
+    return total
 
 
 @njit(**PARALLEL)
@@ -26,15 +43,8 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
     for i in prange(B * T):
         x, y = x_rows[i], y_rows[i]
-        total = ZERO
-        for c in range(C):
-            total += x[c]
-        m = total / np.float32(C)
-        # the variance from the differences: E[x^2] - m^2 would cancel
-        squares = ZERO
-        for c in range(C):
-            squares += (x[c] - m) * (x[c] - m)
-        r = ONE / np.sqrt(squares / np.float32(C) + EPSILON)
+        m = sum_of(x) / np.float32(C)
+        r = ONE / np.sqrt(sum_of_squared_differences(x, m) / np.float32(C) + EPSILON)
         for c in range(C):
             y[c] = (x[c] - m) * r * weight[c] + bias[c]
         means[i] = m
@@ -68,15 +78,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
         dbias_share[:] = ZERO
         for i in range(piece * B * T // pieces, (piece + 1) * B * T // pieces):
             dx, dy, x, m, r = dx_rows[i], dy_rows[i], x_rows[i], means[i], rstds[i]
-            # the row's two averages
-            dnorm_sum = ZERO
-            dnorm_norm_sum = ZERO
-            for c in range(C):
-                dnorm = weight[c] * dy[c]
-                dnorm_sum += dnorm
-                dnorm_norm_sum += dnorm * ((x[c] - m) * r)
-            dnorm_average = dnorm_sum / np.float32(C)
-            dnorm_norm_average = dnorm_norm_sum / np.float32(C)
+            dnorm_average = dot(weight, dy) / np.float32(C)
+            dnorm_norm_average = sum_of_dnorm_norm(weight, dy, x, m) * r / np.float32(C)
             # the row's own gradient, and its part of the parameters'
             for c in range(C):
                 dx[c] += r * (weight[c] * dy[c] - dnorm_average - (x[c] - m) * r * dnorm_norm_average)

@@ -11,13 +11,14 @@ thread the owner runs on changes nothing.
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import PARALLEL
-from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, stack_array
+from llm_numba.cpu.jit import PARALLEL, TASK, dot
+from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, stack_array
 
 KB = 384  # terms of the inner dimension in a block: a panel of them (96 KiB) stays in the L2 cache
 OB = 96  # rows of the weights that one task owns
 RB = 66  # rows of the activations that one task owns
 PB = 4  # panels that one task owns
+PACK = 16  # rows that one task packs
 FEW_ROWS = 8  # below this a tile would compute mostly padding
 NO_BIAS = np.empty(0, np.float32)
 new_sums = stack_array(OB, NR)
@@ -79,45 +80,52 @@ def forward_tiled(out, inp, weight, bias, scratch):
     J = (R + NR - 1) // NR
     panels = scratch[: J * K * NR].reshape(J, K, NR)
     for t in prange(J * ((K + NR - 1) // NR)):
-        # transpose NR rows by NR columns of inp; the last panel repeats the last row
         j, k0 = t % J, t // J * NR
-        panel = panels[j, k0 : k0 + NR]
-        for c in range(NR):
-            row = inp[min(j * NR + c, R - 1), k0 : k0 + NR]
-            for k in range(row.shape[0]):
-                panel[k, c] = row[k]
+        transpose(panels[j, k0 : k0 + NR], inp[j * NR : j * NR + NR, k0 : k0 + NR])
     for p in prange((O + OB - 1) // OB):
-        tile, sums = new_tile(), new_sums()
-        o0, o1 = p * OB, min(p * OB + OB, O)
-        y = bias[o0:o1]
-        for j in range(J):
-            for k0 in range(0, K, KB):
-                k1 = min(k0 + KB, K)
-                for o in range(o0, o1, MR):
-                    multiply(tile, weight[o : min(o + MR, o1), k0:k1], panels[j, k0:k1])
-                    add_tile(sums[o - o0 : o - o0 + MR], tile, k0 > 0)
-            # transpose the sums into NR rows of out
-            for c in range(min(NR, R - j * NR)):
-                row = out[j * NR + c, o0:o1]
-                for o in range(row.shape[0]):
-                    row[o] = sums[o, c]
-                for o in range(y.shape[0]):
-                    row[o] += y[o]
+        o0, o1 = p * OB, p * OB + OB
+        forward_columns(out[:, o0:o1], weight[o0:o1], bias[o0:o1], panels)
+
+
+@njit(**TASK)
+def transpose(panel, rows):
+    """panel[k, c] = rows[c, k]; where there are fewer than NR rows, the last one is repeated."""
+    for c in range(NR):
+        row = rows[min(c, rows.shape[0] - 1)]
+        for k in range(row.shape[0]):
+            panel[k, c] = row[k]
+
+
+@njit(**TASK)
+def forward_columns(out, weight, bias, panels):
+    """At most OB columns of out, of which these are the rows of weight."""
+    O, K = weight.shape
+    tile, sums = new_tile(), new_sums()
+    for j in range(panels.shape[0]):
+        for k0 in range(0, K, KB):
+            k1 = min(k0 + KB, K)
+            for o in range(0, O, MR):
+                multiply(tile, weight[o : o + MR, k0:k1], panels[j, k0:k1])
+                add_tile(sums[o : o + MR], tile, k0 > 0)
+        # transpose the sums into NR rows of out
+        for r in range(j * NR, min(j * NR + NR, out.shape[0])):
+            row = out[r]
+            for o in range(O):
+                row[o] = sums[o, r - j * NR]
+            for o in range(bias.shape[0]):
+                row[o] += bias[o]
 
 
 @njit(**PARALLEL)
 def forward_few_rows(out, inp, weight, bias):
     """The same sums as dot products: for a handful of rows reading the weights is all the work."""
-    R, K = inp.shape
+    R = inp.shape[0]
     O = weight.shape[0]
     for p in prange((O + OB - 1) // OB):
         for o in range(p * OB, min(p * OB + OB, O)):
             w = weight[o]
             for r in range(R):
-                row = inp[r]
-                total = np.float32(0)
-                for k in range(K):
-                    total += row[k] * w[k]
+                total = dot(inp[r], w)
                 out[r, o] = total + bias[o] if bias.shape[0] > 0 else total
 
 
@@ -134,21 +142,23 @@ def backward_input(dinp, dout, weight, scratch):
     panels = scratch[: J * KB * NR].reshape(J, KB, NR)
     for k0 in range(0, O, KB):
         k1 = min(k0 + KB, O)
-        for k in prange(k1 - k0):
-            for j in range(J):
-                row = weight[k0 + k, j * NR : j * NR + NR]
-                for c in range(row.shape[0]):
-                    panels[j, k, c] = row[c]
+        for p in prange((k1 - k0 + PACK - 1) // PACK):
+            k = p * PACK
+            pack_rows(panels, k, weight[k0:k1][k : k + PACK])
         for t in prange((R + RB - 1) // RB * JP):
-            tile = new_tile()
-            r0 = t // JP * RB
-            r1 = min(r0 + RB, R)
-            j0 = t % JP * PB
+            r0, j0 = t // JP * RB, t % JP * PB
             for j in range(j0, min(j0 + PB, J)):
-                for r in range(r0, r1, MR):
-                    multiply(tile, dout[r : min(r + MR, r1), k0:k1], panels[j, : k1 - k0])
-                    block = dinp[r : min(r + MR, r1), j * NR : j * NR + NR]
-                    add_tile(block, tile, k0 > 0)
+                block = dinp[r0 : r0 + RB, j * NR : j * NR + NR]
+                product(block, dout[r0 : r0 + RB, k0:k1], panels[j, : k1 - k0], k0 > 0)
+
+
+@njit(**TASK)
+def product(out, a, panel, accumulate):
+    """out (rows, at most NR) = a (rows, K) times panel (K, NR), or += where accumulate."""
+    tile = new_tile()
+    for r in range(0, a.shape[0], MR):
+        multiply(tile, a[r : r + MR], panel)
+        add_tile(out[r : r + MR], tile, accumulate)
 
 
 @njit(**PARALLEL)
@@ -161,22 +171,17 @@ def backward_weight(dweight, dout, inp, scratch):
     O = dout.shape[1]
     J = (C + NR - 1) // NR
     panels = scratch[: J * R * NR].reshape(J, R, NR)
-    for r in prange(R):
-        for j in range(J):
-            row = inp[r, j * NR : j * NR + NR]
-            for c in range(row.shape[0]):
-                panels[j, r, c] = row[c]
+    for p in prange((R + PACK - 1) // PACK):
+        r = p * PACK
+        pack_rows(panels, r, inp[r : r + PACK])
     for p in prange((O + OB - 1) // OB):
-        tile = new_tile()
         o0, o1 = p * OB, min(p * OB + OB, O)
         for r0 in range(0, R, KB):
             r1 = min(r0 + KB, R)
             for o in range(o0, o1, MR):
-                columns = dout[r0:r1, o : min(o + MR, o1)].T
+                rows = slice(o, min(o + MR, o1))
                 for j in range(J):
-                    multiply(tile, columns, panels[j, r0:r1])
-                    block = dweight[o : min(o + MR, o1), j * NR : j * NR + NR]
-                    add_tile(block, tile, True)
+                    product(dweight[rows, j * NR : j * NR + NR], dout[r0:r1, rows].T, panels[j, r0:r1], True)
 
 
 @njit(**PARALLEL)

@@ -86,13 +86,13 @@ def add_tile(block, tile, accumulate):
 
 
 @njit(**INLINE)
-def pack_rows(panels, rows):
-    """panels[j, r, c] = rows[r, j * NR + c]: the columns of a matrix in strips of NR; what lies beyond is untouched."""
+def pack_rows(panels, first, rows):
+    """panels[j, first + r, c] = rows[r, j * NR + c]: a matrix's columns in strips of NR; the rest is untouched."""
     for r in range(rows.shape[0]):
         for j in range(panels.shape[0]):
             strip = rows[r, j * NR : j * NR + NR]
             for c in range(strip.shape[0]):
-                panels[j, r, c] = strip[c]
+                panels[j, first + r, c] = strip[c]
 
 
 @njit(**INLINE)

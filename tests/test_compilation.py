@@ -1,0 +1,37 @@
+"""The ops compute the same whether they were just compiled or read from what an earlier process compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import hashlib, sys
+sys.path[:0] = {paths!r}
+import numpy as np
+from training import new_run, random_batch, random_parameters, set_parameters, train_step
+from llm_numba.config import GPT2Config
+from llm_numba.ops import get_ops
+
+config, rng = GPT2Config(130, 97, 1, 2, 130), np.random.default_rng(7)
+run = new_run(get_ops("cpu"), config, 2, 130, "keep")
+set_parameters(run.arena, random_parameters(config, rng))
+train_step(run, random_batch(config, 2, 130, rng))
+run.m.scratch.fill(0)
+print(hashlib.sha256(run.arena.memory).hexdigest())
+"""
+
+
+@pytest.mark.compiled
+def test_compiled_anew_and_read_back_give_the_same_bits(tmp_path):
+    """LLVM sees a parallel loop in two forms, and once optimised them differently where it might reorder sums."""
+    here = Path(__file__).parent
+    script = SCRIPT.format(paths=[str(here), str(here.parent)])
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    digests = [
+        subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True).stdout
+        for _ in range(2)
+    ]
+    assert digests[0] == digests[1]
