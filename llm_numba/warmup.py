@@ -24,7 +24,7 @@ def warm_up(ops) -> float:
     start = time.perf_counter()
     with tqdm(total=len(WRITES), desc="compiling (once for this machine)", leave=False, disable=None) as progress:
         told = SimpleNamespace(**{**vars(ops), **{name: _announced(ops, name, progress) for name in WRITES}})
-        if ops.nothing_compiled:
+        if ops.nothing_compiled():
             command = [sys.executable, "-m", "llm_numba.warmup"]
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
                 try:

@@ -23,18 +23,20 @@ from numba import config, njit  # noqa: E402
 from llm_numba.folders import cache_folder  # noqa: E402
 
 
-def use_own_cache() -> bool:
+def use_own_cache() -> None:
     """Keep compiled functions under a name that changes with any file beside this one: Numba itself notices a change
-    in the file of a function, but not in another whose function it inlined there. NUMBA_CACHE_DIR comes first.
-
-    Returns whether nothing was compiled before."""
+    in the file of a function, but not in another whose function it inlined there. NUMBA_CACHE_DIR comes first."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-{digest}")
-    return not Path(config.CACHE_DIR).exists()
 
 
-nothing_compiled = use_own_cache()
+def nothing_compiled() -> bool:
+    """Whether there is no op yet that could be read from disk."""
+    return not any(Path(config.CACHE_DIR).rglob("*.nbi"))
+
+
+use_own_cache()
 
 PARALLEL = dict(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
 TASK = dict(fastmath={"contract"}, error_model="numpy")  # what one iteration of a parallel loop does
