@@ -1,4 +1,4 @@
-"""What a run leaves to read: its settings, a log as text and as JSON lines, a picture, and a known curve to compare."""
+"""What a run leaves to read: its settings, a log as text and as JSON lines, and a picture of the losses."""
 
 import contextlib
 import json
@@ -6,12 +6,9 @@ import math
 from pathlib import Path
 
 from llm_numba.errors import UserError
-from llm_numba.settings import Settings, to_record
 from llm_numba.shards import write_whole
 
-REFERENCE = Path(__file__).parent / "reference" / "tiny.json"
-SMOOTH = 20  # steps that are averaged before a loss is compared or drawn
-TOLERANCE = 0.1  # a run further than this from the reference, relative, is told so
+SMOOTH = 20  # steps that are averaged before a loss is drawn
 
 
 class RunLog:
@@ -88,8 +85,8 @@ class RunLog:
         self.say(f"--- sample at step {step} ---\n{text}\n---")
         self.record(step=step, sample=text)
 
-    def picture(self, reference: "Reference") -> None:
-        """loss.png: the training loss, smoothed, the validation loss, and the reference curve where it applies."""
+    def picture(self, reference: list[list[float]]) -> None:
+        """loss.png: the training loss, smoothed, the validation loss, and the reference curve [(step, loss)] if any."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -106,8 +103,8 @@ class RunLog:
         axes.plot(steps, smoothed(losses), color="C0", label=f"training, mean of {SMOOTH} steps")
         if val:
             axes.plot(*zip(*val, strict=True), "o-", color="C1", label="validation")
-        if reference.curve:
-            axes.plot(*zip(*reference.curve, strict=True), "--", color="grey", label="reference run")
+        if reference:
+            axes.plot(*zip(*reference, strict=True), "--", color="grey", label="reference run")
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.folder))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -117,32 +114,6 @@ class RunLog:
             raise UserError(f"{self.folder / 'loss.png'}: cannot be written ({error.strerror})") from error
         finally:
             plt.close(figure)
-
-
-class Reference:
-    """The loss curve of the default run, as recorded; for other settings there is none to compare with."""
-
-    def __init__(self, settings: Settings, log: RunLog):
-        self.log, self.curve, self.losses, self.told = log, [], [], False
-        if REFERENCE.exists():
-            known = json.loads(REFERENCE.read_text())
-            record = to_record(settings)
-            if all(record.get(name) == value for name, value in known["settings"].items()):
-                self.curve = known["curve"]
-
-    def compare(self, step: int, loss: float) -> None:
-        """Tell once when the mean of the last SMOOTH losses is further than TOLERANCE from the reference."""
-        self.losses = [*self.losses[1 - SMOOTH :], loss]
-        expected = dict(map(tuple, self.curve)).get(step)
-        if expected is None or self.told or len(self.losses) < SMOOTH:
-            return
-        mean = sum(self.losses) / SMOOTH
-        if abs(mean / expected - 1) > TOLERANCE:
-            self.told = True
-            self.log.say(
-                f"note: at step {step} the loss is {mean:.3f}; the reference run had {expected:.3f}. "
-                "A difference of this size means that something changed: the code, the text, or the machine"
-            )
 
 
 def smoothed(values) -> list[float]:

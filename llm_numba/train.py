@@ -21,7 +21,8 @@ from llm_numba.finite import checked
 from llm_numba.loader import Loader
 from llm_numba.ops import get_ops
 from llm_numba.plan import all_groups, check_memory, plan_memory, plan_of
-from llm_numba.runlog import Reference, RunLog
+from llm_numba.reference import Reference
+from llm_numba.runlog import RunLog
 from llm_numba.schedule import learning_rate
 from llm_numba.settings import Settings
 from llm_numba.shards import BLOCK_TOKENS, open_shard
@@ -116,7 +117,7 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
                 save(run)
         if not checkpoint.checkpoint_path(folder, state.step).exists():  # the end, or a signal
             save(run)
-        log.picture(run.reference)
+        log.picture(run.reference.curve)
         if stop:
             log.say(f"stopped by {signal.Signals(stop[0]).name} after step {state.step}; nothing is lost")
             log.say(f"go on with:  python -m llm_numba.train --resume {folder}")

@@ -336,10 +336,8 @@ def test_the_plan_of_the_memory(tmp_path, monkeypatch, capsys):
 
 def test_the_reference_curve(text, tmp_path, monkeypatch, capsys):
     """A run with the reference's settings is told, once, when its losses are far from the recorded ones."""
-    from llm_numba import runlog
-
     reference = tmp_path / "reference.json"
-    monkeypatch.setattr(runlog, "REFERENCE", reference)
+    monkeypatch.setattr("llm_numba.reference.CURVE", reference)
     for scale, notes in ((1.0, 0), (0.5, 1)):
         out = tmp_path / str(scale)
         losses = [5.55] * 25  # the first 20 steps of a low learning rate stay there
@@ -347,3 +345,18 @@ def test_the_reference_curve(text, tmp_path, monkeypatch, capsys):
         reference.write_text(json.dumps({"settings": {"preset": "nano", "learning_rate": 1e-6}, "curve": curve}))
         run_here(*QUICK, "--data", text, "--steps", 25, "--learning-rate", 1e-6, "--out", out)
         assert capsys.readouterr().out.count("note: at step 20 the loss is 5.5") == notes
+
+
+def test_a_run_becomes_the_reference(text, tmp_path, monkeypatch):
+    """With the curve and the settings that `record` takes from a run, the same run stays quiet and a picture is kept."""
+    from llm_numba import reference
+
+    monkeypatch.setattr(reference, "CURVE", tmp_path / "curve.json")
+    run_here(*QUICK, "--data", text, "--steps", 45, "--out", tmp_path / "run")
+    reference.record(tmp_path / "run")
+    known = json.loads((tmp_path / "curve.json").read_text())
+    losses = losses_of(tmp_path / "run")
+    assert known["curve"] == [[n, pytest.approx(sum(losses[n - 20 : n]) / 20, abs=1e-4)] for n in (20, 40)]
+    assert known["settings"]["preset"] == "nano" and known["settings"]["steps"] == 45
+    assert not known["settings"].keys() & {"out", "resume", "threads", "val_every"}
+    assert (tmp_path / "curve.png").read_bytes() == (tmp_path / "run" / "loss.png").read_bytes()
