@@ -20,7 +20,7 @@ from llm_numba.schedule import SCHEDULES, WSD_DECAY
 # preset -> the settings whose default differs from Settings' own
 PRESET_DEFAULTS = {
     "nano": {"sequence_length": 16, "batch_size": 1, "learning_rate": 3e-3},
-    "tiny": {"batch_size": 16, "steps": 700, "learning_rate": 3e-3, "warmup": 50, "val_every": 100},
+    "tiny": {"batch_size": 16, "steps": 600, "learning_rate": 3e-3, "warmup": 40, "val_every": 100},
 }
 AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2
 VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
@@ -267,7 +267,10 @@ def parse(argv: list[str]) -> tuple[Settings, set[str]]:
         raise UserError(f"unknown argument {shlex.quote(unknown[0])}{hint} (--help lists them all)")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     presets = PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
-    return _change(Settings(**presets), given), set(given)
+    asked = _change(Settings(**presets), given)
+    if "warmup" not in given and asked.steps:  # a preset's warm-up gives way to a run that is shorter than the preset's
+        asked = replace(asked, warmup=min(asked.warmup, asked.steps // 10))
+    return asked, set(given)
 
 
 def check(settings: Settings) -> None:

@@ -295,3 +295,11 @@ def test_numba_is_not_imported():
         "sys.exit('numba' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_presets_warmup_gives_way_to_a_shorter_run():
+    assert parse([])[0].warmup == PRESET_DEFAULTS["tiny"]["warmup"]
+    assert parse(["--steps", "20"])[0].warmup == 2
+    settings, _ = parse(["--steps", "20", "--warmup", "30"])
+    assert settings.warmup == 30
+    assert "--warmup 30" in error_of(check, settings)

@@ -348,7 +348,7 @@ def test_the_reference_curve(text, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_becomes_the_reference(text, tmp_path, monkeypatch):
-    """With the curve and the settings that `record` takes from a run, the same run stays quiet and a picture is kept."""
+    """`record` takes the curve, the settings that decide it and the picture from a run."""
     from llm_numba import reference
 
     monkeypatch.setattr(reference, "CURVE", tmp_path / "curve.json")
