@@ -35,7 +35,7 @@ WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
 BACKEND = {
     "jit": ("nothing_compiled",),
     "memory": ("allocate", "available_memory", "view", "to_host", "set_threads", "attention_specs", "scratch_size"),
-    "peak": ("peak_flops",),
+    "peak": ("peak_flops", "peak_bandwidth"),
 }
 
 

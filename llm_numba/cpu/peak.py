@@ -1,14 +1,17 @@
-"""What this machine can do at most, measured: the 100% of a step's "share of peak"."""
+"""What this machine can do at most, measured: the 100% of a "share of peak"."""
 
 import time
 
 import numpy as np
 from numba import config, get_num_threads, njit, prange
 
-from llm_numba.cpu.jit import PARALLEL
+from llm_numba.cpu.jit import PARALLEL, sum_of
+from llm_numba.cpu.memory import allocate, view
 from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile
 
 K = 256  # the tile's operands then stay in the L1 cache
+STREAM_FLOATS = 1 << 26  # 256 MiB an array: beyond any cache but the largest servers'
+BLOCK = 16384  # floats that one task streams
 
 
 @njit(**PARALLEL)
@@ -37,3 +40,64 @@ def peak_flops() -> float | None:
         run_tiles(out, a, b, repeats)
         seconds.append(time.perf_counter() - start)
     return 2.0 * threads * repeats * MR * NR * K / min(seconds)
+
+
+@njit(**PARALLEL)
+def stream_read(x, y, z):
+    """z[block] = the sum of a block of x."""
+    for block in prange(x.shape[0] // BLOCK):
+        z[block] = sum_of(x[block * BLOCK : (block + 1) * BLOCK])
+
+
+@njit(**PARALLEL)
+def stream_copy(x, y, z):
+    """z = x."""
+    for block in prange(x.shape[0] // BLOCK):
+        first, last = block * BLOCK, (block + 1) * BLOCK
+        a, c = x[first:last], z[first:last]
+        for i in range(BLOCK):
+            c[i] = a[i] + np.float32(1)  # a plain copy would become a call of memcpy
+
+
+@njit(**PARALLEL)
+def stream_add(x, y, z):
+    """z = x + y."""
+    for block in prange(x.shape[0] // BLOCK):
+        first, last = block * BLOCK, (block + 1) * BLOCK
+        a, b, c = x[first:last], y[first:last], z[first:last]
+        for i in range(BLOCK):
+            c[i] = a[i] + b[i]
+
+
+@njit(**PARALLEL)
+def stream_update(x, y, z):
+    """x += 1, in place."""
+    for block in prange(x.shape[0] // BLOCK):
+        a = x[block * BLOCK : (block + 1) * BLOCK]
+        for i in range(BLOCK):
+            a[i] += np.float32(1)
+
+
+STREAMS = {"read": (stream_read, 1), "copy": (stream_copy, 2), "add": (stream_add, 3), "update": (stream_update, 2)}
+
+
+def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
+    """Bytes per second that all threads together move between memory and the cores, by pattern; about 1 s.
+
+    "read": x; "copy": z = x; "add": z = x + y; "update": x in place. Each byte that the program reads or writes counts
+    once, as in STREAM. How fast memory is depends on the mix, and a write to what was not read first costs a read that
+    is not counted: an op is to be compared with the pattern that is its own. The best of several tries, taken in turn.
+    Source: McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"
+    """
+    x, y, z = (view(allocate(4 * floats), 0, (floats,), "float32") for _ in range(3))
+    for array in (x, y, z):
+        array.fill(1)  # the first write to a page makes it
+    best = dict.fromkeys(STREAMS, float("inf"))
+    for stream, _ in STREAMS.values():
+        stream(x[:BLOCK], y[:BLOCK], z[:BLOCK])
+    for _ in range(5):
+        for name, (stream, _) in STREAMS.items():
+            start = time.perf_counter()
+            stream(x, y, z)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 4 * floats * arrays / best[name] for name, (_, arrays) in STREAMS.items()}

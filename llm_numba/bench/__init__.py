@@ -1,0 +1,183 @@
+"""How fast it is, against what the machine can do and against PyTorch: python -m llm_numba.bench --against torch"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+
+from llm_numba.arena import format_bytes, layout, training_groups
+from llm_numba.bench import op_cases, races, tables
+from llm_numba.bench.worker import WorkerFailed, build_shim, torch_worker
+from llm_numba.config import PRESETS, GPT2Config, preset
+from llm_numba.errors import Parser, UserError
+from llm_numba.ops import get_ops
+from llm_numba.shards import write_whole
+from llm_numba.warmup import warm_up
+
+ROUNDS, QUICK_ROUNDS = 5, 2
+SAMPLED = 64  # tokens
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m llm_numba.bench",
+        description="Time each op, whole training steps and sampling, and compare them with what this machine can do "
+        "and with PyTorch. Tables go to the screen; run it on a machine that does nothing else.",
+    )
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where the ops run; default: %(default)s")
+    parser.add_argument("--against", choices=["torch"], help="time PyTorch too, in turn with ours")
+    parser.add_argument("--preset", choices=PRESETS, default="d12", help="the model; default: %(default)s")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["4x64", "4x256", "4x1024"],
+        metavar="BxT",
+        help="of the steps; default: 4x64 4x256 4x1024",
+    )
+    parser.add_argument("--threads", type=int, default=0, help="on both sides; default: all cores of this process")
+    parser.add_argument("--skip-ops", action="store_true", help="only whole steps and sampling")
+    parser.add_argument("--scaling", action="store_true", help="also the first shape's step on 1, 2, 4, ... threads")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--check", action="store_true", help="exit status 1 where a target (those of d12) is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured, each single time")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help=f"write the tables into this file, between {tables.BEGIN} and {tables.END}",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    config = preset(args.preset)
+    if args.check and args.preset != "d12":
+        raise UserError(f"--check: the targets are those of --preset d12, not of {args.preset}")
+    shapes = [parse_shape(text, config) for text in args.shapes]
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    if args.readme:
+        tables.read_around(args.readme)
+    if args.against and importlib.util.find_spec("torch") is None:
+        raise UserError("--against torch: PyTorch is not installed; install it with: pip install torch")
+    if numba.config.DISABLE_JIT:
+        raise UserError("NUMBA_DISABLE_JIT is set, and plain Python has no speed to measure: unset it")
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 0 <= args.threads <= most:
+        raise UserError(f"--threads {args.threads}: must be 0 to {most}, the cores that this process may use")
+    ops = get_ops(args.device)
+    for B, T in shapes:
+        check_memory(ops, config, B, T)
+
+    ops.set_threads(args.threads)
+    warm_up(ops)
+    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    results = new_results(args.preset, args.threads or most)
+    races.measure_machine(ops, results)
+    with torch_builds(bool(args.against), results) as builds:
+        if not args.skip_ops:
+            races.run_ops(ops, config, op_cases.op_list(config), rounds, builds, results)
+        for B, T in shapes:
+            races.run_step(ops, config, B, T, rounds, builds, results)
+        races.run_sampling(ops, config, min(SAMPLED, config.max_seq_len), rounds, builds, results)
+    if args.scaling:
+        races.run_scaling(ops, config, *shapes[0], rounds, results)
+    races.measure_machine(ops, results)
+    return deliver(args, results)
+
+
+def deliver(args: argparse.Namespace, results: dict) -> int:
+    """Print the tables and write the files asked for; returns the exit status."""
+    text = tables.report(results)
+    print(text)
+    if args.json:
+        write_whole(args.json, json.dumps(results, indent=1).encode() + b"\n")
+    if args.readme:
+        tables.write_readme(args.readme, text)
+    if not args.check:
+        return 0
+    found = tables.verdicts(results)
+    print("", *tables.verdict_table(found), sep="\n")
+    return 0 if all(verdict.met for verdict in found) else 1
+
+
+def parse_shape(text: str, config: GPT2Config) -> tuple[int, int]:
+    """ "4x64" -> (4, 64)"""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise UserError(f"--shapes {text}: expected BATCHxTOKENS, as in 4x64")
+    B, T = map(int, text.split("x"))
+    if T > config.max_seq_len:
+        raise UserError(f"--shapes {text}: the model's context is {config.max_seq_len} tokens; give no more")
+    return B, T
+
+
+def check_memory(ops, config: GPT2Config, B: int, T: int) -> None:
+    _, needed = layout(training_groups(config, B, T, ops), config.num_layers, "reuse")
+    available = ops.available_memory()
+    if needed > available:
+        raise UserError(
+            f"--shapes {B}x{T}: our side alone needs {format_bytes(needed)}, but {format_bytes(available)} of memory "
+            "are available; give a smaller shape"
+        )
+
+
+def new_results(name: str, threads: int) -> dict:
+    """The machine and the versions, and room for what is measured."""
+    features = llvm.get_host_cpu_features()
+    widths = {"avx512f": 512, "avx2": 256, "sse2": 128, "neon": 128}
+    return {
+        "date": date.today().isoformat(),
+        "preset": name,
+        "threads": threads,
+        "cpu": f"{cpu_model()} ({llvm.get_host_cpu_name()})",
+        "vector_bits": next((bits for feature, bits in widths.items() if features.get(feature)), 0),
+        "versions": f"Python {platform.python_version()}, numba {version('numba')}",
+        "peak_flops": 0.0,
+        "bandwidth": {},
+        "builds": [],
+        "no_build": {},
+        "rows": [],
+        "scaling": [],
+    }
+
+
+def cpu_model() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def torch_builds(wanted: bool, results: dict) -> Iterator[dict[str, Path | None]]:
+    """Of each build of PyTorch the library to preload, or None; results learn of the builds, and why one is absent."""
+    if not wanted:
+        yield {}
+        return
+    try:
+        with torch_worker() as ask:
+            about = ask("start", threads=results["threads"])
+    except WorkerFailed as error:
+        raise UserError(f"--against torch: PyTorch does not start ({error}); reinstall it") from error
+    results["versions"] += f", torch {about['version']}"
+    builds: dict[str, Path | None] = {"torch": None}
+    with tempfile.TemporaryDirectory() as folder:
+        shim, why = build_shim(Path(folder), llvm.get_host_cpu_name(), llvm.get_host_cpu_features())
+        if shim and about["mkl"]:
+            builds["avx512"] = shim
+        else:
+            results["no_build"]["avx512"] = why or "this PyTorch does not use MKL"
+        results["builds"] = list(builds)
+        yield builds

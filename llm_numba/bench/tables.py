@@ -1,0 +1,208 @@
+"""What the benchmark's numbers say: the tables, the targets, and the README between its markers.
+
+A row is a dict: name and shape; flops, or bytes and pattern; times, the seconds of every run by column; absent, why a
+column has none; memory, the bytes that a step took by column. The columns are "ours" and, for each build of PyTorch
+("torch", "avx512"), that build "eager" and "compiled".
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from llm_numba.arena import format_bytes
+from llm_numba.errors import UserError
+from llm_numba.shards import write_whole
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BUILDS = {"torch": "PyTorch as installed", "avx512": "PyTorch with MKL's AVX-512 path"}
+MODES = ("eager", "compiled")
+
+# GPT-2 124M: at most this share of PyTorch's time, as installed and with MKL's AVX-512 path
+STEP_RATIOS = {"4 x 64": (0.33, 0.52), "4 x 256": (0.35, 0.77), "4 x 1024": (0.32, 0.57)}
+SAMPLING_RATIOS = (0.7, 0.7)
+MEMORY_RATIO = 1.0
+# at least this share of what the machine can do
+STEP_SHARES = {"4 x 64": 0.75}
+MATMUL_SHARE, VOCABULARY_SHARE, BANDWIDTH_SHARE = 0.85, 0.80, 0.80
+AT_BANDWIDTH = ("layernorm", "gelu", "residual", "adamw")
+
+
+class Verdict(NamedTuple):
+    """A target, and whether what was measured (None: nothing) meets it."""
+
+    target: str
+    bound: float
+    measured: float | None
+    met: bool
+
+
+def ours(row: dict) -> float:
+    return median(row["times"]["ours"])
+
+
+def theirs(row: dict, build: str) -> float | None:
+    """The faster of eager and compiled; None where neither ran."""
+    return min((median(row["times"][c]) for m in MODES if (c := f"{build} {m}") in row["times"]), default=None)
+
+
+def ratio(row: dict, build: str) -> float | None:
+    """Our time over PyTorch's: below 1 ours is faster."""
+    return ours(row) / other if (other := theirs(row, build)) else None
+
+
+def memory_ratio(row: dict, build: str) -> float | None:
+    """Our peak memory over the smaller of PyTorch's, eager and compiled."""
+    other = min((b for m in MODES if (b := row["memory"].get(f"{build} {m}"))), default=None)
+    return row["memory"]["ours"] / other if other and row["memory"].get("ours") else None
+
+
+def share(row: dict, results: dict) -> float:
+    """Of the machine's measured peak, or of its measured bandwidth for the row's pattern."""
+    if row["flops"]:
+        return row["flops"] / ours(row) / results["peak_flops"]
+    return row["bytes"] / ours(row) / results["bandwidth"][row["pattern"]]
+
+
+def verdicts(results: dict) -> list[Verdict]:
+    """Every target that the results have a row for."""
+    found = []
+
+    def at_most(what, value, bound):
+        found.append(Verdict(f"{what}: at most", bound, value, value is not None and value <= bound))
+
+    def at_least(what, value, bound):
+        found.append(Verdict(f"{what}: at least", bound, value, value >= bound))
+
+    for row in results["rows"]:
+        name = f"{row['name']} {row['shape']}"
+        bounds = {"step": STEP_RATIOS.get(row["shape"]), "sampling": SAMPLING_RATIOS}.get(row["name"])
+        for build, bound in zip(BUILDS, bounds or (), strict=False):
+            if build in results["builds"]:
+                at_most(f"{name}, time over that of {BUILDS[build]}", ratio(row, build), bound)
+        if row["name"] == "step":
+            for build in results["builds"]:
+                at_most(f"{name}, memory over that of {BUILDS[build]}", memory_ratio(row, build), MEMORY_RATIO)
+            if row["shape"] in STEP_SHARES:
+                at_least(f"{name}, share of peak", share(row, results), STEP_SHARES[row["shape"]])
+        if row["name"].startswith("matmul"):
+            bound = VOCABULARY_SHARE if row["vocabulary"] else MATMUL_SHARE
+            at_least(f"{name}, share of peak", share(row, results), bound)
+        if row["name"].startswith(AT_BANDWIDTH):
+            at_least(f"{name}, share of bandwidth", share(row, results), BANDWIDTH_SHARE)
+    return found
+
+
+def report(results: dict) -> str:
+    """Everything, as Markdown that also reads well on a screen."""
+    moves = ", ".join(f"{name} {1e-9 * rate:.1f}" for name, rate in results["bandwidth"].items())
+    lines = [
+        f"{results['date']}, {results['preset']}, fp32: {results['cpu']}, {results['threads']} threads, "
+        f"{results['vector_bits']}-bit vectors; measured peak {1e-9 * results['peak_flops']:.0f} GFLOP/s, "
+        f"memory GB/s {moves}; {results['versions']}.",
+        "",
+        "Milliseconds are medians, with the least and the most in brackets; all columns ran in turn, round after "
+        "round. Rates count what the docstrings count. A ratio is our time over PyTorch's, eager or compiled, the "
+        "better; memory is what a step adds to the process at its peak.",
+    ]
+    lines += [f"{build}: {BUILDS[build]}." for build in results["builds"]]
+    lines += [f"{build}, {BUILDS[build]}: absent, {why}." for build, why in results["no_build"].items()]
+    whole = [row for row in results["rows"] if row["name"] in ("step", "sampling")]
+    single = [row for row in results["rows"] if row not in whole]
+    for rows in (whole, single):
+        lines += ["", *speed_table(rows, results)] if rows else []
+    lines += ["", *memory_table(whole)] if whole else []
+    if results["scaling"]:
+        lines += ["", *scaling_table(results["scaling"])]
+    reasons = dict.fromkeys(why for row in results["rows"] for why in row["absent"].values())
+    lines += [line for why in reasons for line in ("", f"failed: {why}")]
+    return "\n".join(lines)
+
+
+def speed_table(rows: list[dict], results: dict) -> list[str]:
+    """A line for each row; columns in which no row has anything are left out."""
+    columns: dict[str, Callable] = {
+        "": lambda row: f"{row['name']} {row['shape']}",
+        "ours, ms": lambda row: milliseconds(row, "ours"),
+        "rate": rate,
+        "share of": lambda row: f"{share(row, results):.0%} {'peak' if row['flops'] else row['pattern']}",
+    }
+    for build in results["builds"]:
+        for mode in MODES:
+            columns[f"{build} {mode}, ms"] = lambda row, c=f"{build} {mode}": milliseconds(row, c)
+        columns[f"ours / {build}"] = lambda row, b=build: number(ratio(row, b))
+    cells = {header: [cell(row) for row in rows] for header, cell in columns.items()}
+    kept = {header: column for header, column in cells.items() if any(column)}
+    return table(list(kept), zip(*kept.values(), strict=True))
+
+
+def memory_table(rows: list[dict]) -> list[str]:
+    columns = dict.fromkeys(column for row in rows for column in row["memory"])
+    lines = [[f"{row['name']} {row['shape']}", *(size(row["memory"].get(c)) for c in columns)] for row in rows]
+    return table(["memory", *columns], lines)
+
+
+def scaling_table(rows: list[dict]) -> list[str]:
+    """rows: threads, and the times of a step on so many."""
+    one = median(rows[0]["times"])
+    lines = []
+    for row in rows:
+        speed_up = one / median(row["times"])
+        lines.append([str(row["threads"]), spread(row["times"]), f"{speed_up:.2f}", f"{speed_up / row['threads']:.0%}"])
+    return table([f"threads, step {rows[0]['shape']}", "ms", "speed-up", "efficiency"], lines)
+
+
+def verdict_table(found: list[Verdict]) -> list[str]:
+    lines = [
+        [v.target, f"{v.bound:.2f}", number(v.measured) or "not measured", "met" if v.met else "MISSED"] for v in found
+    ]
+    return table(["target", "bound", "measured", ""], lines)
+
+
+def table(headers: list[str], lines: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table; the first column on the left, numbers on the right."""
+    lines = [headers, *lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = widths
+    text = ["| " + " | ".join([head.ljust(first), *map(str.rjust, cells, others)]) + " |" for head, *cells in lines]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return [text[0], rule, *text[1:]]
+
+
+def spread(times: list[float]) -> str:
+    """The median in milliseconds, (least to most)."""
+    return "{:.4g} ({:.4g}-{:.4g})".format(*(1e3 * t for t in (median(times), min(times), max(times))))
+
+
+def milliseconds(row: dict, column: str) -> str:
+    return spread(row["times"][column]) if column in row["times"] else "failed" if column in row["absent"] else ""
+
+
+def rate(row: dict) -> str:
+    work, unit = (row["flops"], "GFLOP/s") if row["flops"] else (row["bytes"], "GB/s")
+    return f"{1e-9 * work / ours(row):.1f} {unit}"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def size(nbytes: int | None) -> str:
+    return "" if nbytes is None else format_bytes(nbytes)
+
+
+def read_around(path: Path) -> tuple[str, str]:
+    """The text before and after the table; a UserError where a file does not have each marker once, in order."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme {path}: cannot be read ({error})") from error
+    if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
+        raise UserError(f"--readme {path}: put {BEGIN} and, below it, {END} where the table is to go, once each")
+    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+
+
+def write_readme(path: Path, text: str) -> None:
+    """The file's text between the markers = text."""
+    before, after = read_around(path)
+    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())

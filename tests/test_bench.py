@@ -1,0 +1,429 @@
+"""The benchmark: its arithmetic on made-up results, its refusals, and one small real run."""
+
+import ctypes
+import json
+import shutil
+import stat
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+from training import random_parameters, set_parameters
+
+from llm_numba import bench
+from llm_numba.arena import Arena
+from llm_numba.bench import measuring, op_cases, races, tables, worker
+from llm_numba.bench.tables import BEGIN, END
+from llm_numba.config import preset
+from llm_numba.cpu import peak
+from llm_numba.errors import UserError
+from llm_numba.ops import WRITES, get_ops
+
+NANO = preset("nano")
+SMALL = op_cases.op_list(NANO, rows=64, matmul_rows=(9,), attention_T=(8,))
+
+
+def row(name, shape, ours, flops=0.0, nbytes=0, pattern="", memory=None, vocabulary=False, **times):
+    made = races.new_row(name, shape, flops, nbytes, pattern)
+    made["times"] = {"ours": ours} | {column.replace("_", " "): taken for column, taken in times.items()}
+    return made | {"memory": memory or {}, "vocabulary": vocabulary}
+
+
+def results(*rows, builds=("torch", "avx512")):
+    made = bench.new_results("d12", 2)
+    made |= {"rows": list(rows), "builds": list(builds), "peak_flops": 100.0}
+    return made | {"bandwidth": {"read": 10.0, "copy": 20.0, "add": 30.0, "update": 40.0}}
+
+
+# --- what the numbers say
+
+
+def test_ratio_is_of_medians_to_the_faster_of_eager_and_compiled():
+    r = row("step", "4 x 64", [1, 2, 90], torch_eager=[8, 8, 1], torch_compiled=[5, 4, 4], avx512_eager=[10])
+    assert tables.ratio(r, "torch") == 2 / 4
+    assert tables.ratio(r, "avx512") == 2 / 10
+    assert tables.ratio(row("step", "4 x 64", [1]), "torch") is None
+
+
+def test_memory_ratio_is_to_the_smaller_of_eager_and_compiled():
+    memory = {"ours": 30, "torch eager": 60, "torch compiled": 40, "avx512 eager": None}
+    r = row("step", "4 x 64", [1], memory=memory)
+    assert tables.memory_ratio(r, "torch") == 30 / 40
+    assert tables.memory_ratio(r, "avx512") is None
+
+
+def test_share_of_peak_or_of_the_pattern_s_bandwidth():
+    assert tables.share(row("matmul_forward", "", [2.0, 2, 9], flops=50), results()) == 0.25
+    assert tables.share(row("gelu_forward", "", [2.0], nbytes=30, pattern="add"), results()) == 0.5
+
+
+@pytest.mark.parametrize(
+    "made, missed",
+    [
+        (row("step", "4 x 64", [3.3], flops=250.0, torch_eager=[10], avx512_eager=[7]), 0),
+        (row("step", "4 x 64", [3.3], flops=240.0, torch_eager=[10], avx512_eager=[7]), 1),
+        (row("step", "4 x 64", [3.3], flops=250.0, torch_eager=[9.9], avx512_eager=[7]), 1),
+        (row("step", "4 x 64", [3.3], flops=250.0, torch_eager=[10], avx512_eager=[6]), 1),
+        (row("step", "4 x 64", [3.3], flops=250.0, torch_eager=[10]), 1),
+        (row("step", "4 x 256", [3.5], flops=1.0, torch_eager=[10], avx512_eager=[4.6]), 0),
+        (row("step", "4 x 256", [3.6], flops=1.0, torch_eager=[10], avx512_eager=[4.6]), 2),
+        (row("step", "4 x 1024", [3.2], flops=1.0, torch_eager=[10], avx512_eager=[5.7]), 0),
+        (row("step", "4 x 1024", [3.3], flops=1.0, torch_eager=[10], avx512_eager=[5.7]), 2),
+        (row("step", "2 x 32", [9.0], flops=1.0, torch_eager=[1]), 0),
+        (row("sampling", "64 tokens", [7.0], nbytes=1, pattern="read", torch_eager=[10], avx512_eager=[10]), 0),
+        (row("sampling", "64 tokens", [8.0], nbytes=1, pattern="read", torch_eager=[10], avx512_eager=[10]), 2),
+        (row("matmul_forward", "", [1.0], flops=86), 0),
+        (row("matmul_backward", "", [1.0], flops=84), 1),
+        (row("matmul_backward", "", [1.0], flops=81, vocabulary=True), 0),
+        (row("matmul_backward", "", [1.0], flops=79, vocabulary=True), 1),
+        (row("adamw_update", "", [1.0], nbytes=33, pattern="update"), 0),
+        (row("adamw_update", "", [1.0], nbytes=31, pattern="update"), 1),
+        (row("layernorm_backward", "", [1.0], nbytes=31, pattern="update"), 1),
+        (row("gelu_backward", "", [1.0], nbytes=23, pattern="add"), 1),
+        (row("residual_forward", "", [1.0], nbytes=23, pattern="add"), 1),
+        (row("encoder_backward", "", [1.0], nbytes=1, pattern="update"), 0),  # no target
+    ],
+    ids=lambda x: f"{x['name']} {x['shape']}" if isinstance(x, dict) else str(x),
+)
+def test_targets(made, missed):
+    small = {"ours": 1, "torch eager": 1, "avx512 eager": 1}
+    found = tables.verdicts(results(made | {"memory": small if made["name"] == "step" else {}}))
+    assert sum(not verdict.met for verdict in found) == missed, tables.verdict_table(found)
+
+
+def test_memory_target_and_a_build_that_is_absent():
+    memory = {"ours": 41, "torch eager": 40}
+    made = row("step", "4 x 64", [1.0], flops=90.0, torch_eager=[10], memory=memory)
+    missed = [v for v in tables.verdicts(results(made, builds=["torch"])) if not v.met]
+    assert [(v.measured, v.bound) for v in missed] == [(41 / 40, 1.0)]
+    assert all(v.met for v in tables.verdicts(results(made | {"memory": {}}, builds=[])))
+
+
+def test_report():
+    step = row("step", "4 x 64", [0.5, 0.25, 1.0], flops=25.0, torch_eager=[2.0], memory={"ours": 1536})
+    step["absent"] = {"torch compiled": "no C++ compiler"}
+    made = results(step, row("gelu_forward", "n=3", [1.0], nbytes=10**9, pattern="read"), builds=["torch"])
+    made |= {"no_build": {"avx512": "this processor has no AVX-512"}, "peak_flops": 2e11}
+    made["scaling"] = [{"shape": "4 x 64", "threads": n, "times": [t]} for n, t in ((1, 3.0), (2, 2.0))]
+    text = tables.report(made)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| | ours, ms | rate | share of | torch eager, ms | torch compiled, ms | ours / torch |" in lines
+    assert "| step 4 x 64 | 500 (250-1000) | 0.0 GFLOP/s | 0% peak | 2000 (2000-2000) | failed | 0.250 |" in lines
+    assert "| | ours, ms | rate | share of |" in lines  # of the ops: PyTorch has no times, so no columns
+    assert "| step 4 x 64 | 1.5 KiB |" in lines
+    assert "| 2 | 2000 (2000-2000) | 1.50 | 75% |" in lines
+    assert "failed: no C++ compiler" in lines
+    assert "avx512, PyTorch with MKL's AVX-512 path: absent, this processor has no AVX-512." in lines
+    assert "measured peak 200 GFLOP/s" in text and "2 threads" in text and made["cpu"] in text and made["date"] in text
+
+
+def test_table_is_aligned_markdown():
+    assert tables.table(["op", "ms"], [["gelu", "1"], ["a", "100"]]) == [
+        "| op   |  ms |",
+        "|------|----:|",
+        "| gelu |   1 |",
+        "| a    | 100 |",
+    ]
+
+
+@pytest.mark.parametrize("check, seconds, status", [(True, 1.0, 1), (True, 0.1, 0), (False, 1.0, 0)])
+def test_exit_status_and_files(tmp_path, capsys, check, seconds, status):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"a\n{BEGIN}\n{END}\nb")
+    made = results(row("matmul_forward", "R=1", [seconds], flops=9.0))
+    args = SimpleNamespace(check=check, json=tmp_path / "out.json", readme=readme)
+    assert bench.deliver(args, made) == status
+    printed = capsys.readouterr().out
+    assert ("MISSED" in printed, "met" in printed) == (status == 1, check and status == 0)
+    assert json.loads((tmp_path / "out.json").read_text()) == made
+    assert tables.report(made) in readme.read_text()
+
+
+# --- the README
+
+
+def test_readme_is_written_between_the_markers_again_and_again(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter – é\n", encoding="utf-8")
+    for _ in range(2):
+        tables.write_readme(readme, "| new |")
+        assert readme.read_text(encoding="utf-8") == f"before\n\n{BEGIN}\n| new |\n{END}\n\nafter – é\n"
+
+
+@pytest.mark.parametrize("text", ["none", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_readme_without_its_markers_is_refused_and_kept(tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(UserError, match="--readme .*bench:begin"):
+        tables.write_readme(readme, "new")
+    assert readme.read_text() == text
+
+
+# --- the command line
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--shapes 4by64", "--shapes 4by64: expected"),
+        ("--shapes 0x64", "--shapes 0x64: expected"),
+        ("--shapes 4x2000", "context is 1024"),
+        ("--shapes 99999x1024", "of memory are available"),
+        ("--preset nano --check", "--check: the targets are those of --preset d12"),
+        ("--json /no/such/folder/x.json", "there is no folder"),
+        ("--readme /no/such/README.md", "cannot be read"),
+        ("--threads 99999", "--threads 99999: must be 0 to"),
+        ("--threads -1", "--threads -1: must be 0 to"),
+        ("--against torch", "pip install torch"),
+    ],
+)
+def test_refusals(monkeypatch, line, message):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "warm_up", lambda ops: pytest.fail("it started"))
+    with pytest.raises(UserError, match=message):
+        bench.main(line.split())
+
+
+# --- MKL's AVX-512 path
+
+
+@pytest.mark.parametrize(
+    "cpu, features, platform, path, why",
+    [
+        ("skylake-avx512", {"avx512f": True}, "linux", None, "not needed"),
+        ("znver3", {"avx512f": False}, "linux", None, "has no AVX-512"),
+        ("znver4", {"avx512f": True}, "win32", None, "on Linux only"),
+        ("znver4", {"avx512f": True}, "linux", "", "no C compiler"),
+    ],
+)
+def test_why_there_is_no_shim(monkeypatch, tmp_path, cpu, features, platform, path, why):
+    monkeypatch.setattr(sys, "platform", platform)
+    if path is not None:
+        monkeypatch.setenv("PATH", path)
+    library, reason = worker.build_shim(tmp_path, cpu, features)
+    assert library is None and why in reason
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert worker.build_shim(tmp_path, "znver4", {"avx512f": True}) == (None, f"{compiler} failed: no headers")
+
+
+@pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("cc")), reason="needs Linux and a C compiler")
+def test_the_shim_says_yes(tmp_path):
+    library, why = worker.build_shim(tmp_path, "znver4", {"avx512f": True})
+    assert not why and ctypes.CDLL(str(library)).mkl_serv_intel_cpu_true() == 1
+
+
+# --- measuring
+
+
+def test_measure_leaves_out_the_first_of_several(monkeypatch):
+    clock, durations = [0.0], iter([5.0, 1.0, 1.5, 2.0, 9.0])
+
+    def run():
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    assert measuring.measure(run, 8.0) == [1.0, 1.5, 2.0]
+    assert measuring.measure(run, 8.0) == [9.0]
+
+
+def test_measure_stops_in_the_end():
+    assert len(measuring.measure(lambda: None, 1e9)) == measuring.MOST_RUNS - 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_what_is_gone_again():
+    before, nbytes = measuring.resident(), 1 << 28
+    np.ones(2 * nbytes, np.uint8)  # an earlier peak
+    found = measuring.peak_memory(lambda: np.ones(nbytes, np.uint8), before)
+    assert found == pytest.approx(nbytes, rel=0.1)
+
+
+def test_race_takes_turns_and_goes_on_without_one_that_fails():
+    order = []
+
+    def turn(name):
+        def run(seconds):
+            order.append(name)
+            if order.count("b") == 2 and name == "b":
+                raise worker.WorkerFailed("out of memory")
+            return [seconds]
+
+        return run
+
+    times, absent = races.race("", {name: turn(name) for name in "abc"}, 3, 0.5)
+    assert order == list("abcabcac")
+    assert times == {"a": [0.5] * 3, "c": [0.5] * 3} and absent == {"b": "out of memory"}
+
+
+@pytest.mark.compiled
+def test_bandwidth():
+    x, y, z = (np.full(2 * peak.BLOCK, value, np.float32) for value in (1, 2, 0))
+    peak.stream_read(x, y, z)
+    assert z[:2].tolist() == [peak.BLOCK] * 2
+    peak.stream_copy(x, y, z)
+    assert (z == 2).all()
+    peak.stream_add(x, y, z)
+    assert (z == 3).all()
+    peak.stream_update(x, y, z)
+    assert (x == 2).all()
+    found = peak.peak_bandwidth(4 * peak.BLOCK)
+    assert list(found) == ["read", "copy", "add", "update"] and min(found.values()) > 1e6
+
+
+# --- the ops, which are checked before they are timed
+
+
+def test_op_list_has_gpt2_s_matmuls_and_every_op():
+    cases = op_cases.op_list(preset("d12"))
+    matmuls = {tuple(sizes.values()) for op, sizes in cases if op == "matmul_backward"}
+    shapes = [(768, 2304, True), (768, 768, True), (768, 3072, True), (3072, 768, True), (768, 50304, False)]
+    assert matmuls == {(R, *shape) for R in (256, 1024) for shape in shapes}
+    left_out = {"zero", "to_device", "residual_backward", "attention_cached_forward"}
+    assert {op for op, _ in cases} == set(WRITES) - left_out
+    for op, sizes in cases:  # beyond the cache
+        if "B" in sizes and "attention" not in op and op != "fused_classifier":
+            assert sizes["B"] * sizes["T"] == 16384
+
+
+CHECKED = {
+    (op, name): sizes
+    for op, sizes in SMALL
+    for name in WRITES[op]
+    if name not in ("mean", "rstd", "att") and not (name == "dbias" and not sizes.get("bias", True))
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("op, name", CHECKED)
+def test_an_op_with_a_wrong_result_is_not_timed(op, name):
+    ops, sizes = get_ops("cpu"), CHECKED[op, name]
+    op_cases.build(ops, op, sizes, NANO)
+    right, position = getattr(ops, op), WRITES[op].index(name)
+    if op == "adamw_update":
+        position = {"param": 0, "m": 2, "v": 3}[name]
+
+    def wrong(*args):
+        right(*args)
+        args[position].reshape(-1)[...] *= 1.01
+
+    setattr(ops, op, wrong)
+    with pytest.raises(AssertionError, match=f"{op} .*differs from NumPy"):
+        op_cases.build(ops, op, sizes, NANO)
+
+
+# --- PyTorch's side
+
+
+def test_a_process_that_ends_is_told_with_its_last_words(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho something >&2\necho cannot load torch >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with worker.torch_worker() as ask, pytest.raises(worker.WorkerFailed, match="status 3: cannot load"):
+        ask("start", threads=1)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError])
+def test_no_process_is_left_behind(monkeypatch, tmp_path, failure):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 20\nexit\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(failure), worker.torch_worker():
+        while len(started := set(psutil.Process().children(recursive=True)) - before) < 2:
+            time.sleep(0.01)  # until it has a child of its own, as while it compiles
+        start = time.perf_counter()
+        raise failure
+    assert time.perf_counter() - start < 10
+    assert all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in started)
+
+
+def torch_model(torch_side, torch, config, parameters):
+    """torch_side's GPT2 with these parameters, which have llm.c's names and those of the layers stacked."""
+    found = torch_side.GPT2(races.sizes_of(config))
+
+    def fill(module, name, values):
+        getattr(module, "weight" if name.endswith("w") else "bias").copy_(torch.tensor(values))
+
+    with torch.no_grad():
+        found.wte.weight.copy_(torch.tensor(parameters.pop("wte")))
+        found.wpe.weight.copy_(torch.tensor(parameters.pop("wpe")))
+        for name in ("lnfw", "lnfb"):
+            fill(found.lnf, name, parameters.pop(name))
+        for name, stacked in parameters.items():
+            for layer, values in zip(found.layers, stacked, strict=True):
+                fill(getattr(layer, name[:-1]), name, values)
+    return found
+
+
+@pytest.mark.compiled
+def test_both_sides_do_the_same(monkeypatch):
+    """From the same parameters, on the same batch: the same losses step after step, and the same text."""
+    torch = pytest.importorskip("torch")
+    from llm_numba.bench import torch_side
+
+    config = preset("nano", vocab_size=256)  # no padding, which PyTorch's softmax would take in
+    arenas = []
+    monkeypatch.setattr(races, "Arena", lambda *args: arenas.append(Arena(*args)) or arenas[-1])
+    ops = get_ops("cpu")
+    step, sampling = races.new_step(ops, config, 2, 16), races.new_sampling(ops, config, 20)
+    parameters = random_parameters(config, np.random.default_rng(1))  # far from the start: gradients are clipped
+    parameters["wpe"] *= 4  # else the likeliest token is the last one, again and again
+    for arena in arenas:
+        set_parameters(arena, parameters)
+    tokens = arenas[0].tensors["inputs", "tokens"]
+    stream = torch.tensor(np.hstack([tokens, arenas[0].tensors["inputs", "targets"][:, -1:]]), dtype=torch.long)
+    model = torch_model(torch_side, torch, config, parameters)
+    monkeypatch.setattr(torch_side, "GPT2", lambda sizes: model)
+    monkeypatch.setattr(torch, "randint", lambda *args: stream)
+
+    torch_side.prepare_sampling(races.sizes_of(config), 20)
+    text = sampling()
+    assert torch_side.runs["eager"]() == text and len(set(text)) > 5
+    torch_side.prepare_step(races.sizes_of(config), 2, 16)
+    losses = [step() for _ in range(20)]
+    assert losses[0] - losses[-1] > 0.01  # AdamW at 1e-4; a learning rate wrong by 1% changes the last by 1e-4
+    assert arenas[0].tensors["inputs", "grad_scale"][0] < 0.9
+    theirs = [torch_side.runs["eager"]() for _ in range(20)]
+    assert theirs == pytest.approx(losses, abs=4e-6)  # of 10: a few roundings; GELU's other form is off by 9e-6
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert norm.item() == pytest.approx(1.0, abs=1e-3)  # as clipped; Adam itself hardly sees a gradient's scale
+
+
+@pytest.mark.compiled
+def test_a_small_run(monkeypatch):
+    """Real processes and every kind of row; a mode that cannot run says why, in its place."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(tables, "MODES", ("eager", "another"))
+    monkeypatch.setattr(races, "OP_SECONDS", 0.001)
+    monkeypatch.setattr(races, "STEP_SECONDS", 0.001)
+    ops, made, builds = get_ops("cpu"), results(builds=["torch"]), {"torch": None}
+    races.run_ops(ops, NANO, SMALL, 1, builds, made)
+    races.run_step(ops, NANO, 2, 8, 2, builds, made)
+    races.run_sampling(ops, NANO, 3, 1, builds, made)
+    races.run_scaling(ops, NANO, 2, 8, 1, made)
+    *rows, step, sampling = made["rows"]
+    assert [row["name"] for row in rows] == [op for op, _ in SMALL]
+    assert all(set(row["times"]) == {"ours", "torch eager"} and not row["absent"] for row in rows)
+    for row in (step, sampling):
+        assert set(row["times"]) == {"ours", "torch eager"} and row["absent"] == {
+            "torch another": "KeyError: 'another'"
+        }
+    assert all(min(times) > 0 for row in made["rows"] for times in row["times"].values())
+    if sys.platform == "linux":
+        assert step["memory"]["torch eager"] > 1e5
+    assert [row["threads"] for row in made["scaling"]] == [1, 2]
+    json.dumps(made)
+    assert tables.report(made).count("failed") == 3
+    assert not psutil.Process().children()
