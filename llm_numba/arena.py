@@ -131,15 +131,15 @@ def input_specs(B: int, T: int) -> list[TensorSpec]:
     ]
 
 
-def training_groups(config: GPT2Config, B: int, T: int, backend: SimpleNamespace) -> Groups:
-    """Everything that training needs, group by group."""
+def training_groups(config: GPT2Config, B: int, T: int, backend: SimpleNamespace, attention: str) -> Groups:
+    """Everything that training needs, group by group; attention: what that op saves, as under a plan of this name."""
     parameters = parameter_specs(config)
     return {
         "parameters": parameters,
         "gradients": [spec._replace(name="d" + spec.name) for spec in parameters],
         "m": parameters,
         "v": parameters,
-        "activations": activation_specs(config, B, T, backend.attention_specs(config, B, T)),
+        "activations": activation_specs(config, B, T, backend.attention_specs(config, B, T, attention)),
         "activation gradients": activation_gradient_specs(config, B, T),
         "inputs": input_specs(B, T),
         "scratch": [TensorSpec("scratch", (backend.scratch_size(config, B, T),))],

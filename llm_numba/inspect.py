@@ -102,7 +102,7 @@ def build(args, ops) -> tuple[Arena, object]:
     groups = ("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
 
     def allocate(config, T):
-        needed = training_groups(config, args.batch_size, T, ops)
+        needed = training_groups(config, args.batch_size, T, ops, "keep")
         check_memory(
             needed, settings.Settings(batch_size=args.batch_size, sequence_length=T, check_finite=True), config, ops
         )

@@ -13,12 +13,17 @@ VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 
 
 def plan_of(s: Settings) -> str:
-    """--check-finite names tensors, so none may share memory with another."""
-    return "keep" if s.check_finite else "reuse"
+    """Who looks inside gets every tensor in memory of its own."""
+    return "keep" if s.check_finite or s.no_jit or s.interpret else "reuse"
+
+
+def attention_of(s: Settings) -> str:
+    """Who steps through attention sees all its weights; --check-finite computes what the run did, bit for bit."""
+    return "keep" if s.no_jit or s.interpret else "reuse"
 
 
 def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
-    return training_groups(config, s.batch_size, T, ops) | sample.sampling_groups(config, ops)
+    return training_groups(config, s.batch_size, T, ops, attention_of(s)) | sample.sampling_groups(config, ops)
 
 
 def plan_memory(s: Settings, ops) -> None:

@@ -45,7 +45,9 @@ def only(ops, names) -> SimpleNamespace:
 def run_everything(ops) -> None:
     """Call every op at least once, with the types that training and sampling use."""
     config, T = preset("nano", max_seq_len=sample.CHUNK + 1), sample.CHUNK
-    arena = Arena(training_groups(config, 1, T, ops) | sample.sampling_groups(config, ops), config, "reuse", ops)
+    arena = Arena(
+        training_groups(config, 1, T, ops, "reuse") | sample.sampling_groups(config, ops), config, "reuse", ops
+    )
     m = arena.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
     ops.to_device(m.step, 1)
     model.forward(ops, m)

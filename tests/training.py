@@ -11,9 +11,10 @@ from llm_numba.arena import Arena, parameter_specs, training_groups
 NAMESPACE = ("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
 
 
-def new_run(ops, config, B, T, plan, more_groups=None):
-    """An arena for training, and what a step needs of it."""
-    arena = Arena(training_groups(config, B, T, ops) | (more_groups or {}), config, plan, ops)
+def new_run(ops, config, B, T, plan, more_groups=None, attention=None):
+    """An arena for training, and what a step needs of it; attention keeps what it does under `plan`, unless told."""
+    groups = training_groups(config, B, T, ops, attention or plan)
+    arena = Arena(groups | (more_groups or {}), config, plan, ops)
     return SimpleNamespace(
         ops=ops,
         arena=arena,

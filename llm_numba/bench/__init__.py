@@ -123,7 +123,7 @@ def parse_shape(text: str, config: GPT2Config) -> tuple[int, int]:
 
 
 def check_memory(ops, config: GPT2Config, B: int, T: int) -> None:
-    _, needed = layout(training_groups(config, B, T, ops), config.num_layers, "reuse")
+    _, needed = layout(training_groups(config, B, T, ops, "reuse"), config.num_layers, "reuse")
     available = ops.available_memory()
     if needed > available:
         raise UserError(

@@ -156,7 +156,7 @@ def sizes_of(config: GPT2Config) -> dict:
 
 def new_step(ops, config: GPT2Config, B: int, T: int) -> Callable:
     """A whole training step on one batch, as train.one_step takes it; it returns the loss."""
-    arena = Arena(training_groups(config, B, T, ops), config, "reuse", ops)
+    arena = Arena(training_groups(config, B, T, ops, "reuse"), config, "reuse", ops)
     m = arena.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
     sets, gradients = model.parameter_sets(arena), arena.flat("gradients")
     model.initialise(ops, arena, 0)

@@ -2,6 +2,8 @@
 
 With q, k, v (T, HS) the three parts of one head:  att = softmax(q kT / sqrt(HS)) over the keys s <= t,  out = att v.
 A query at t needs no key beyond t: work is done in blocks of MR queries, and a block ends at its own last key.
+
+What the forward keeps for the backward is up to the arena's plan: all of att here, or one number a query in flash.py.
 """
 
 import math
@@ -9,27 +11,53 @@ import math
 import numpy as np
 from numba import config, get_thread_id, njit, prange
 
-from llm_numba.cpu.jit import ONE, PARALLEL, TASK, ZERO, dot, exp, sum_of
+from llm_numba.cpu.flash import flash_backward, flash_forward, flash_scratch_size
+from llm_numba.cpu.jit import ONE, PARALLEL, TASK, ZERO, dot, exp, largest, sum_of
 from llm_numba.cpu.matmul import panels_of
 from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_columns, pack_rows
 
 
 def attention_scratch_size(T, HS):
     """Floats of scratch that attention over T tokens with heads of HS channels needs, for every thread together."""
+    return max(full_scratch_size(T, HS), flash_scratch_size(T, HS))
+
+
+def full_scratch_size(T, HS):
     return config.NUMBA_NUM_THREADS * (panels_of(T) * HS * NR + 3 * panels_of(HS) * T * NR + T * T)
 
 
-@njit(**PARALLEL)
 def attention_forward(out, att, qkv, num_heads, scratch):
     """Every token looks at itself and at those before it.
 
-    out (B, T, C), att (B, NH, T, T) <- qkv (B, T, 3*C), each row q, k, v of all heads
-    Writes:   out =, att = (zero above the diagonal)
+    out (B, T, C), att (B, NH, T, T) or (B, NH, T) <- qkv (B, T, 3*C), each row q, k, v of all heads
+    Writes:   out =, att = the weights (zero above the diagonal), or the log-sum-exp of each query's scores
     Scratch:  attention_scratch_size(T, C // NH)
     Parallel: over the B*NH heads; each thread packs into its own part of scratch
     Flops:    2*B*T*T*C
     Source:   Vaswani et al. 2017, arXiv:1706.03762
     """
+    forward = full_forward if att.ndim == 4 else flash_forward
+    forward(out, att, qkv, num_heads, scratch)
+
+
+def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
+    """The gradient of attention with respect to q, k and v.
+
+    dqkv (B, T, 3*C) <- dout (B, T, C), out (B, T, C), att as the forward wrote it, qkv (B, T, 3*C)
+    Writes:   dqkv =
+    Scratch:  attention_scratch_size(T, C // NH)
+    Parallel: over the B*NH heads; each thread packs into its own part of scratch
+    Flops:    4*B*T*T*C, and 1*B*T*T*C more where the weights are made again
+    Source:   with p a row of att and dp that of dout vT, a softmax's gradient is p * (dp - sum(p * dp)),
+              and sum(p * dp) = sum(dout * out) (Dao et al. 2022, arXiv:2205.14135, appendix B)
+    """
+    backward = full_backward if att.ndim == 4 else flash_backward
+    backward(dqkv, dout, out, att, qkv, num_heads, scratch)
+
+
+@njit(**PARALLEL)
+def full_forward(out, att, qkv, num_heads, scratch):
+    """attention_forward with all of att (B, NH, T, T)."""
     B, T, C = out.shape
     HS = C // num_heads
     JT, JH = (T + NR - 1) // NR, (HS + NR - 1) // NR
@@ -69,28 +97,17 @@ def forward_head(out, att, q, k, v, k_panels, v_panels):
 @njit(**TASK)
 def softmax(row, scale):
     """row = softmax(scale * row), in place."""
-    largest = row[0]
+    top = largest(row)
     for s in range(row.shape[0]):
-        largest = max(largest, row[s])
-    for s in range(row.shape[0]):
-        row[s] = exp((row[s] - largest) * scale)
+        row[s] = exp((row[s] - top) * scale)
     inverse = ONE / sum_of(row)
     for s in range(row.shape[0]):
         row[s] *= inverse
 
 
 @njit(**PARALLEL)
-def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """The gradient of attention with respect to q, k and v.
-
-    dqkv (B, T, 3*C) <- dout (B, T, C), out (B, T, C), att (B, NH, T, T), qkv (B, T, 3*C)
-    Writes:   dqkv =
-    Scratch:  attention_scratch_size(T, C // NH)
-    Parallel: over the B*NH heads; each thread packs into its own part of scratch
-    Flops:    4*B*T*T*C
-    Source:   with p a row of att and dp that of dout vT, a softmax's gradient is p * (dp - sum(p * dp)),
-              and sum(p * dp) = sum(dout * out) (Dao et al. 2022, arXiv:2205.14135, appendix B)
-    """
+def full_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
+    """attention_backward with all of att (B, NH, T, T)."""
     B, T, C = out.shape
     HS = C // num_heads
     JT, JH = (T + NR - 1) // NR, (HS + NR - 1) // NR
@@ -168,12 +185,12 @@ def attention_cached_forward(out, cache, qkv, position, num_heads):
             q, y = qkv[b, t, c0:c1], out[b, t, c0:c1]
             for c in range(HS):
                 y[c] = ZERO
-            largest, total = np.float32(-np.inf), ZERO
+            top, total = np.float32(-np.inf), ZERO
             for s in range(position + t + 1):
                 k, v = cache[b, s, 0, c0:c1], cache[b, s, 1, c0:c1]
                 score = dot(q, k) * scale
-                before, largest = largest, max(largest, score)
-                shrink, weight = exp(before - largest), exp(score - largest)
+                before, top = top, max(top, score)
+                shrink, weight = exp(before - top), exp(score - top)
                 total = total * shrink + weight
                 for c in range(HS):
                     y[c] = y[c] * shrink + weight * v[c]

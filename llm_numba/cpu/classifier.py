@@ -3,10 +3,7 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import PARALLEL, REDUCTION, ZERO, exp
-
-SIGN, ALL_BUT_SIGN = np.int32(31), np.int32(0x7FFFFFFF)
-LOWEST = np.int32(-0x80000000)
+from llm_numba.cpu.jit import PARALLEL, REDUCTION, ZERO, exp, largest
 
 
 @njit(**REDUCTION)
@@ -33,16 +30,9 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
     B, T, Vp = logits.shape
     V = vocab_size
     rows, row_losses, row_targets = logits.reshape(B * T, Vp), losses.reshape(B * T), targets.reshape(B * T)
-    bit_rows = rows.view(np.int32)
     for i in prange(B * T):
-        x, bits, target = rows[i, :V], bit_rows[i, :V], row_targets[i]
-        # seek the largest logit: LLVM vectorises a maximum of integers, but of floats only where there are no NaNs.
-        # A float's bits, all but the sign's flipped where it is negative, are in the order of the floats
-        top_key = LOWEST
-        for v in range(V):
-            top_key = max(top_key, bits[v] ^ ((bits[v] >> SIGN) & ALL_BUT_SIGN))
-        top = np.int32(top_key ^ ((top_key >> SIGN) & ALL_BUT_SIGN)).view(np.float32)
-
+        x, target = rows[i, :V], row_targets[i]
+        top = largest(x)
         total = sum_of_exp(x, top)
         # in float64, because log(total) drowns next to a large logit
         row_losses[i] = np.log(np.float64(total)) + (np.float64(top) - np.float64(x[target]))

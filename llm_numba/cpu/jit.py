@@ -88,3 +88,20 @@ def dot(x, y):
     for i in range(x.shape[0]):
         total += x[i] * y[i]
     return total
+
+
+SIGN, ALL_BUT_SIGN, LOWEST = np.int32(31), np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+
+
+@njit(**TASK)
+def largest(x):
+    """The largest of x (n,) float32; a NaN among them gives a NaN or is passed over.
+
+    LLVM vectorises a maximum of integers, but of floats only where there are no NaNs. A float's bits, all but the
+    sign's flipped where it is negative, are in the order of the floats.
+    """
+    bits = x.view(np.int32)
+    key = LOWEST
+    for i in range(bits.shape[0]):
+        key = max(key, bits[i] ^ ((bits[i] >> SIGN) & ALL_BUT_SIGN))
+    return np.int32(key ^ ((key >> SIGN) & ALL_BUT_SIGN)).view(np.float32)

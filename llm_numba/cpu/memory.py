@@ -53,9 +53,11 @@ def to_host(tensor: np.ndarray) -> np.ndarray:
     return tensor
 
 
-def attention_specs(config: GPT2Config, B: int, T: int) -> list[TensorSpec]:
-    """What attention_forward leaves for attention_backward."""
-    return [TensorSpec("att", (B, config.num_heads, T, T), per_layer=True)]
+def attention_specs(config: GPT2Config, B: int, T: int, plan: str) -> list[TensorSpec]:
+    """What attention_forward leaves for attention_backward: all weights to be looked at under the plan "keep", under
+    "reuse" one number a query. The ops go by the tensor's shape."""
+    shape = (B, config.num_heads, T, T) if plan == "keep" else (B, config.num_heads, T)
+    return [TensorSpec("att", shape, per_layer=True)]
 
 
 def scratch_size(config: GPT2Config, B: int, T: int) -> int:
