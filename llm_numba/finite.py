@@ -31,7 +31,8 @@ def checked(ops, m: SimpleNamespace, state: SimpleNamespace) -> SimpleNamespace:
             op(*arguments)
             for i in written:
                 if arguments[i] is not None:
-                    check(ops.to_host(arguments[i]), op_name, names.get(id(arguments[i]), parameters[i]))
+                    of = f"{parameters[i]} of {names.get(id(arguments[0]), op_name)}"  # AdamW's m and v
+                    check(ops.to_host(arguments[i]), op_name, names.get(id(arguments[i]), of))
 
         return call
 

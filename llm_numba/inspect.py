@@ -103,9 +103,7 @@ def build(args, ops) -> tuple[Arena, object]:
 
     def allocate(config, T):
         needed = training_groups(config, args.batch_size, T, ops, "keep")
-        check_memory(
-            needed, settings.Settings(batch_size=args.batch_size, sequence_length=T, check_finite=True), config, ops
-        )
+        check_memory(needed, settings.Settings(batch_size=args.batch_size, sequence_length=T, no_jit=True), config, ops)
         arena = Arena(needed, config, "keep", ops)
         return arena, arena.namespace(*groups)
 

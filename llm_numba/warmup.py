@@ -19,7 +19,7 @@ def warm_up(ops) -> float:
 
     Numba compiles a function for types, not for sizes, so that this is all the compiling that a run of any size needs;
     it keeps the results on disk, and the next start only reads them. Where there is nothing to read yet, a second
-    process compiles attention, about half of the work, at the same time.
+    process compiles attention, the largest part of the work, at the same time.
     """
     start = time.perf_counter()
     with tqdm(total=len(WRITES), desc="compiling (once for this machine)", leave=False, disable=None) as progress:

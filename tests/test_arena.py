@@ -433,3 +433,11 @@ def test_what_the_error_counts(ops):
         f"step 6: encoded[{b}, {t}, 30] is nan after encoder_forward, the first value that is not finite; "
         f"{len(rows)} of the tensor's 1,785 values are not"
     )
+
+
+@pytest.mark.compiled
+def test_a_moment_that_is_not_finite_is_named_by_its_parameter(ops):
+    run, checked_ops, batch = checked_run(ops)
+    poison(ops, run.arena.tensors["v", "fcw"], (1, 2, 3), np.inf)
+    with pytest.raises(UserError, match=r"step 6: v of fcw\[1, 2, 3\] is inf after adamw_update"):
+        train_step(run, batch, ops=checked_ops)

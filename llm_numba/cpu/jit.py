@@ -5,8 +5,8 @@ which do nothing else: elsewhere it has picked one order in a process that compi
 which read it from disk, and the bits of a run changed with it. Nowhere does it assume that there are no NaNs and
 infinities: these travel through a step to where they can be seen.
 
-The longer ops are a parallel loop that calls a function for each task: it reads better, and compiles in a third of the
-time, as Numba looks at the body of a parallel loop many times over.
+The longer ops are a parallel loop that calls a function for each task: it reads better, and compiles sooner, as Numba
+looks at the body of a parallel loop many times over.
 """
 
 import hashlib
