@@ -12,19 +12,25 @@ import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
 from llm_numba.config import GPT2Config
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+RUN = 64  # elements: a tensor is padded to whole runs, so that groups of different dtypes stay in step, run by run
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # --dtype -> how the arena calls it
 
 
 class TensorSpec(NamedTuple):
-    """A tensor's line in a list; shape is that of one layer where there is one for each layer."""
+    """A tensor's line in a list; shape is that of one layer where there is one for each layer.
+
+    The dtype "model" stands for the precision of the run, which `in_precision` puts in.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: str = "float32"
+    dtype: str = "model"
     per_layer: bool = False
     shares: str = ""  # the slot it lives in under the plan "reuse"
     std: float = 0.0  # parameters: drawn from a normal distribution of this deviation ...
@@ -72,32 +78,40 @@ def parameter_specs(config: GPT2Config) -> list[TensorSpec]:
     ]
 
 
-def activation_specs(config: GPT2Config, B: int, T: int, attention: list[TensorSpec]) -> list[TensorSpec]:
-    """What a forward pass writes, in its order; `attention` is what the backend's attention saves."""
+def activation_specs(
+    config: GPT2Config, B: int, T: int, attention: list[TensorSpec], recompute: str = "none"
+) -> list[TensorSpec]:
+    """What a forward pass writes, in its order; `attention` is what the backend's attention saves.
+
+    recompute: what the backward pass computes again from what it is made of, so that all layers can share it.
+    """
     C, Vp = config.channels, config.padded_vocab_size
     each = dict(per_layer=True)
+    exact = dict(dtype="float32")
+    normed = dict(shares="normed" if "layernorm" in recompute else "")
+    gelu = dict(shares="gelu" if "gelu" in recompute else "")
     return [
         TensorSpec("encoded", (B, T, C)),
-        TensorSpec("ln1", (B, T, C), **each),
-        TensorSpec("ln1_mean", (B, T), **each),
-        TensorSpec("ln1_rstd", (B, T), **each),
+        TensorSpec("ln1", (B, T, C), **each, **normed),
+        TensorSpec("ln1_mean", (B, T), **each, **exact),
+        TensorSpec("ln1_rstd", (B, T), **each, **exact),
         TensorSpec("qkv", (B, T, 3 * C), **each),
         *attention,
         TensorSpec("atty", (B, T, C), **each),
         TensorSpec("attproj", (B, T, C), shares="branch", **each),
         TensorSpec("residual2", (B, T, C), **each),
-        TensorSpec("ln2", (B, T, C), **each),
-        TensorSpec("ln2_mean", (B, T), **each),
-        TensorSpec("ln2_rstd", (B, T), **each),
+        TensorSpec("ln2", (B, T, C), **each, **normed),
+        TensorSpec("ln2_mean", (B, T), **each, **exact),
+        TensorSpec("ln2_rstd", (B, T), **each, **exact),
         TensorSpec("fch", (B, T, 4 * C), **each),
-        TensorSpec("fch_gelu", (B, T, 4 * C), **each),
+        TensorSpec("fch_gelu", (B, T, 4 * C), **each, **gelu),
         TensorSpec("fcproj", (B, T, C), shares="branch", **each),
         TensorSpec("residual3", (B, T, C), **each),
         TensorSpec("lnf", (B, T, C)),
-        TensorSpec("lnf_mean", (B, T)),
-        TensorSpec("lnf_rstd", (B, T)),
+        TensorSpec("lnf_mean", (B, T), **exact),
+        TensorSpec("lnf_rstd", (B, T), **exact),
         TensorSpec("logits", (B, T, Vp)),
-        TensorSpec("losses", (B, T)),
+        TensorSpec("losses", (B, T), **exact),
     ]
 
 
@@ -119,31 +133,75 @@ def activation_gradient_specs(config: GPT2Config, B: int, T: int) -> list[Tensor
     ]
 
 
-def input_specs(B: int, T: int) -> list[TensorSpec]:
-    """What a step is given: the tokens, and the numbers that change from step to step."""
+def input_specs(B: int, T: int, micro_batches: int, runs: int) -> list[TensorSpec]:
+    """What a step is given, the numbers that change from step to step among it, and the two that it reports.
+
+    runs: the parameters of the model, in runs of RUN.
+    """
     return [
+        TensorSpec("batches", (micro_batches, 2, B, T), "int32"),  # tokens and targets
         TensorSpec("tokens", (B, T), "int32"),
         TensorSpec("targets", (B, T), "int32"),
-        TensorSpec("learning_rate", (1,)),
+        TensorSpec("decays", (runs,), "uint8"),
+        TensorSpec("learning_rate", (1,), "float32"),
         TensorSpec("step", (1,), "int32"),
-        TensorSpec("grad_scale", (1,)),
+        TensorSpec("seed", (1,), "int32"),
+        TensorSpec("limits", (2,), "float64"),  # the loss and the gradients' norm above which no update is made
+        TensorSpec("grad_scale", (1,), "float32"),
+        TensorSpec("loss", (1,), "float64"),
         TensorSpec("grad_norm_squared", (1,), "float64"),
     ]
 
 
-def training_groups(config: GPT2Config, B: int, T: int, backend: SimpleNamespace, attention: str) -> Groups:
-    """Everything that training needs, group by group; attention: what that op saves, as under a plan of this name."""
+def training_groups(
+    config: GPT2Config,
+    B: int,
+    T: int,
+    backend: SimpleNamespace,
+    attention: str,
+    dtype: str = "float32",
+    master: bool = False,
+    micro_batches: int = 1,
+    recompute: str = "none",
+) -> Groups:
+    """Everything that training needs, group by group.
+
+    attention: what that op saves, as under a plan of this name; dtype: of the parameters and activations; master: keep
+    the parameters in float32 too; recompute: "none", "gelu" or "gelu+layernorm".
+    """
     parameters = parameter_specs(config)
-    return {
+    exact = [spec._replace(dtype="float32") for spec in parameters]
+    saved = backend.attention_specs(config, B, T, attention)
+    groups = {
         "parameters": parameters,
-        "gradients": [spec._replace(name="d" + spec.name) for spec in parameters],
-        "m": parameters,
-        "v": parameters,
-        "activations": activation_specs(config, B, T, backend.attention_specs(config, B, T, attention)),
+        "master": exact if master else [],
+        "gradients": [spec._replace(name="d" + spec.name) for spec in exact],
+        "m": exact,
+        "v": exact,
+        "activations": activation_specs(config, B, T, saved, recompute),
         "activation gradients": activation_gradient_specs(config, B, T),
-        "inputs": input_specs(B, T),
-        "scratch": [TensorSpec("scratch", (backend.scratch_size(config, B, T),))],
+        "inputs": input_specs(B, T, micro_batches, count(parameters, config.num_layers) // RUN),
+        "scratch": [TensorSpec("scratch", (backend.scratch_size(config, B, T),), "float32")],
     }
+    return in_precision(groups, dtype)
+
+
+def in_precision(groups: Groups, dtype: str) -> Groups:
+    """The groups with `dtype` for every tensor that is in the precision of the run."""
+    return {
+        group: [spec._replace(dtype=dtype) if spec.dtype == "model" else spec for spec in specs]
+        for group, specs in groups.items()
+        if specs
+    }
+
+
+def count(specs: list[TensorSpec], L: int) -> int:
+    """The elements that these tensors take in the arena, each padded to whole runs."""
+    return sum(padded(math.prod(spec.shape) * (L if spec.per_layer else 1)) for spec in specs)
+
+
+def padded(elements: int) -> int:
+    return -(-elements // RUN) * RUN
 
 
 def layout(groups: Groups, L: int, plan: str) -> tuple[list[Place], int]:
@@ -151,7 +209,7 @@ def layout(groups: Groups, L: int, plan: str) -> tuple[list[Place], int]:
     places, slots, end = [], {}, 0
 
     def nbytes_of(shape, dtype):
-        return -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+        return padded(math.prod(shape)) * np.dtype(dtype).itemsize
 
     shared = [s for specs in groups.values() for s in specs if s.shares and plan == "reuse"]
     slot_sizes = {s.shares: max(nbytes_of(o.shape, o.dtype) for o in shared if o.shares == s.shares) for s in shared}
@@ -193,10 +251,13 @@ class Arena:
         return {name: tensor for (owner, name), tensor in self.tensors.items() if owner == group}
 
     def flat(self, name: str):
-        """A whole group as one flat float32 array; the few floats between two tensors stay 0."""
+        """A whole group of parameters or what belongs to them as one flat array, or None where there is none; the few
+        elements between two tensors stay 0."""
         places = [p for p in self.places if p.group == name]
-        start = places[0].offset
-        return self._view(start, ((places[-1].offset + places[-1].nbytes - start) // 4,), "float32")
+        if not places:
+            return None
+        specs = [p.spec for p in places]
+        return self._view(places[0].offset, (count(specs, self.config.num_layers),), specs[0].dtype)
 
     def namespace(self, *groups: str) -> SimpleNamespace:
         """The tensors of these groups by name, and `layers`: for each layer its own views by the same names.
@@ -216,6 +277,18 @@ class Arena:
             views["dinp"] = layers[-1].dresidual3 if l and "dresidual3" in whole else whole.get("dencoded")
             layers.append(SimpleNamespace(**views))
         return SimpleNamespace(**whole, layers=layers, num_heads=self.config.num_heads)
+
+    def training(self, recompute: str = "none") -> SimpleNamespace:
+        """The namespace of a training step: with the groups of `training_groups`, `flat` views of those that belong to
+        the parameters, `micro_batches` (the (tokens, targets) of each), and what the backward pass is to recompute."""
+        m = self.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+        m.flat = SimpleNamespace(**{name: self.flat(name) for name in ("parameters", "master", "gradients", "m", "v")})
+        m.micro_batches = [(m.batches[i, 0], m.batches[i, 1]) for i in range(m.batches.shape[0])]
+        m.recompute = recompute
+        places = [p for p in self.places if p.group == "parameters"]
+        decays = np.repeat([p.spec.decays for p in places], [padded(math.prod(p.shape)) // RUN for p in places])
+        self.backend.to_device(m.decays, decays)
+        return m
 
 
 def format_bytes(nbytes: int) -> str:

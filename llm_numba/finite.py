@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from llm_numba.arena import Arena
 from llm_numba.errors import UserError
-from llm_numba.ops import WRITES
+from llm_numba.ops import CONTRACT, WRITES
 
 
 def tensor_names(m: SimpleNamespace) -> dict[int, str]:
@@ -19,9 +20,16 @@ def tensor_names(m: SimpleNamespace) -> dict[int, str]:
     return names | {id(tensor): name for name, tensor in vars(m).items()}
 
 
-def checked(ops, m: SimpleNamespace, state: SimpleNamespace) -> SimpleNamespace:
+def checked(ops, m: SimpleNamespace, arena: Arena, state: SimpleNamespace) -> SimpleNamespace:
     """The same ops, each followed by a look at what it wrote. state.step counts the updates so far."""
     names = tensor_names(m)
+    # a flat view of a group stands for the group's tensors
+    parts = {
+        id(flat): [
+            (name if group == "parameters" else f"{group} of {name}", x) for name, x in arena.named(group).items()
+        ]
+        for group, flat in vars(m.flat).items()
+    }
 
     def follow(op_name, op):
         parameters = list(inspect.signature(getattr(op, "py_func", op)).parameters)
@@ -29,10 +37,11 @@ def checked(ops, m: SimpleNamespace, state: SimpleNamespace) -> SimpleNamespace:
 
         def call(*arguments):
             op(*arguments)
-            for i in written:
-                if arguments[i] is not None:
-                    of = f"{parameters[i]} of {names.get(id(arguments[0]), op_name)}"  # AdamW's m and v
-                    check(ops.to_host(arguments[i]), op_name, names.get(id(arguments[i]), of))
+            for argument in (arguments[i] for i in written):
+                itself = [(names.get(id(argument), op_name), argument)]
+                for name, tensor in parts.get(id(argument), itself):
+                    if tensor is not None:
+                        check(ops.to_host(tensor), op_name, name)
 
         return call
 
@@ -46,4 +55,5 @@ def checked(ops, m: SimpleNamespace, state: SimpleNamespace) -> SimpleNamespace:
                 f"finite; {bad.sum():,} of the tensor's {tensor.size:,} values are not"
             )
 
-    return SimpleNamespace(**{**vars(ops), **{name: follow(name, getattr(ops, name)) for name in WRITES}})
+    computing = WRITES.keys() - CONTRACT["memory"].keys()
+    return SimpleNamespace(**{**vars(ops), **{name: follow(name, getattr(ops, name)) for name in computing}})

@@ -14,14 +14,25 @@ def initialise(ops, arena: Arena, seed: int) -> None:
     """parameters = GPT-2's random start; the rows of wte that only pad the vocabulary are 0 and stay so."""
     rng = np.random.default_rng(seed)
     for spec in parameter_specs(arena.config):
-        tensor = arena.tensors["parameters", spec.name]
+        values = np.float32(spec.fill)
         if spec.std:
-            values = rng.standard_normal(tensor.shape, np.float32) * np.float32(spec.std)
+            values = rng.standard_normal(arena.tensors["parameters", spec.name].shape, np.float32)
+            values *= np.float32(spec.std)
             if spec.name == "wte":
                 values[arena.config.vocab_size :] = 0
-            ops.to_device(tensor, values)
-        else:
-            ops.to_device(tensor, spec.fill)
+        set_parameter(ops, arena, spec.name, values)
+
+
+def set_parameter(ops, arena: Arena, name: str, values) -> None:
+    """A parameter = values, in every precision in which the arena keeps it."""
+    for group in "parameters", "master":
+        if (group, name) in arena.tensors:
+            ops.to_device(arena.tensors[group, name], values)
+
+
+def exact_parameters(arena: Arena) -> dict:
+    """The parameters by name, as precise as the arena has them."""
+    return arena.named("master") or arena.named("parameters")
 
 
 def forward(ops, m):
@@ -43,11 +54,10 @@ def forward(ops, m):
     ops.matmul_forward(m.logits, m.lnf, m.wte, None, m.scratch)  # (B, T, Vp)
 
 
-def loss(ops, m, vocab_size, dloss=None):
-    """The mean of m.losses (B, T) for m.targets; with dloss, m.logits become the gradient of dloss * their sum."""
-    write_dlogits = dloss is not None
-    ops.fused_classifier(m.logits, m.losses, m.targets, dloss if write_dlogits else 0.0, vocab_size, write_dlogits)
-    return float(np.mean(ops.to_host(m.losses), dtype=np.float64))
+def loss(ops, m, vocab_size, share=1.0, write_dlogits=True):
+    """m.losses (B, T) for m.targets, m.loss += share * their mean; m.logits become the gradient of that, if wanted."""
+    ops.fused_classifier(m.logits, m.losses, m.targets, share / m.tokens.size, vocab_size, write_dlogits)
+    ops.add_mean(m.loss, m.losses, share)
 
 
 def backward(ops, m):
@@ -59,8 +69,12 @@ def backward(ops, m):
         top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch
     )
     for l in reversed(m.layers):
+        if "gelu" in m.recompute:
+            ops.gelu_forward(l.fch_gelu, l.fch)
         ops.matmul_backward(l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch)
         ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
+        if "layernorm" in m.recompute:
+            ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)
         ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch)
         ops.residual_backward(l.dresidual2, l.dresidual3)
         ops.layernorm_backward(
@@ -68,25 +82,33 @@ def backward(ops, m):
         )
         ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch)
         ops.attention_backward(l.dqkv, l.datty, l.atty, l.att, l.qkv, m.num_heads, m.scratch)
+        if "layernorm" in m.recompute:
+            ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)
         ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch)
         ops.residual_backward(l.dinp, l.dresidual2)
         ops.layernorm_backward(l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch)
     ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
 
 
-def parameter_sets(arena: Arena) -> list[tuple]:
-    """(parameter, gradient, m, v, whether weight decay applies) of every parameter, for `update`."""
-    return [
-        (*(arena.tensors[group, prefix + spec.name] for group, prefix in _SETS), spec.decays)
-        for spec in parameter_specs(arena.config)
-    ]
+def gradients(ops, m, vocab_size):
+    """m.loss, the gradient of every parameter = those of the mean over all micro-batches."""
+    ops.zero(m.loss)
+    ops.zero(m.flat.gradients)
+    for tokens, targets in m.micro_batches:
+        ops.copy(m.tokens, tokens)
+        ops.copy(m.targets, targets)
+        forward(ops, m)
+        loss(ops, m, vocab_size, 1.0 / len(m.micro_batches))
+        backward(ops, m)
 
 
-_SETS = [("parameters", ""), ("gradients", "d"), ("m", ""), ("v", "")]
-
-
-def update(ops, m, sets, beta1, beta2, eps, weight_decay):
-    """One step of AdamW on every parameter, with m.learning_rate, m.step and m.grad_scale."""
-    for param, grad, first, second, decays in sets:
-        decay = weight_decay if decays else 0.0
-        ops.adamw_update(param, grad, first, second, m.learning_rate, beta1, beta2, eps, decay, m.step, m.grad_scale)
+def update(ops, m, s):
+    """One step of AdamW on every parameter, with the settings s, m.learning_rate, m.step and m.seed; it is left out
+    where the loss or the gradients' norm is not finite or above m.limits."""
+    flat = m.flat
+    ops.global_norm_squared(m.grad_norm_squared, flat.gradients, m.scratch)
+    ops.clip(m.grad_scale, m.loss, m.grad_norm_squared, m.limits, s.grad_clip)
+    ops.adamw_update(
+        flat.parameters, flat.master, flat.gradients, flat.m, flat.v, m.decays,
+        m.learning_rate, s.beta1, s.beta2, s.eps, s.weight_decay, m.step, m.seed, m.grad_scale,
+    )  # fmt: skip

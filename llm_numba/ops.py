@@ -7,12 +7,15 @@ before and after; how much it must hold is the backend's `scratch_size(config, B
 """
 
 import importlib
+import os
 from collections.abc import Iterable
 from types import ModuleType, SimpleNamespace
 
+from llm_numba.errors import UserError
+
 # file of the backend -> its ops -> the arguments an op writes or accumulates into
 CONTRACT = {
-    "memory": {"zero": ("tensor",), "to_device": ("tensor",)},
+    "memory": {"zero": ("tensor",), "copy": ("out",), "to_device": ("tensor",)},
     "encoder": {"encoder_forward": ("out",), "encoder_backward": ("dwte", "dwpe")},
     "layernorm": {
         "layernorm_forward": ("out", "mean", "rstd"),
@@ -26,32 +29,63 @@ CONTRACT = {
     },
     "gelu": {"gelu_forward": ("out",), "gelu_backward": ("dinp",)},
     "residual": {"residual_forward": ("out",), "residual_backward": ("dinp",)},
-    "classifier": {"fused_classifier": ("logits", "losses")},
-    "global_norm": {"global_norm_squared": ("out",)},
-    "adamw": {"adamw_update": ("param", "m", "v")},
+    "classifier": {"fused_classifier": ("logits", "losses"), "add_mean": ("loss",)},
+    "global_norm": {"global_norm_squared": ("out",), "clip": ("grad_scale",)},
+    "adamw": {"adamw_update": ("params", "master", "m", "v")},
 }
 WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
 # what a device offers beside its ops: of jit.py, memory.py and peak.py
 BACKEND = {
-    "jit": ("nothing_compiled",),
-    "memory": ("allocate", "available_memory", "view", "to_host", "set_threads", "attention_specs", "scratch_size"),
-    "peak": ("peak_flops", "peak_bandwidth"),
+    "jit": ("is_compiled", "nothing_compiled"),
+    "memory": (
+        "allocate",
+        "available_memory",
+        "view",
+        "to_host",
+        "set_threads",
+        "attention_specs",
+        "scratch_size",
+        "capture",
+        "describe_device",
+    ),  # fmt: skip
+    "peak": ("peak_flops", "peak_bandwidth", "timed"),
 }
 
 
-def get_ops(device: str, interpret: Iterable[str] = (), no_jit: bool = False) -> SimpleNamespace:
-    """The ops of a device ("cpu") by name, with what the arena and the training loop ask of the device.
+DEVICES = ("auto", "cpu", "cuda", "cudasim")  # cudasim: the CUDA kernels in Numba's simulator
+
+
+def choose_device(device: str) -> str:
+    """The device that "auto" means here; any other is itself."""
+    if device != "auto":
+        return device
+    from llm_numba.cuda.card import available
+
+    return "cuda" if available() else "cpu"
+
+
+def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_jit: bool = False) -> SimpleNamespace:
+    """The ops of a device ("cpu", "cuda" or "cudasim") by name, with what the arena and the training loop ask of it.
 
     interpret: layers (files of the contract) or single ops to run as plain Python, so that a debugger steps through
     them; the rest stays compiled. no_jit: all of it as plain Python; it must come before anything is compiled.
+    Errors: UserError where the device or its dtype is not to be had.
     """
+    if device == "cuda":
+        from llm_numba.cuda.card import check_card
+
+        check_card(dtype)
+    if device == "cpu" and dtype != "fp32":
+        raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; leave it out, or use --device cuda")
+    if device == "cudasim":
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # Numba reads it when it is loaded
     if no_jit:
         from numba import config  # the command line reads the contract above without loading Numba
 
         config.DISABLE_JIT = True
     found = {}
     for file in CONTRACT | BACKEND:
-        module = importlib.import_module(f"llm_numba.{device}.{file}")
+        module = importlib.import_module(f"llm_numba.{'cpu' if device == 'cpu' else 'cuda'}.{file}")
         if file in interpret or any(op in interpret for op in CONTRACT.get(file, ())):
             _interpret(module, CONTRACT[file], interpret)
         found |= {name: getattr(module, name) for name in (*CONTRACT.get(file, ()), *BACKEND.get(file, ()))}

@@ -28,3 +28,18 @@ def z_score(history: list[float], value: float) -> float:
     mean = math.fsum(history) / WINDOW
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in history) / WINDOW)
     return (value - mean) / deviation if deviation else 0.0
+
+
+def limit(history: list[float], z: float) -> float:
+    """The value above which `z_score(history, value)` is above z; inf while the window is not full, or where z is 0.
+
+    With mean and deviation those of the values that stay, a new value that lies d above their mean has, among them and
+    itself, the score  d sqrt((n - 1) / n) / sqrt(deviation**2 + d**2 / n)  for n = WINDOW.
+    """
+    slack = WINDOW - 1 - z * z
+    if len(history) < WINDOW or z == 0 or slack <= 0:
+        return math.inf
+    stay = history[1:]
+    mean = math.fsum(stay) / len(stay)
+    variance = math.fsum((x - mean) ** 2 for x in stay) / len(stay)
+    return mean + z * math.sqrt(variance * WINDOW / slack) + 1e-12 * abs(mean)

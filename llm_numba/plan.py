@@ -4,12 +4,13 @@ from bisect import bisect_right
 from dataclasses import replace
 
 from llm_numba import sample, settings
-from llm_numba.arena import Groups, format_bytes, format_map, layout, training_groups
+from llm_numba.arena import DTYPES, Groups, format_bytes, format_map, layout, training_groups
 from llm_numba.config import GPT2Config, preset
 from llm_numba.errors import UserError
 from llm_numba.settings import Settings
 
 VOCABULARIES = {"gpt2": 50257, "bytes": 257}
+MOST_SEQUENCES = 1 << 16  # of a batch that is proposed
 
 
 def plan_of(s: Settings) -> str:
@@ -23,7 +24,25 @@ def attention_of(s: Settings) -> str:
 
 
 def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
-    return training_groups(config, s.batch_size, T, ops, attention_of(s)) | sample.sampling_groups(config, ops)
+    """All that a run puts into the arena."""
+    dtype = DTYPES[s.dtype]
+    training = training_groups(
+        config,
+        s.batch_size,
+        T,
+        ops,
+        attention_of(s),
+        dtype,
+        master=s.dtype == "bf16" and not s.stochastic_rounding,
+        micro_batches=micro_batches(s, T),
+        recompute=s.recompute,
+    )
+    return training | sample.sampling_groups(config, ops, dtype)
+
+
+def micro_batches(s: Settings, T: int) -> int:
+    """How many of them make a step."""
+    return (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
 
 
 def plan_memory(s: Settings, ops) -> None:
@@ -33,24 +52,30 @@ def plan_memory(s: Settings, ops) -> None:
     groups = all_groups(s, config, s.sequence_length or config.max_seq_len, ops)
     print(format_map(*layout(groups, config.num_layers, plan_of(s))))
     check_memory(groups, s, config, ops)
-    print(f"available on this machine: {format_bytes(ops.available_memory())}; it fits")
+    T = s.sequence_length or config.max_seq_len
+    most = largest_batch(range(s.batch_size, MOST_SEQUENCES), s, config, T, ops)
+    free = format_bytes(ops.available_memory())
+    print(f"available {ops.describe_device()}: {free}; it fits, and so would --batch-size {most}")
 
 
 def check_memory(groups: Groups, s: Settings, config: GPT2Config, ops) -> None:
     """Raise a UserError, with a batch size that would fit, where the arena is larger than the memory available."""
 
-    def bytes_of(groups):
-        return layout(groups, config.num_layers, plan_of(s))[1]
-
-    available, needed = ops.available_memory(), bytes_of(groups)
+    available, needed = ops.available_memory(), layout(groups, config.num_layers, plan_of(s))[1]
     if needed <= available:
         return
-    T = s.sequence_length or config.max_seq_len
-    fits = bisect_right(
-        range(1, s.batch_size), available, key=lambda B: bytes_of(all_groups(replace(s, batch_size=B), config, T, ops))
-    )
+    fits = largest_batch(range(1, s.batch_size), s, config, s.sequence_length or config.max_seq_len, ops)
     hint = f"--batch-size {fits} would fit" if fits else "no batch size fits: choose a smaller --preset"
     raise UserError(
         f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
         f"memory are available; {hint}"
     )
+
+
+def largest_batch(sizes: range, s: Settings, config: GPT2Config, T: int, ops) -> int:
+    """The largest of these batch sizes whose arena fits into the memory available; one less than all if none does."""
+
+    def bytes_of(B):
+        return layout(all_groups(replace(s, batch_size=B), config, T, ops), config.num_layers, plan_of(s))[1]
+
+    return sizes.start + bisect_right(sizes, ops.available_memory(), key=bytes_of) - 1

@@ -14,18 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 
 from llm_numba import model
-from llm_numba.arena import Arena, Groups, TensorSpec, activation_specs, parameter_specs
+from llm_numba.arena import Arena, Groups, TensorSpec, activation_specs, in_precision, parameter_specs
 from llm_numba.checkpoint import load, newest
 from llm_numba.config import GPT2Config
 from llm_numba.errors import Parser, UserError, exit_with
-from llm_numba.ops import get_ops
+from llm_numba.ops import DEVICES, choose_device, get_ops
 from llm_numba.settings import Settings, check
 from llm_numba.tokenizer import tokenizer_from_state
 
 CHUNK = 16  # tokens of a prompt that go through the model together
 
 
-def sampling_groups(config: GPT2Config, ops) -> Groups:
+def sampling_groups(config: GPT2Config, ops, dtype: str = "float32") -> Groups:
     """What sampling needs beside the parameters: the cache, and activations for a chunk and for one token."""
     cache = TensorSpec("att", (1, config.max_seq_len, 2, config.channels), per_layer=True)
 
@@ -33,10 +33,15 @@ def sampling_groups(config: GPT2Config, ops) -> Groups:
         specs = activation_specs(config, 1, T, [])
         return [spec._replace(shares=f"{spec.name} of {T}") if spec.per_layer else spec for spec in specs] + [
             TensorSpec("tokens", (1, T), "int32"),
-            TensorSpec("scratch", (ops.scratch_size(config, 1, T),)),
+            TensorSpec("scratch", (ops.scratch_size(config, 1, T),), "float32"),
         ]
 
-    return {"cache": [cache], "chunk": activations(CHUNK), "token": activations(1)}
+    return in_precision({"cache": [cache], "chunk": activations(CHUNK), "token": activations(1)}, dtype)
+
+
+def standalone_groups(config: GPT2Config, ops, dtype: str = "float32") -> Groups:
+    """A model that only writes."""
+    return in_precision({"parameters": parameter_specs(config)}, dtype) | sampling_groups(config, ops, dtype)
 
 
 def generate(ops, arena: Arena, prompt: list[int], settings: SimpleNamespace, rng) -> Iterator[int]:
@@ -114,7 +119,7 @@ def load_model(path: Path, ops):
     checkpoint = newest(path) if path.is_dir() else path
     tensors, state, tokenizer = load(checkpoint)
     config = GPT2Config(**state["config"])
-    arena = Arena({"parameters": parameter_specs(config), **sampling_groups(config, ops)}, config, "reuse", ops)
+    arena = Arena(standalone_groups(config, ops), config, "reuse", ops)
     for name, tensor in arena.named("parameters").items():
         ops.to_device(tensor, tensors[name])
     return arena, tokenizer and tokenizer_from_state(*tokenizer)
@@ -134,6 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only among the K likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only among those that sum to P; 1: all")
     parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same texts")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a CUDA card, or else the CPU")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores of this process")
     args = parser.parse_args(argv)
     for flag, value, lowest, highest in (
@@ -154,7 +160,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ops = get_ops("cpu")
+    ops = get_ops(choose_device(args.device))
     ops.set_threads(args.threads)
     arena, encoding = load_model(args.run, ops)
     if encoding is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llm_numba.config import PRESETS
 from llm_numba.errors import Parser, UserError
-from llm_numba.ops import CONTRACT, WRITES
+from llm_numba.ops import CONTRACT, DEVICES, WRITES
 from llm_numba.outliers import WINDOW
 from llm_numba.schedule import SCHEDULES, WSD_DECAY
 
@@ -71,7 +71,34 @@ class Settings:
         "run", 0, "CPU threads; 0: all the cores that this process may use", "THREADS", must="at least 0", free=True
     )
     plan_memory: bool = option("run", False, "say how much memory these settings need, and stop", once=True)
-    device: str = option("run", "cpu", "where the model runs", choices=("cpu",))
+    device: str = option(
+        "run",
+        "auto",
+        "where the model runs: auto is a CUDA card where there is one, else the CPU; cudasim runs the CUDA kernels in "
+        "Numba's simulator, slowly, for a debugger",
+        choices=DEVICES,
+        free=True,
+    )
+    dtype: str = option(
+        "run",
+        "fp32",
+        "the precision of parameters and activations; bf16 needs a CUDA card, and is several times faster there",
+        choices=("fp32", "bf16"),
+        free=True,
+    )
+    stochastic_rounding: bool = option(
+        "run", False, "with bf16: round each update by chance instead of keeping a float32 copy of the parameters"
+    )
+    recompute: str = option(
+        "run",
+        "none",
+        "what the backward pass computes again instead of remembering it: slower, with less memory",
+        choices=("none", "gelu", "gelu+layernorm"),
+        free=True,
+    )
+    graph: bool = option(
+        "run", True, "replay a step on a CUDA card as one recorded graph; --no-graph is for debugging", free=True
+    )
 
     preset: str = option("model", "tiny", "the model's sizes", choices=PRESETS)
     sequence_length: int = option(
@@ -294,6 +321,14 @@ def check(settings: Settings) -> None:
     if settings.sequence_length > context:
         flag = f"--sequence-length {settings.sequence_length}"
         raise UserError(f"{flag}: the context of --preset {settings.preset} is {context}; give 1 to {context}")
+
+    if settings.device.startswith("cuda") and (settings.no_jit or settings.interpret):
+        flag = "--no-jit" if settings.no_jit else "--interpret"
+        raise UserError(f"{flag}: is for --device cpu; to step into a CUDA kernel use --device cudasim")
+    if settings.dtype == "bf16" and settings.device == "cpu":
+        raise UserError("--dtype bf16: the CPU computes in float32 only; leave it out, or use --device cuda")
+    if settings.stochastic_rounding and settings.dtype != "bf16":
+        raise UserError("--stochastic-rounding: is for --dtype bf16; with fp32 nothing is rounded to it")
 
     micro_batch = settings.batch_size * (settings.sequence_length or context)
     if settings.tokens_per_step % micro_batch:

@@ -8,19 +8,20 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from llm_numba import checkpoint, data, model, outliers, sample, settings
-from llm_numba.arena import Arena, format_bytes
+from llm_numba.arena import DTYPES, Arena, format_bytes
 from llm_numba.config import GPT2Config, preset
 from llm_numba.errors import UserError, exit_with
 from llm_numba.finite import checked
 from llm_numba.loader import Loader
-from llm_numba.ops import get_ops
-from llm_numba.plan import all_groups, check_memory, plan_memory, plan_of
+from llm_numba.ops import choose_device, get_ops
+from llm_numba.plan import all_groups, check_memory, micro_batches, plan_memory, plan_of
 from llm_numba.reference import Reference
 from llm_numba.runlog import RunLog
 from llm_numba.schedule import learning_rate
@@ -29,7 +30,7 @@ from llm_numba.shards import BLOCK_TOKENS, open_shard
 from llm_numba.tokenizer import tokenizer_state
 from llm_numba.warmup import warm_up
 
-SAVED = {"parameters": "", "m": "m.", "v": "v."}  # groups of the arena that a checkpoint holds, and their prefix
+MOMENTS = ("m", "v")  # groups of the arena that a checkpoint holds beside the parameters; they prefix the names there
 FIRST = {"epoch": 0, "window": 0}  # a loader's first position
 SAMPLING = SimpleNamespace(temperature=0.8, top_k=0, top_p=0.95)
 
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int | None:
         recorded = settings.from_record(stored[1]["settings"], path)
         given = settings.resume_with(recorded, given, explicit)
     settings.check(given)
-    ops = get_ops(given.device, given.interpret, given.no_jit)
+    device = "cpu" if given.no_jit or given.interpret else choose_device(given.device)
+    ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
     ops.set_threads(given.threads)
     if given.plan_memory:
         return plan_memory(given, ops)
@@ -67,8 +69,7 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     config = preset(s.preset, vocab_size=corpus.vocab_size)
     train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
     val_loader = Loader(corpus.val, s.batch_size, T, s.seed, True, "--val-data or --val-fraction")
-    accumulate = (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
-    windows_per_step = accumulate * s.batch_size
+    windows_per_step = micro_batches(s, T) * s.batch_size
     steps = s.steps or max(1, round(s.epochs * train_loader.windows_per_epoch / windows_per_step))
     if s.warmup > steps:
         raise UserError(f"--warmup {s.warmup}: the run has only {steps} steps; give fewer, or more --steps or --epochs")
@@ -81,31 +82,35 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     if stored and stored[1]["step"] >= steps:
         raise UserError(f"--resume {s.resume}: all {steps} steps are done; give more with --steps or --epochs")
     arena = Arena(groups, config, plan_of(s), ops)
-    m = arena.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+    m = arena.training(s.recompute)
     state = SimpleNamespace(step=0, loss_history=[], norm_history=[])
     if stored:
         restore(ops, arena, state, train_loader, stored)
     else:
         model.initialise(ops, arena, s.seed)
 
-    seconds = 0.0 if s.no_jit or s.interpret else warm_up(ops)
-    peak = None if s.interpret else ops.peak_flops()
+    seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
+    peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
+    ops.to_device(m.seed, s.seed % 2**31)
 
     with RunLog(folder, settings.to_record(s), state.step if stored else None) as log, stop_signals() as stop:
         if stored:
             for other in checkpoint.set_aside(checkpoint.checkpoint_path(folder, state.step)):
                 log.say(f"set aside, because this run goes on from an earlier one: {other}")
-        log.say(f"run folder {folder}: {describe(config, arena, corpus, T, accumulate, steps)}")
+        log.say(f"run folder {folder}: {describe(config, arena, corpus, steps)}")
+        log.say(ops.describe_device())
         log.say(f"ops ready in {seconds:.1f} s (compiled, or read from what an earlier start compiled)")
         run = SimpleNamespace(
             s=s, ops=ops, arena=arena, m=m, config=config, corpus=corpus, state=state, log=log, steps=steps,
-            train_loader=train_loader, val_loader=val_loader, accumulate=accumulate, folder=folder, peak=peak,
-            fingerprint=fingerprint, sets=model.parameter_sets(arena), gradients=arena.flat("gradients"),
+            train_loader=train_loader, val_loader=val_loader, folder=folder, peak=peak, fingerprint=fingerprint,
             flops=flops_per_token(config, T), times=[], reference=Reference(s, log),
-            batch=np.empty((2, s.batch_size, T), np.int32),
+            batches=np.empty(m.batches.shape, np.int32),
         )  # fmt: skip
         if s.check_finite:
-            run.ops = checked(ops, m, state)
+            run.ops = checked(ops, m, arena, state)
+        run.update = partial(update, run.ops, m, config.vocab_size, s)
+        if s.graph and not s.check_finite:
+            run.update = ops.capture(run.update)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
         while state.step < steps and not stop:
             one_step(run)
@@ -126,26 +131,36 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
         return 0
 
 
+def update(ops, m, vocab_size: int, s: Settings) -> None:
+    """All that the device does in a step: the same calls with the same arrays, step after step."""
+    model.gradients(ops, m, vocab_size)
+    model.update(ops, m, s)
+
+
 def one_step(run) -> None:
     """Forward and backward over the micro-batches, then the update; one line in the log."""
     s, ops, m, state = run.s, run.ops, run.m, run.state
     start = time.perf_counter()
-    ops.zero(run.gradients)
-    loss = 0.0
     if s.overfit:
         run.train_loader.restore(FIRST)
-    for _ in range(run.accumulate):
-        load_batch(run, run.train_loader)
-        model.forward(ops, m)
-        loss += model.loss(ops, m, run.config.vocab_size, 1.0 / (run.accumulate * m.tokens.size)) / run.accumulate
-        model.backward(ops, m)
-    ops.global_norm_squared(m.grad_norm_squared, run.gradients, m.scratch)
-    norm = math.sqrt(ops.to_host(m.grad_norm_squared)[0])
+    for batch in run.batches:
+        run.train_loader.next_batch(*batch)
+    rate = learning_rate(state.step, run.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
+    ops.to_device(m.batches, run.batches)
+    ops.to_device(m.learning_rate, rate)
+    ops.to_device(m.step, state.step + 1)
+    ops.to_device(
+        m.limits,
+        [outliers.limit(state.loss_history, s.skip_loss_z), outliers.limit(state.norm_history, s.skip_norm_z)],
+    )
+    run.update()
+    loss, norm = float(ops.to_host(m.loss)[0]), math.sqrt(ops.to_host(m.grad_norm_squared)[0])
+    skipped = bool(ops.to_host(m.grad_scale)[0] < 0)
 
     loss_z = outliers.z_score(state.loss_history, loss)
     norm_z = outliers.z_score(state.norm_history, norm)
-    skip = (s.skip_loss_z and loss_z > s.skip_loss_z) or (s.skip_norm_z and norm_z > s.skip_norm_z)
-    if not (math.isfinite(loss) and math.isfinite(norm)) and not skip:
+    wanted = (s.skip_loss_z and loss_z > s.skip_loss_z) or (s.skip_norm_z and norm_z > s.skip_norm_z)
+    if not (math.isfinite(loss) and math.isfinite(norm)) and not wanted:
         resumable = any(run.folder.glob("checkpoints/*.safetensors"))
         again = f"python -m llm_numba.train --resume {run.folder}" if resumable else "the same command, another --out,"
         raise UserError(
@@ -153,44 +168,34 @@ def one_step(run) -> None:
             f"To see where it starts: {again} --check-finite; "
             "a smaller --learning-rate may avoid it"
         )
-    rate = learning_rate(state.step, run.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
-    if not skip:
-        ops.to_device(m.learning_rate, rate)
-        ops.to_device(m.step, state.step + 1)
-        ops.to_device(m.grad_scale, s.grad_clip / norm if 0 < s.grad_clip < norm else 1.0)
-        model.update(ops, m, run.sets, s.beta1, s.beta2, s.eps, s.weight_decay)
     state.step += 1
 
     seconds = time.perf_counter() - start
     run.times = [*run.times[-19:], seconds]
-    tokens_per_second = run.accumulate * m.tokens.size / seconds
+    tokens_per_second = run.batches[:, 0].size / seconds
     share = tokens_per_second * run.flops / run.peak if run.peak else None
     left = (run.steps - state.step) * sum(run.times) / len(run.times)
     run.log.step(
         state.step, run.steps, left, loss=loss, loss_z=loss_z, norm=norm, norm_z=norm_z, learning_rate=rate,
-        ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=bool(skip),
+        ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped,
     )  # fmt: skip
     run.reference.compare(state.step, loss)
 
 
-def load_batch(run, loader: Loader) -> None:
-    """m.tokens, m.targets = the loader's next batch."""
-    loader.next_batch(*run.batch)
-    run.ops.to_device(run.m.tokens, run.batch[0])
-    run.ops.to_device(run.m.targets, run.batch[1])
-
-
 def validate(run) -> None:
     """The mean loss over the same batches of held-out text each time."""
-    s, m = run.s, run.m
+    s, ops, m = run.s, run.ops, run.m
     run.val_loader.restore(FIRST)
     batches = max(1, min(s.val_batches, run.val_loader.windows_per_epoch // s.batch_size))
-    total = 0.0
+    tokens, targets = run.batches[0]
+    ops.zero(m.loss)
     for _ in range(batches):
-        load_batch(run, run.val_loader)
-        model.forward(run.ops, m)
-        total += model.loss(run.ops, m, run.config.vocab_size) / batches
-    run.log.validation(run.state.step, total)
+        run.val_loader.next_batch(tokens, targets)
+        ops.to_device(m.tokens, tokens)
+        ops.to_device(m.targets, targets)
+        model.forward(ops, m)
+        model.loss(ops, m, run.config.vocab_size, 1.0 / batches, write_dlogits=False)
+    run.log.validation(run.state.step, float(ops.to_host(m.loss)[0]))
 
 
 def show_sample(run) -> None:
@@ -208,11 +213,9 @@ def save(run) -> None:
     """A checkpoint of everything that the next step depends on. Random numbers need no state of their own: those of
     the data's order and of samples follow from the seed and the step or the epoch."""
     s, state, arena = run.s, run.state, run.arena
-    tensors = {
-        prefix + name: run.ops.to_host(tensor)
-        for group, prefix in SAVED.items()
-        for name, tensor in arena.named(group).items()
-    }
+    tensors = {name: run.ops.to_host(tensor) for name, tensor in model.exact_parameters(arena).items()}
+    for group in MOMENTS:
+        tensors |= {f"{group}.{name}": run.ops.to_host(tensor) for name, tensor in arena.named(group).items()}
     record = {
         **vars(state),
         "loader": run.train_loader.state(),
@@ -230,9 +233,11 @@ def save(run) -> None:
 def restore(ops, arena: Arena, state: SimpleNamespace, loader: Loader, stored) -> None:
     """Arena, state and loader = as they were when the checkpoint was saved."""
     tensors, record, _ = stored
-    for group, prefix in SAVED.items():
+    for name in arena.named("parameters"):
+        model.set_parameter(ops, arena, name, tensors[name])
+    for group in MOMENTS:
         for name, tensor in arena.named(group).items():
-            ops.to_device(tensor, tensors[prefix + name])
+            ops.to_device(tensor, tensors[f"{group}.{name}"])
     for name in vars(state):
         setattr(state, name, record[name])
     loader.restore(record["loader"])
@@ -254,13 +259,14 @@ def data_fingerprint(corpus: data.Corpus) -> list:
     return found
 
 
-def describe(config: GPT2Config, arena: Arena, corpus: data.Corpus, T: int, accumulate: int, steps: int) -> str:
+def describe(config: GPT2Config, arena: Arena, corpus: data.Corpus, steps: int) -> str:
     parameters = sum(math.prod(p.shape) for p in arena.places if p.group == "parameters")
+    accumulate, _, B, T = arena.tensors["inputs", "batches"].shape
     tokens, held_out = (sum(span.stop - span.start for span in spans) for spans in (corpus.train, corpus.val))
     return (
         f"{parameters:,} parameters, {config.num_layers} layers of {config.channels} channels, "
         f"{config.vocab_size} tokens in the vocabulary; {tokens:,} tokens to train on, {held_out:,} held out; "
-        f"{steps} steps of {accumulate * arena.tensors['inputs', 'tokens'].shape[0]} x {T} tokens; "
+        f"{steps} steps of {accumulate * B} x {T} tokens; "
         f"arena {format_bytes(arena.nbytes)}"
     )
 

@@ -3,23 +3,28 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
 from llm_numba import model, sample
-from llm_numba.arena import Arena, training_groups
-from llm_numba.config import preset
+from llm_numba.arena import Arena
+from llm_numba.config import GPT2Config, preset
 from llm_numba.ops import CONTRACT, WRITES, get_ops
+from llm_numba.plan import all_groups
+from llm_numba.settings import Settings
+
+SMALL = Settings(preset="nano")
 
 
-def warm_up(ops) -> float:
+def warm_up(ops, config: GPT2Config, s: Settings) -> float:
     """Run a training step and a sampled token of a very small model; returns the seconds that it took.
 
-    Numba compiles a function for types, not for sizes, so that this is all the compiling that a run of any size needs;
-    it keeps the results on disk, and the next start only reads them. Where there is nothing to read yet, a second
-    process compiles attention, the largest part of the work, at the same time.
+    Numba compiles a function for types, and for a head's size on a GPU, so that this is all the compiling that a run of
+    any size needs; it keeps the results on disk, and the next start only reads them. Where there is nothing to read
+    yet, a second process compiles attention, the largest part of the work on a CPU, at the same time.
     """
     start = time.perf_counter()
     with tqdm(total=len(WRITES), desc="compiling (once for this machine)", leave=False, disable=None) as progress:
@@ -32,7 +37,7 @@ def warm_up(ops) -> float:
                     other.wait()
                 finally:
                     other.kill()
-        run_everything(told)
+        run_everything(told, config.head_size, s)
     return time.perf_counter() - start
 
 
@@ -42,20 +47,16 @@ def only(ops, names) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(ops), **skipped})
 
 
-def run_everything(ops) -> None:
+def run_everything(ops, head_size: int = 16, s: Settings = SMALL) -> None:
     """Call every op at least once, with the types that training and sampling use."""
-    config, T = preset("nano", max_seq_len=sample.CHUNK + 1), sample.CHUNK
-    arena = Arena(
-        training_groups(config, 1, T, ops, "reuse") | sample.sampling_groups(config, ops), config, "reuse", ops
-    )
-    m = arena.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+    T = sample.CHUNK
+    config = preset("nano", max_seq_len=T + 1, num_layers=1, num_heads=1, channels=head_size)
+    arena = Arena(all_groups(replace(s, batch_size=1, tokens_per_step=0), config, T, ops), config, "reuse", ops)
+    m = arena.training(s.recompute)
     ops.to_device(m.step, 1)
-    model.forward(ops, m)
-    model.loss(ops, m, config.vocab_size, 1.0)
-    model.backward(ops, m)
+    model.gradients(ops, m, config.vocab_size)
     ops.residual_backward(m.dencoded, m.lnf)  # the plan made it needless above
-    ops.global_norm_squared(m.grad_norm_squared, arena.flat("gradients"), m.scratch)
-    model.update(ops, m, model.parameter_sets(arena), 0.9, 0.95, 1e-8, 0.1)
+    model.update(ops, m, s)
     tokens = sample.generate(
         ops, arena, [0] * T, SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0), np.random.default_rng(0)
     )

@@ -5,59 +5,119 @@ import os
 os.environ["NUMBA_NUM_THREADS"] = "4"  # read when Numba is imported; tests choose fewer
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # there may be fewer cores than threads
 
+import functools
 import importlib
 import inspect
 import math
 from types import SimpleNamespace
 
-import numba
 import numpy as np
 import pytest
 
-from llm_numba.ops import CONTRACT, WRITES, get_ops
+from llm_numba.ops import CONTRACT, WRITES
 
 ALIGNMENT = 64
 GUARD = 256  # bytes before and after each array
 MOST_INTERPRETED = 256  # numbers in an activation that plain Python may work on in a test
+DEVICES = ("cpu", "cudasim", "cuda")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="the backend whose ops are tested")
+    parser.addoption(
+        "--device", default="cpu,cudasim", help="the backends whose ops are tested, separated by commas (cpu,cudasim)"
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled: says nothing, or takes too long, under NUMBA_DISABLE_JIT=1")
-    if numba.config.DISABLE_JIT:  # NumPy's own scalars warn of each NaN that a test is about
+    config.addinivalue_line("markers", "real: says nothing, or takes too long, in the simulator")
+    unknown = set(devices(config)) - set(DEVICES)
+    if unknown or {"cuda", "cudasim"} <= set(devices(config)):
+        raise pytest.UsageError(f"--device {config.getoption('--device')}: expected some of {', '.join(DEVICES)}, "
+                                "but cuda and cudasim, which one process cannot have both, only apart")  # fmt: skip
+    if "cudasim" in devices(config):
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    if os.environ.get("NUMBA_DISABLE_JIT") == "1":  # NumPy's own scalars warn of each NaN that a test is about
         config.addinivalue_line("filterwarnings", "ignore:invalid value:RuntimeWarning")
 
 
+def devices(config) -> list[str]:
+    return config.getoption("--device").split(",")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices(metafunc.config), scope="session")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Under NUMBA_DISABLE_JIT=1 keep what plain Python can do in a moment."""
-    if numba.config.DISABLE_JIT:
+    """Under NUMBA_DISABLE_JIT=1 and in the simulator keep what plain Python can do in a moment."""
 
-        def is_slow(item):
-            shape = item.callspec.params.get("shape", ()) if hasattr(item, "callspec") else ()
-            return item.get_closest_marker("compiled") or math.prod(shape) > MOST_INTERPRETED
+    def is_slow(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") != "cpu" and parameters.get("kept") == "weights":
+            return True  # a GPU's attention keeps none
+        large = math.prod(parameters.get("shape", ())) > MOST_INTERPRETED
+        if parameters.get("device") == "cudasim":
+            return large or item.get_closest_marker("compiled") or item.get_closest_marker("real")
+        return os.environ.get("NUMBA_DISABLE_JIT") == "1" and (large or item.get_closest_marker("compiled"))
 
-        config.hook.pytest_deselected(items=[item for item in items if is_slow(item)])
-        items[:] = [item for item in items if not is_slow(item)]
+    slow = [item for item in items if is_slow(item)]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session")
-def ops(request):
-    """The device's ops, each made to check that it changes only what it may, and their scratch sizes."""
-    device = request.config.getoption("--device")
-    found = {name: only_writes_what_it_may(name, op) for name, op in vars(get_ops(device)).items() if name in WRITES}
+def ops(device):
+    """The device's ops on arrays in the host's memory, each made to check that it changes only what it may, and their
+    scratch sizes."""
+    found = {}
+    package = "cpu" if device == "cpu" else "cuda"
     for file in CONTRACT:
-        module = importlib.import_module(f"llm_numba.{device}.{file}")
+        module = importlib.import_module(f"llm_numba.{package}.{file}")
+        for name in CONTRACT[file]:
+            op = getattr(module, name)
+            found[name] = only_writes_what_it_may(name, op if package == "cpu" else on_device(op))
         found |= {name: value for name, value in vars(module).items() if name == f"{file}_scratch_size"}
     return SimpleNamespace(**found)
+
+
+def root_of(array):
+    """The memory that an array is a view of: guards and all."""
+    while array.base is not None:
+        array = array.base
+    return array
+
+
+def on_device(op):
+    """The op on copies of its arrays, guards and all, in the device's memory; then what they have become."""
+    from llm_numba.cuda import memory
+
+    @functools.wraps(op)
+    def run(*args):
+        roots = {id(root_of(x)): root_of(x) for x in args if isinstance(x, np.ndarray)}
+        copies = {key: memory.allocate(root.nbytes) for key, root in roots.items()}
+        for key, root in roots.items():
+            memory.to_device(copies[key], root)
+
+        def copy_of(x):
+            if not isinstance(x, np.ndarray):
+                return x
+            offset = x.ctypes.data - root_of(x).ctypes.data
+            return memory.view(copies[id(root_of(x))], offset, x.shape, x.dtype.name)
+
+        op(*(copy_of(x) for x in args))
+        for key, root in roots.items():
+            root[...] = memory.to_host(copies[key])
+
+    return run
 
 
 def only_writes_what_it_may(name, op):
     """The op, followed by a check that every array is unchanged that is neither a destination nor scratch."""
     signature = inspect.signature(op)
 
+    @functools.wraps(op)
     def run(*args):
         arrays = {k: x for k, x in signature.bind(*args).arguments.items() if isinstance(x, np.ndarray)}
         writes = [arrays[k] for k in (*WRITES[name], "scratch") if k in arrays]
@@ -106,19 +166,22 @@ def garbage(place):
 
 
 @pytest.fixture
-def assert_same_bits():
-    """A function that runs `run`, which returns arrays, on 1, 2, 3 and 4 threads and compares the arrays' bytes."""
+def assert_same_bits(device):
+    """A function that runs `run`, which returns arrays, on 1, 2, 3 and 4 threads of the CPU, or a few times on a GPU,
+    and compares the arrays' bytes."""
 
     def check(run):
-        try:
-            results = []
-            for threads in (1, 2, 3, 4):
-                numba.set_num_threads(threads)
-                results.append([x.tobytes() for x in run()])
-        finally:
-            numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-        for threads, result in zip((2, 3, 4), results[1:], strict=True):
+        results = []
+        for times in (1, 2, 3, 4):
+            if device == "cpu":
+                numba.set_num_threads(times)
+            results.append([x.tobytes() for x in run()])
+        for times, result in zip((2, 3, 4), results[1:], strict=True):
             for i, (got, expected) in enumerate(zip(result, results[0], strict=True)):
-                assert got == expected, f"result {i} on {threads} threads differs from that on one"
+                what = f"on {times} threads" if device == "cpu" else f"of run {times}"
+                assert got == expected, f"result {i} {what} differs from that of the first"
 
-    return check
+    import numba
+
+    yield check
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)

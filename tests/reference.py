@@ -139,13 +139,14 @@ def classifier_backward(dloss, logits, targets, vocab_size):
 
 
 @in_float64
-def adamw_update(param, grad, m, v, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale):
-    """Returns param, m, v. Algorithm 2 of Loshchilov and Hutter 2017, the learning rate as its schedule multiplier."""
-    grad = grad * grad_scale
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * grad**2
+def adamw_update(params, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale):
+    """Returns params, m, v. Algorithm 2 of Loshchilov and Hutter 2017, the learning rate as its schedule multiplier."""
+    grads = grads * grad_scale
+    m = beta1 * m + (1 - beta1) * grads
+    v = beta2 * v + (1 - beta2) * grads**2
     mhat, vhat = m / (1 - beta1**step), v / (1 - beta2**step)
-    return param - learning_rate * (mhat / (np.sqrt(vhat) + eps) + weight_decay * param), m, v
+    decay = weight_decay * np.repeat(decays, 64)
+    return params - learning_rate * (mhat / (np.sqrt(vhat) + eps) + decay * params), m, v
 
 
 def finite_difference(f, x, dout, step=1e-5):

@@ -1,120 +1,290 @@
+import itertools
+
+import ml_dtypes
 import numpy as np
 import pytest
 from reference import UNIT, adamw_update, assert_close
 
 SETTINGS = dict(learning_rate=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=7, grad_scale=0.25)
+RUN = 64  # parameters to all or none of which weight decay applies
+compiled, real = pytest.mark.compiled, pytest.mark.real
 
 
-def make(rng, shape):
-    """param, grad, m, v in the middle of a training."""
-    param, grad, m = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
-    return param, grad, m, np.square(rng.standard_normal(shape)).astype(np.float32)
+def make(rng, n):
+    """params, grads, m, v, decays in the middle of a training."""
+    params, grads, m = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
+    return params, grads, m, np.square(rng.standard_normal(n)).astype(np.float32), np.arange(n // RUN) % 3 != 1
 
 
-def update(ops, place, param, grad, m, v, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale):
+def update(ops, place, params, grads, m, v, decays, *, master=None, seed=0, **settings):
     """Run the op on arrays in place, and its scalars as it wants them."""
-    rate, scale, count = place([learning_rate]), place([grad_scale]), place([step], np.int32)
-    ops.adamw_update(param, grad, m, v, rate, beta1, beta2, eps, weight_decay, count, scale)
+    s = SETTINGS | settings
+    rate, scale, step = place([s["learning_rate"]]), place([s["grad_scale"]]), place([s["step"]], np.int32)
+    ops.adamw_update(
+        params, master, grads, m, v, place(decays, np.uint8),
+        rate, s["beta1"], s["beta2"], s["eps"], s["weight_decay"], step, place([seed], np.int32), scale,
+    )  # fmt: skip
+
+
+def expect(params, grads, m, v, decays, **settings):
+    """What update makes of params, m, v, and what float32 may lose of each."""
+    s = SETTINGS | settings
+    # what the op gets as float32, the reference gets with the same rounding
+    rate, scale = float(np.float32(s["learning_rate"])), float(np.float32(s["grad_scale"]))
+    beta1, beta2, eps, weight_decay, step = s["beta1"], s["beta2"], s["eps"], s["weight_decay"], s["step"]
+    expected = adamw_update(params, grads, m, v, decays, rate, beta1, beta2, eps, weight_decay, step, scale)
+    expected_params, expected_m, expected_v = expected
+    # m: two products, the betas' own rounding, the scaling of the gradient, a sum. v: the same with a square
+    m_error = 4 * UNIT * (beta1 * np.abs(m.astype(np.float64)) + (1 - beta1) * np.abs(grads * np.float64(scale)))
+    # params: m's error, half of v's, eight operations in the quotient and, where the corrections are found in float32,
+    # five more for mhat's and half of that for vhat's; two in the decay, one for the difference
+    denominator = np.sqrt(expected_v / (1 - beta2**step)) + eps
+    quotient_error = (m_error + 19 * UNIT * np.abs(expected_m)) / (1 - beta1**step) / denominator
+    error = rate * (quotient_error + 3 * UNIT * weight_decay * np.abs(params)) + UNIT * np.abs(expected_params)
+    return expected, (error, m_error, 6 * UNIT * expected_v)
+
+
+def assert_all_close(got, expected, errors):
+    for name, *numbers in zip(("params", "m", "v"), got, expected, errors, strict=True):
+        assert_close(name, *numbers)
 
 
 def check(ops, place, arrays, **settings):
-    # what the op gets as float32, the reference gets with the same rounding
-    settings = SETTINGS | settings
-    for name in ("learning_rate", "grad_scale"):
-        settings[name] = float(np.float32(settings[name]))
-    before = [x.astype(np.float64) for x in arrays]
-    param, grad, m, v = (place(x) for x in arrays)
-    update(ops, place, param, grad, m, v, **settings)
-    expected_param, expected_m, expected_v = adamw_update(*before, *settings.values())
-    # m: two products, the betas' own rounding, the scaling of the gradient, a sum. v: the same with a square
-    beta1, beta2 = settings["beta1"], settings["beta2"]
-    scaled = np.abs(before[1] * settings["grad_scale"])
-    m_error = 4 * UNIT * (beta1 * np.abs(before[2]) + (1 - beta1) * scaled)
-    assert_close("m", m, expected_m, m_error)
-    assert_close("v", v, expected_v, 6 * UNIT * expected_v)
-    # param: m's error, half of v's and eight operations in the quotient, two in the decay, one for the difference
-    correction = 1 - beta1 ** settings["step"]
-    denominator = np.sqrt(expected_v / (1 - beta2 ** settings["step"])) + settings["eps"]
-    quotient_error = (m_error + 11 * UNIT * np.abs(expected_m)) / correction / denominator
-    decay_error = 3 * UNIT * settings["weight_decay"] * np.abs(before[0])
-    error = settings["learning_rate"] * (quotient_error + decay_error) + UNIT * np.abs(expected_param)
-    assert_close("param", param, expected_param, error)
-    return param, m, v
+    params, grads, m, v = (place(x) for x in arrays[:4])
+    update(ops, place, params, grads, m, v, arrays[4], **settings)
+    assert_all_close((params, m, v), *expect(*arrays, **settings))
 
 
 # a block of the CPU's is 16384 parameters
-@pytest.mark.parametrize("shape", [(1,), (3,), (17,), (257,), (5, 97), (2, 3, 17), (1, 16384), (16385,), (3, 97, 257)])
-def test_update(ops, rng, place, shape):
-    check(ops, place, make(rng, shape))
+@pytest.mark.parametrize(
+    "n", [64, 128, 192, 320] + [pytest.param(n, marks=compiled) for n in (16384, 16384 + 64, 97 * 257 * 64)]
+)
+def test_update(ops, rng, place, n):
+    check(ops, place, make(rng, n))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         dict(step=1),
+        dict(step=2),
         dict(step=100_000),
         dict(weight_decay=0.0),
         dict(learning_rate=0.0),
         dict(grad_scale=1.0),
         dict(grad_scale=0.0),
         dict(beta1=0.0),
+        dict(beta2=0.0),
         dict(beta2=0.999),
+        dict(beta2=0.9999, step=1),
         dict(eps=1e-2),
     ],
     ids=str,
 )
 def test_settings(ops, rng, place, settings):
-    check(ops, place, make(rng, (97,)), **settings)
+    check(ops, place, make(rng, 128), **settings)
 
 
 def test_first_step_moves_by_the_learning_rate(ops, rng, place):
     """At step 1, from m = v = 0, mhat / sqrt(vhat) is the gradient's sign."""
-    param, grad, _, _ = (place(x) for x in make(rng, (257,)))
-    m, v, before = place(np.zeros(257)), place(np.zeros(257)), param.copy()
-    settings = SETTINGS | dict(step=1, weight_decay=0.0, eps=0.0, learning_rate=0.5)
-    update(ops, place, param, grad, m, v, **settings)
-    assert_close("param", param, before - 0.5 * np.sign(grad), 8 * UNIT * (np.abs(before) + 0.5))
+    params, grads, m, v, decays = make(rng, 320)
+    params, grads, m, v = place(params), place(grads), place(0 * m), place(0 * v)
+    before = params.copy()
+    update(ops, place, params, grads, m, v, decays, step=1, weight_decay=0.0, eps=0.0, learning_rate=0.5)
+    assert_close("params", params, before - 0.5 * np.sign(grads), 8 * UNIT * (np.abs(before) + 0.5))
 
 
 def test_decay_is_decoupled(ops, place):
-    """Without a gradient the decay shrinks a parameter by learning_rate * weight_decay, and touches no moment."""
-    param, grad, m, v = place([2.0, -3.0]), place([0.0, 0.0]), place([0.0, 0.0]), place([0.0, 0.0])
-    update(ops, place, param, grad, m, v, **SETTINGS | dict(learning_rate=0.5, weight_decay=0.25))
-    assert np.array_equal(param, np.float32([2.0, -3.0]) * np.float32(1 - 0.5 * 0.25))
+    """Without a gradient the decay shrinks a parameter by learning_rate * weight_decay, and touches no moment; and the
+    parameters of a run without decay not at all."""
+    before = np.repeat(np.float32([2.0, -3.0, 5.0, -7.0]), RUN)
+    params, grads, m, v = place(before), place(0 * before), place(0 * before), place(0 * before)
+    update(ops, place, params, grads, m, v, [1, 0, 0, 1], learning_rate=0.5, weight_decay=0.25)
+    assert np.array_equal(params, before * np.repeat(np.float32([0.875, 1, 1, 0.875]), RUN))
     assert not m.any() and not v.any()
 
 
 def test_many_steps(ops, rng, place):
-    """Twenty steps down a parabola, compared after the last one: each step may add its own error."""
-    start = rng.standard_normal(97).astype(np.float32)
-    param, m, v = place(start), place(np.zeros(97)), place(np.zeros(97))
-    reference = start.astype(np.float64), np.zeros(97), np.zeros(97)
-    rate, scale = float(np.float32(SETTINGS["learning_rate"])), SETTINGS["grad_scale"]
-    for step in range(1, 21):
-        settings = SETTINGS | dict(step=step, learning_rate=rate, grad_scale=scale)
-        grad = (2 * start + step).astype(np.float32)
-        update(ops, place, param, place(grad), m, v, **settings)
-        reference = adamw_update(reference[0], grad, *reference[1:], *settings.values())
-    assert_close("param", param, reference[0], 20 * 2 * UNIT * (np.abs(start) + 20 * rate))
-    assert_close("m", m, reference[1], 20 * 4 * UNIT * np.abs(reference[1]).max())
-    assert_close("v", v, reference[2], 20 * 6 * UNIT * reference[2])
+    """Ten steps down a parabola, compared after the last one: each step may add its own error."""
+    start, decays = rng.standard_normal(64).astype(np.float32), [1]
+    params, m, v = place(start), place(np.zeros(64)), place(np.zeros(64))
+    reference = start.astype(np.float64), np.zeros(64), np.zeros(64)
+    rate = float(np.float32(SETTINGS["learning_rate"]))
+    for step in range(1, 11):
+        grads = (2 * start + step).astype(np.float32)
+        update(ops, place, params, place(grads), m, v, decays, step=step)
+        settings = SETTINGS | dict(step=step, learning_rate=rate)
+        reference = adamw_update(reference[0], grads, *reference[1:], decays, *settings.values())
+    assert_close("params", params, reference[0], 10 * 2 * UNIT * (np.abs(start) + 10 * rate))
+    assert_close("m", m, reference[1], 10 * 4 * UNIT * np.abs(reference[1]).max())
+    assert_close("v", v, reference[2], 10 * 6 * UNIT * reference[2])
 
 
 def test_nan_gradient_touches_its_parameter_only(ops, rng, place):
-    param, grad, m, v = (place(x) for x in make(rng, (97,)))
-    grad[50] = np.nan
-    update(ops, place, param, grad, m, v, **SETTINGS)
-    for x in (param, m, v):
-        assert np.array_equal(np.isnan(x), np.isnan(grad))
+    params, grads, m, v, decays = make(rng, 128)
+    grads[50] = np.nan
+    params, grads, m, v = (place(x) for x in (params, grads, m, v))
+    update(ops, place, params, grads, m, v, decays)
+    for x in (params, m, v):
+        assert np.array_equal(np.isnan(x), np.isnan(grads))
+
+
+# --- what the arena and the clipping ask for
+
+
+def on_every_kind(test):
+    """As float32; as bf16, with float32 master weights and without, where the device has it."""
+    return pytest.mark.parametrize("kind", ["float32", "bfloat16", "master"])(test)
+
+
+@pytest.fixture
+def places(device, place, kind):
+    """A function that places params: -> (params, master) of the kind."""
+    if device == "cpu" and kind != "float32":
+        pytest.skip("the CPU computes in float32 only")
+
+    def places(params):
+        dtype = "float32" if kind == "float32" else "bfloat16"
+        return place(params, dtype), place(params) if kind == "master" else None
+
+    return places
+
+
+@on_every_kind
+def test_a_negative_scale_leaves_the_update_out(ops, rng, place, places):
+    *arrays, decays = make(rng, 192)
+    params, master = places(arrays[0])
+    grads, m, v = (place(x) for x in arrays[1:])
+    written = [x for x in (params, master, m, v) if x is not None]
+    before = [x.tobytes() for x in written]
+    update(ops, place, params, grads, m, v, decays, master=master, grad_scale=-1.0)
+    assert [x.tobytes() for x in written] == before
+    update(ops, place, params, grads, m, v, decays, master=master, grad_scale=0.0)
+    assert all(x.tobytes() != y for x, y in zip(written, before, strict=True))
+
+
+@on_every_kind
+def test_padding_stays_zero(ops, rng, place, places):
+    """All bits of it, step after step, where weight decay applies and where not."""
+    *arrays, decays = make(rng, 192)
+    padding = np.arange(192) % RUN > 40
+    params, grads, m, v = (np.where(padding, 0, x) for x in arrays)
+    (params, master), grads, m, v = places(params), place(grads), place(m), place(v)
+    for step in range(1, 4):
+        update(ops, place, params, grads, m, v, decays, master=master, step=step, seed=step)
+    for x in (params, master, m, v):
+        if x is not None:
+            assert not x[padding].view(np.uint8).any()
+            assert (x[~padding] != 0).all()
+
+
+# --- bf16
+
+
+@pytest.fixture
+def only_with_bf16(device):
+    if device == "cpu":
+        pytest.skip("the CPU computes in float32 only")
+
+
+def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place, only_with_bf16):
+    """The master weights are a float32 run's, to the bit; params, whatever they were, become the nearest bf16."""
+    arrays = make(rng, 192)
+    params, master = place(np.zeros(192), "bfloat16"), place(arrays[0])
+    plain, grads, m, v = (place(x) for x in arrays[:4])
+    m32, v32 = place(m), place(v)
+    update(ops, place, params, grads, m, v, arrays[4], master=master)
+    update(ops, place, plain, grads, m32, v32, arrays[4])
+    for got, expected in ((master, plain), (m, m32), (v, v32)):
+        assert got.tobytes() == expected.tobytes()
+    assert params.tobytes() == master.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def test_master_weights_halfway_go_to_the_even_bf16(ops, place, only_with_bf16):
+    unit = 2.0**-7  # from 1 to the next bf16
+    master = place(np.repeat([1 + unit / 2, 1 + 1.5 * unit], 32))
+    params = place(np.zeros(64), "bfloat16")
+    zeros = place(np.zeros(64))
+    update(ops, place, params, zeros, place(zeros), place(zeros), [0], master=master)
+    assert np.array_equal(params.astype(np.float32), np.repeat([1, 1 + 2 * unit], 32))
+
+
+def rounded(ops, place, params, move, **settings):
+    """bf16 params moved by -move and rounded, as float32: at step 1, without eps and decay, an update moves each
+    parameter by the learning rate against its gradient's sign."""
+    n = len(params)
+    params, grads, m, v = place(params, "bfloat16"), place(np.ones(n)), place(np.zeros(n)), place(np.zeros(n))
+    settings = dict(step=1, weight_decay=0.0, eps=0.0, learning_rate=move) | settings
+    update(ops, place, params, grads, m, v, np.zeros(n // RUN), **settings)
+    return params.astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [320, pytest.param(1 << 16, marks=real)])
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_stochastic_rounding_is_unbiased(ops, place, only_with_bf16, n, value):
+    """From 1 up bf16 are 2**-7 apart, and from 1 down 2**-8. A number between two of them that is a quarter of the way
+    from one to the other becomes the other one in a quarter of n independent cases: four deviations are
+    4 sqrt(n / 4 * 3 / 4)."""
+    for apart, share in ((2**-7, 0.25), (2**-7, 0.75), (-(2**-8), 0.25)):
+        got = rounded(ops, place, np.full(n, value), -share * apart * value, seed=1)
+        changed = got == value * (1 + apart)
+        assert (changed | (got == value)).all()
+        assert abs(changed.sum() - share * n) <= 4 * np.sqrt(n * share * (1 - share))
+
+
+def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place, only_with_bf16):
+    """Two patterns of 320 numbers, a half of which go either way, agree by chance in a half of the places; four
+    deviations are 36."""
+
+    def pattern(**settings):
+        beta = dict(beta1=0.0, beta2=0.0)  # the move is the same at every step
+        return rounded(ops, place, np.full(320, 1.0), -0.5 * 2**-7, **beta, **settings)
+
+    first = pattern(seed=1, step=1)
+    assert pattern(seed=1, step=1).tobytes() == first.tobytes()
+    others = [pattern(seed=1, step=2), pattern(seed=2, step=1), pattern(seed=-1, step=1)]
+    others += [np.roll(first, shift) for shift in (1, 2, 32, 64)]
+    for x, y in itertools.combinations([first, *others], 2):
+        assert abs((x == y).sum() - 160) <= 36
+
+
+def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place, only_with_bf16):
+    """Up or down to one of the two bf16 around the float32 result: less than a unit of 2**-7 away."""
+    arrays = make(rng, 320)
+    params = place(arrays[0], "bfloat16")
+    start = params.astype(np.float32)
+    _, grads, m, v = (place(x) for x in arrays[:4])
+    update(ops, place, params, grads, m, v, arrays[4], seed=5)
+    (expected, *moments), (error, *errors) = expect(start, *arrays[1:])
+    assert_all_close(
+        (params.astype(np.float32), m, v), (expected, *moments), (error + 2**-7 * np.abs(expected), *errors)
+    )
+
+
+def test_what_bf16_holds_stays(ops, rng, place, only_with_bf16):
+    """Numbers that a bf16 can hold are not rounded, the smallest and the largest neither, and a zero keeps its sign."""
+    values = rng.standard_normal(128)
+    values[:5] = [0.0, -0.0, 3.3895e38, -3.3895e38, 1e-40]
+    start = place(values, "bfloat16").astype(np.float32)
+    assert rounded(ops, place, values, 0.0, seed=3).tobytes() == start.tobytes()
+
+
+def test_infinity_and_nan_survive_the_rounding(ops, place, only_with_bf16):
+    assert (rounded(ops, place, np.ones(128), np.inf, seed=3) == -np.inf).all()
+    assert (rounded(ops, place, np.ones(128), -np.inf, seed=3) == np.inf).all()
+    nan = np.uint32(0x7FFFFFFF).view(np.float32)  # the NaN that a GPU computes, which the smallest carry makes a -0
+    assert np.isnan(rounded(ops, place, np.ones(128), nan, seed=3)).all()
 
 
 @pytest.mark.compiled
-def test_threads_do_not_change_the_bits(ops, rng, place, assert_same_bits):
-    arrays = make(rng, (100_003,))
+@on_every_kind
+def test_the_same_bits_again(ops, rng, place, places, assert_same_bits):
+    *arrays, decays = make(rng, 100_032)
 
     def run():
-        param, grad, m, v = (place(x) for x in arrays)
-        update(ops, place, param, grad, m, v, **SETTINGS)
-        return param, m, v
+        params, master = places(arrays[0])
+        grads, m, v = (place(x) for x in arrays[1:])
+        update(ops, place, params, grads, m, v, decays, master=master, seed=7)
+        return params, m, v
 
     assert_same_bits(run)

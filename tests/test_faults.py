@@ -149,7 +149,7 @@ def test_a_signal_before_the_first_step(whole, text, tmp_path, capsys, monkeypat
 
     folder = tmp_path / "run"
 
-    def checked(ops, m, state):  # called just before the first step
+    def checked(ops, m, arena, state):  # called just before the first step
         os.kill(os.getpid(), signal.SIGTERM)
         return ops
 

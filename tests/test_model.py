@@ -19,6 +19,7 @@ from training import (
     bits_of,
     compute_gradients,
     copy_of,
+    loss_of,
     new_run,
     random_batch,
     random_parameters,
@@ -39,9 +40,9 @@ PLANS = ["keep", "reuse"]
 
 
 @pytest.fixture(scope="module")
-def ops(request):
+def ops(device):
     """The device's ops as a run has them."""
-    return get_ops(request.config.getoption("--device"))
+    return get_ops(device)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,10 @@ def golden_run(ops, golden, plan="reuse"):
     return run
 
 
-def fresh_run(ops, config, B, T, plan="reuse", seed=1, more_groups=None, attention=None):
-    """A run with random parameters, and a batch."""
+def fresh_run(ops, config, B, T, plan="reuse", seed=1, **options):
+    """A run with random parameters, and a batch; options: of new_run."""
     rng = np.random.default_rng(seed)
-    run = new_run(ops, config, B, T, plan, more_groups, attention)
+    run = new_run(ops, config, B, T, plan, **options)
     set_parameters(run.arena, random_parameters(config, rng))
     return run, random_batch(config, B, T, rng)
 
@@ -130,7 +131,7 @@ def logits_of(run, batch):
 def test_golden_forward_and_backward(ops, golden, plan):
     run = golden_run(ops, golden, plan)
     assert error(logits_of(run, golden.batch), golden.logits) < 1e-6
-    assert model.loss(ops, run.m, golden.config.vocab_size) == pytest.approx(golden.loss[0], rel=2e-7)
+    assert loss_of(run, golden.batch) == pytest.approx(golden.loss[0], rel=2e-7)
     assert compute_gradients(run, [golden.batch]) == pytest.approx(golden.loss[0], rel=2e-7)
     expected = by_layer(golden.config, golden.gradients)
     assert_near(by_layer(golden.config, parameter_gradients(run)), expected, 1e-6)
@@ -248,6 +249,36 @@ def test_the_plans_give_the_same_bits(ops, attention):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("recompute", ["gelu", "gelu+layernorm"])
+def test_recomputing_saves_memory_and_changes_no_bit(ops, recompute):
+    results, sizes = [], []
+    for chosen in "none", recompute:
+        run, batch = fresh_run(ops, MIDDLING, 3, 33, recompute=chosen)
+        steps = [train_step(run, batch) for _ in range(2)]
+        results.append((steps, bits_of(run, "parameters", "gradients", "m", "v")))
+        sizes.append(run.arena.nbytes)
+    assert results[0] == results[1]
+    layers, row = MIDDLING.num_layers, 3 * 33 * MIDDLING.channels * 4
+    shared = 4 * row + (2 * row if "layernorm" in recompute else 0)
+    saved = layers * shared - (5 if "layernorm" in recompute else 4) * row  # each slot stays once
+    assert sizes[0] - sizes[1] == pytest.approx(saved, abs=64 * 4 * 10)
+
+
+def test_a_step_over_its_limit_is_left_out(ops):
+    """The loss's, the norm's, or neither; a limit is what the host asks of the device before the step."""
+    run, batch = fresh_run(ops, MIDDLING, 2, 5)
+    loss, norm = train_step(run, batch)
+    before = bits_of(run, "parameters", "m", "v")
+    for limits in ([0.5 * loss, np.inf], [np.inf, 0.5 * norm], [np.nan, np.inf]):
+        ops.to_device(run.m.limits, limits)
+        train_step(run, batch)
+        assert ops.to_host(run.m.grad_scale)[0] == -1
+        assert bits_of(run, "parameters", "m", "v") == before
+    ops.to_device(run.m.limits, [2 * loss, 2 * norm])
+    train_step(run, batch)
+    assert bits_of(run, "parameters", "m", "v") != before
+
+
 def test_both_attentions_give_the_same_gradients(ops):
     """All weights kept, or made again from one number a query: they only round differently."""
     gradients = []
@@ -261,7 +292,7 @@ def test_both_attentions_give_the_same_gradients(ops):
 def test_micro_batches_add_up(ops):
     """Two halves of a batch, each with half the weight, give the gradient of the whole, summed in another order."""
     whole, (tokens, targets) = fresh_run(ops, MIDDLING, 4, 33)
-    halves, _ = fresh_run(ops, MIDDLING, 2, 33)
+    halves, _ = fresh_run(ops, MIDDLING, 2, 33, micro_batches=2)
     loss = compute_gradients(whole, [(tokens, targets)])
     assert compute_gradients(halves, [(tokens[i : i + 2], targets[i : i + 2]) for i in (0, 2)]) == pytest.approx(
         loss, rel=1e-7
@@ -273,7 +304,7 @@ def test_micro_batches_add_up(ops):
 def test_a_loss_alone_leaves_the_logits(ops):
     run, batch = fresh_run(ops, MIDDLING, 2, 5)
     before = logits_of(run, batch)
-    model.loss(ops, run.m, MIDDLING.vocab_size)
+    loss_of(run, batch)
     assert (before == ops.to_host(run.m.logits)[..., : MIDDLING.vocab_size]).all()
 
 
@@ -299,7 +330,7 @@ def test_threads_and_repetition_change_no_bit(ops):
 def sampling_arena(run, plan):
     """An arena for sampling with the run's parameters."""
     config, ops = run.arena.config, run.ops
-    arena = Arena({"parameters": parameter_specs(config), **sample.sampling_groups(config, ops)}, config, plan, ops)
+    arena = Arena(sample.standalone_groups(config, ops), config, plan, ops)
     set_parameters(arena, copy_of(run, "parameters"))
     return arena
 

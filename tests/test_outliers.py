@@ -5,9 +5,10 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 
-from llm_numba.outliers import WINDOW, z_score
+from llm_numba.outliers import WINDOW, limit, z_score
 
 
 def filled(seed=0):
@@ -61,3 +62,27 @@ def test_the_window_goes_through_json():
     restored = json.loads(json.dumps(history))
     assert restored == history
     assert z_score(restored, 5.3) == z_score(history, 5.3)
+
+
+@pytest.mark.parametrize("z", [0.5, 2.0, 5.0, 11.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3])
+def test_the_limit_is_where_the_score_is_reached(z, noise):
+    """A little above it the score is above z, a little below it is not."""
+    rng = np.random.default_rng(0)
+    history = list(5 + noise * rng.standard_normal(WINDOW))
+    bound = limit(history, z)
+    assert z_score(history[:], bound * (1 + 1e-9)) > z
+    assert z_score(history[:], bound * (1 - 1e-9)) <= z
+
+
+def test_what_equals_all_others_is_within_the_limit():
+    for value in (0.1, 1 / 3, 5.4321, 1e-7, 0.0):
+        assert value <= limit([value] * WINDOW, 1.0)
+
+
+def test_without_a_window_or_a_score_there_is_no_limit():
+    full = list(range(WINDOW))
+    assert limit(full[1:], 3.0) == math.inf
+    assert limit(full, 0.0) == math.inf
+    assert limit(full, 12.0) == math.inf  # no value can lie so far out
+    assert limit(full, 3.0) < math.inf

@@ -32,7 +32,8 @@ EVERYTHING = (
     "--steps 97 --epochs 2.5 --overfit --learning-rate 1e-2 --schedule wsd --warmup 3 --final-fraction 0 --beta1 0.8 "
     "--beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 --skip-norm-z 6 --val-every 1 "
     "--val-batches 3 --sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 --keep-every 8 --no-jit "
-    "--interpret layernorm matmul_backward --check-finite"
+    "--interpret layernorm matmul_backward --check-finite --device cpu --dtype bf16 --stochastic-rounding "
+    "--recompute gelu --no-graph"
 ).split()
 
 
@@ -101,11 +102,11 @@ def test_without_flags_the_dataclass_defaults():
 
 def test_every_flag_reaches_its_field():
     settings, explicit = parse(EVERYTHING)
-    assert explicit == FIELDS.keys() - {"device"}  # cpu is its only choice
+    assert explicit == FIELDS.keys()
     assert all(getattr(settings, name) != FIELDS[name].default for name in explicit)
     assert settings.data == ("x.txt", "y") and settings.interpret == ("layernorm", "matmul_backward")
     assert (settings.learning_rate, settings.epochs, settings.shuffle, settings.out) == (1e-2, 2.5, False, "a/b")
-    check(settings)
+    check(replace(settings, dtype="fp32", stochastic_rounding=False))  # which --no-jit does not go with
 
 
 def test_a_flag_with_its_default_is_explicit():
@@ -137,7 +138,8 @@ def test_preset_defaults_give_way_to_flags(monkeypatch):
         ("--data", ["--data", "expected at least one"]),
         ("--preset tny", ["--preset", "'tny'", *PRESETS]),
         ("--schedule step", ["--schedule", "'step'", "cosine", "linear", "constant", "wsd"]),
-        ("--device cuda", ["--device", "'cuda'", "cpu"]),
+        ("--device tpu", ["--device", "'tpu'", "auto", "cpu", "cuda", "cudasim"]),
+        ("--dtype fp16", ["--dtype", "'fp16'", "fp32", "bf16"]),
         ("--overfit=yes", ["--overfit", "'yes'"]),
     ],
 )
@@ -174,6 +176,10 @@ def test_parse_errors(line, words):
         ("--vocab-size 300 --tokenizer gpt2", ["--vocab-size 300", "gpt2", "bpe"]),
         ("--vocab-size 256", ["--vocab-size 256", "bpe", "257 to 65536"]),
         ("--vocab-size 65537 --tokenizer none", ["--vocab-size 65537", "none", "1 to 65536"]),
+        ("--device cuda --no-jit", ["--no-jit", "--device cpu", "cudasim"]),
+        ("--device cudasim --interpret gelu", ["--interpret", "--device cpu", "cudasim"]),
+        ("--device cpu --dtype bf16", ["--dtype bf16", "float32", "--device cuda"]),
+        ("--stochastic-rounding", ["--stochastic-rounding", "--dtype bf16"]),
         ("--interpret matmul layernrm", ["--interpret layernrm", "encoder", "adamw", "such as layernorm"]),
     ],
 )
@@ -271,7 +277,9 @@ def test_resume_changes_what_is_free():
 def test_which_settings_are_free():
     free = {name for name, f in FIELDS.items() if f.metadata["free"]}
     groups = {name for name, f in FIELDS.items() if f.metadata["group"] in ("looking", "debugging")}
-    assert free == groups | {"resume", "threads", "plan_memory", "steps", "epochs"}
+    assert free == groups | {
+        "resume", "threads", "plan_memory", "steps", "epochs", "device", "dtype", "recompute", "graph"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

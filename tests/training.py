@@ -8,21 +8,19 @@ import numpy as np
 from llm_numba import model
 from llm_numba.arena import Arena, parameter_specs, training_groups
 
-NAMESPACE = ("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+SETTINGS = SimpleNamespace(grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
-def new_run(ops, config, B, T, plan, more_groups=None, attention=None):
-    """An arena for training, and what a step needs of it; attention keeps what it does under `plan`, unless told."""
-    groups = training_groups(config, B, T, ops, attention or plan)
+def new_run(ops, config, B, T, plan, more_groups=None, attention=None, micro_batches=1, **options):
+    """An arena for training, and what a step needs of it; attention keeps what it does under `plan`, unless told.
+
+    options: dtype, master and recompute, as for training_groups.
+    """
+    groups = training_groups(config, B, T, ops, attention or plan, micro_batches=micro_batches, **options)
     arena = Arena(groups | (more_groups or {}), config, plan, ops)
-    return SimpleNamespace(
-        ops=ops,
-        arena=arena,
-        m=arena.namespace(*NAMESPACE),
-        sets=model.parameter_sets(arena),
-        gradients=arena.flat("gradients"),
-        updates=0,
-    )
+    m = arena.training(options.get("recompute", "none"))
+    ops.to_device(m.limits, np.inf)
+    return SimpleNamespace(ops=ops, arena=arena, m=m, updates=0)
 
 
 def random_parameters(config, rng):
@@ -50,10 +48,9 @@ def random_batch(config, B, T, rng):
 
 def set_parameters(arena, parameters):
     for name, values in parameters.items():
-        tensor = arena.tensors["parameters", name]
-        padded = np.zeros(tensor.shape, np.float32)
+        padded = np.zeros(arena.tensors["parameters", name].shape, np.float32)
         padded[tuple(map(slice, values.shape))] = values
-        arena.backend.to_device(tensor, padded)
+        model.set_parameter(arena.backend, arena, name, padded)
 
 
 def set_batch(run, batch):
@@ -61,31 +58,32 @@ def set_batch(run, batch):
     run.ops.to_device(run.m.targets, batch[1])
 
 
+def loss_of(run, batch):
+    """The mean loss of a batch."""
+    set_batch(run, batch)
+    run.ops.zero(run.m.loss)
+    model.forward(run.ops, run.m)
+    model.loss(run.ops, run.m, run.arena.config.vocab_size, write_dlogits=False)
+    return float(run.ops.to_host(run.m.loss)[0])
+
+
 def compute_gradients(run, batches, ops=None):
-    """The mean loss over the batches; the gradients are its gradient."""
-    ops, loss = ops or run.ops, 0.0
-    ops.zero(run.gradients)
-    for batch in batches:
-        set_batch(run, batch)
-        model.forward(ops, run.m)
-        dloss = 1.0 / (len(batches) * batch[0].size)
-        loss += model.loss(ops, run.m, run.arena.config.vocab_size, dloss) / len(batches)
-        model.backward(ops, run.m)
-    return loss
+    """The mean loss over the batches, as many as the run has micro-batches; the gradients are its gradient."""
+    ops = ops or run.ops
+    ops.to_device(run.m.batches, np.array(batches))
+    model.gradients(ops, run.m, run.arena.config.vocab_size)
+    return float(ops.to_host(run.m.loss)[0])
 
 
 def train_step(run, batch, learning_rate=1e-3, ops=None):
     """(loss, gradient norm) of a batch, and the update: clipped to a norm of 1, decay 0.1."""
     ops, m = ops or run.ops, run.m
-    loss = compute_gradients(run, [batch], ops)
-    ops.global_norm_squared(m.grad_norm_squared, run.gradients, m.scratch)
-    norm = math.sqrt(ops.to_host(m.grad_norm_squared)[0])
     run.updates += 1
     ops.to_device(m.learning_rate, learning_rate)
     ops.to_device(m.step, run.updates)
-    ops.to_device(m.grad_scale, min(1.0, 1.0 / norm))
-    model.update(ops, m, run.sets, 0.9, 0.95, 1e-8, 0.1)
-    return loss, norm
+    loss = compute_gradients(run, [batch], ops)
+    model.update(ops, m, SETTINGS)
+    return loss, math.sqrt(ops.to_host(m.grad_norm_squared)[0])
 
 
 def copy_of(run, group):

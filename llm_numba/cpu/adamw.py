@@ -3,40 +3,59 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import PARALLEL
+from llm_numba.cpu.jit import PARALLEL, TASK, ZERO
 
-BLOCK = 16384  # parameters that one task updates
+RUN = 64  # parameters to all or none of which weight decay applies
+BLOCK = 256  # runs that one task updates
+
+
+@njit(**TASK)
+def update_runs(params, grads, m, v, decays, rate, m_factors, v_factors, eps, weight_decay, scale):
+    """AdamW on params, grads, m, v (runs, RUN), each run with its decay; m_factors, v_factors: how much of the old mean
+    is kept, how much of the new value joins it, and its correction. Every number here is a float32: one float64 would
+    make the whole loop float64."""
+    m_keep, m_gain, m_correction = m_factors
+    v_keep, v_gain, v_correction = v_factors
+    for run in range(params.shape[0]):
+        decay = weight_decay if decays[run] else ZERO
+        for i in range(RUN):
+            gradient = grads[run, i] * scale
+            m_new = m_keep * m[run, i] + m_gain * gradient
+            v_new = v_keep * v[run, i] + v_gain * gradient * gradient
+            m[run, i] = m_new
+            v[run, i] = v_new
+            move = m_new * m_correction / (np.sqrt(v_new * v_correction) + eps)
+            params[run, i] -= rate * (move + decay * params[run, i])
 
 
 @njit(**PARALLEL)
-def adamw_update(param, grad, m, v, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale):
+def adamw_update(
+    params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
+):
     """Move each parameter against its gradient's running mean, measured in the root of its running mean square.
 
-    param, m, v <- grad, all of one shape; learning_rate (1,), step (1,) int32, which is 1 at the first update,
-        grad_scale (1,), by which every gradient is multiplied first (clipping); beta1, beta2, eps, weight_decay numbers
-    Writes:   m = beta1 * m + (1 - beta1) * grad, v = beta2 * v + (1 - beta2) * grad**2,
-              param -= learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * param)
-              with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step)
-    Parallel: over blocks of BLOCK parameters; each thread owns its blocks, so nothing races
+    params, m, v <- grads, all (n,), n a multiple of RUN; decays (n / RUN,) uint8: 1 where weight decay applies to a
+        run of parameters, else 0; learning_rate (1,), step (1,) int32, which is 1 at the first update, grad_scale
+        (1,), by which every gradient is multiplied first (clipping); beta1, beta2, eps, weight_decay numbers;
+        master and seed are for parameters in less than float32, which the CPU has none of: they are ignored
+    Writes:   m = beta1 * m + (1 - beta1) * grads, v = beta2 * v + (1 - beta2) * grads**2,
+              params -= learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * decays * params)
+              with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step); nothing where grad_scale is negative
+    Parallel: over blocks of BLOCK runs; each thread owns its blocks, so nothing races
     Moves:    7 floats a parameter
     Source:   Loshchilov and Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014, arXiv:1412.6980
     """
-    params, grads, ms, vs = param.reshape(-1), grad.reshape(-1), m.reshape(-1), v.reshape(-1)
-    n = params.shape[0]
-    # all that the loop needs, as float32: one float64 would make the whole loop float64
-    scale, rate = grad_scale[0], learning_rate[0]
-    m_correction = np.float32(1 / (1 - beta1 ** step[0]))
-    v_correction = np.float32(1 / (1 - beta2 ** step[0]))
-    m_keep, m_gain = np.float32(beta1), np.float32(1 - beta1)
-    v_keep, v_gain = np.float32(beta2), np.float32(1 - beta2)
+    if grad_scale[0] < ZERO:
+        return
+    runs = decays.shape[0]
+    params, grads = params.reshape(runs, RUN), grads.reshape(runs, RUN)
+    m, v = m.reshape(runs, RUN), v.reshape(runs, RUN)
+    m_factors = np.float32(beta1), np.float32(1 - beta1), np.float32(1 / (1 - beta1 ** step[0]))
+    v_factors = np.float32(beta2), np.float32(1 - beta2), np.float32(1 / (1 - beta2 ** step[0]))
     epsilon, decay = np.float32(eps), np.float32(weight_decay)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        first, last = block * BLOCK, (block + 1) * BLOCK
-        p, g, m_block, v_block = params[first:last], grads[first:last], ms[first:last], vs[first:last]
-        for i in range(p.shape[0]):
-            gradient = g[i] * scale
-            m_new = m_keep * m_block[i] + m_gain * gradient
-            v_new = v_keep * v_block[i] + v_gain * gradient * gradient
-            m_block[i] = m_new
-            v_block[i] = v_new
-            p[i] -= rate * (m_new * m_correction / (np.sqrt(v_new * v_correction) + epsilon) + decay * p[i])
+    for block in prange((runs + BLOCK - 1) // BLOCK):
+        own = slice(block * BLOCK, (block + 1) * BLOCK)
+        update_runs(
+            params[own], grads[own], m[own], v[own], decays[own],
+            learning_rate[0], m_factors, v_factors, epsilon, decay, grad_scale[0],
+        )  # fmt: skip

@@ -17,8 +17,9 @@ from llm_numba.cpu.matmul import panels_of
 from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_columns, pack_rows
 
 
-def attention_scratch_size(T, HS):
-    """Floats of scratch that attention over T tokens with heads of HS channels needs, for every thread together."""
+def attention_scratch_size(B, T, C, num_heads):
+    """Floats of scratch that attention over T tokens needs, for every thread together."""
+    HS = C // num_heads
     return max(full_scratch_size(T, HS), flash_scratch_size(T, HS))
 
 
@@ -31,7 +32,7 @@ def attention_forward(out, att, qkv, num_heads, scratch):
 
     out (B, T, C), att (B, NH, T, T) or (B, NH, T) <- qkv (B, T, 3*C), each row q, k, v of all heads
     Writes:   out =, att = the weights (zero above the diagonal), or the log-sum-exp of each query's scores
-    Scratch:  attention_scratch_size(T, C // NH)
+    Scratch:  attention_scratch_size(B, T, C, num_heads)
     Parallel: over the B*NH heads; each thread packs into its own part of scratch
     Flops:    2*B*T*T*C
     Source:   Vaswani et al. 2017, arXiv:1706.03762
@@ -45,7 +46,7 @@ def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
 
     dqkv (B, T, 3*C) <- dout (B, T, C), out (B, T, C), att as the forward wrote it, qkv (B, T, 3*C)
     Writes:   dqkv =
-    Scratch:  attention_scratch_size(T, C // NH)
+    Scratch:  attention_scratch_size(B, T, C, num_heads)
     Parallel: over the B*NH heads; each thread packs into its own part of scratch
     Flops:    4*B*T*T*C, and 1*B*T*T*C more where the weights are made again
     Source:   with p a row of att and dp that of dout vT, a softmax's gradient is p * (dp - sum(p * dp)),

@@ -43,3 +43,17 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
                 x[v] = exp(x[v] - top) * scale
             x[target] -= np.float32(dloss)
             rows[i, V:] = ZERO
+
+
+@njit(cache=True)
+def add_mean(loss, losses, share):
+    """Add a batch's share to the loss of a step.
+
+    loss (1,) float64 <- losses (B, T), share (a number)
+    Writes:   loss += share * the mean of losses
+    """
+    numbers = losses.reshape(-1)
+    total = 0.0
+    for i in range(numbers.shape[0]):
+        total += np.float64(numbers[i])
+    loss[0] += share * total / numbers.shape[0]

@@ -41,6 +41,24 @@ def global_norm_squared(out, grads, scratch):
     out[0] = total
 
 
+@njit(cache=True)
+def clip(grad_scale, loss, grad_norm_squared, limits, highest):
+    """What every gradient is to be multiplied by, so that their norm is at most `highest`.
+
+    grad_scale (1,) <- loss (1,) float64, grad_norm_squared (1,) float64, limits (2,) float64, highest (0: no clipping)
+    Writes:   grad_scale = min(1, highest / norm); or -1, which leaves the update out, where the loss or the norm is not
+              finite, or is above its limit (limits[0] the loss's, limits[1] the norm's)
+    Source:   Pascanu et al. 2012, arXiv:1211.5063
+    """
+    norm = np.sqrt(grad_norm_squared[0])
+    if not (np.isfinite(loss[0]) and np.isfinite(norm) and loss[0] <= limits[0] and norm <= limits[1]):
+        grad_scale[0] = -1.0
+    elif 0.0 < highest < norm:
+        grad_scale[0] = highest / norm
+    else:
+        grad_scale[0] = 1.0
+
+
 def global_norm_scratch_size(n: int) -> int:
     """How many floats `global_norm_squared` needs for n gradients."""
     return 2 * ((n + BLOCK - 1) // BLOCK)

@@ -31,6 +31,11 @@ def use_own_cache() -> None:
     config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-{digest}")
 
 
+def is_compiled() -> bool:
+    """Whether Numba compiles the ops, or leaves them plain Python."""
+    return not config.DISABLE_JIT
+
+
 def nothing_compiled() -> bool:
     """Whether there is no op yet that could be read from disk."""
     return not any(Path(config.CACHE_DIR).rglob("*.nbi"))

@@ -24,8 +24,8 @@ NO_BIAS = np.empty(0, np.float32)
 new_sums = stack_array(OB, NR)
 
 
-def matmul_scratch_size(R, C):
-    """Floats of scratch that a matmul over R rows with C input channels needs."""
+def matmul_scratch_size(R, C, OC):
+    """Floats of scratch that a matmul over R rows, from C channels to OC, needs."""
     return panels_of(C) * NR * max(R, KB) + panels_of(R) * NR * C
 
 
@@ -39,7 +39,7 @@ def matmul_forward(out, inp, weight, bias, scratch):
 
     out (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,) or None
     Writes:   out =
-    Scratch:  matmul_scratch_size(B*T, C)
+    Scratch:  matmul_scratch_size(B*T, C, OC)
     Parallel: over blocks of OB output channels
     Flops:    2*B*T*C*OC
     """
@@ -57,7 +57,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch):
 
     dinp (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp (B, T, C), weight (OC, C)
     Writes:   dinp =, dweight +=, dbias +=
-    Scratch:  matmul_scratch_size(B*T, C)
+    Scratch:  matmul_scratch_size(B*T, C, OC)
     Parallel: dinp over blocks of rows and channels, dweight and dbias over blocks of output channels
     Flops:    4*B*T*C*OC
     """

@@ -1,10 +1,12 @@
 """The CPU's side of the arena: memory, views of it, and what the CPU's ops need beside their results."""
 
+from collections.abc import Callable
+
 import numpy as np
 import psutil
-from numba import config, set_num_threads
+from numba import config, get_num_threads, set_num_threads
 
-from llm_numba.arena import ALIGNMENT, TensorSpec
+from llm_numba.arena import ALIGNMENT, TensorSpec, count, parameter_specs
 from llm_numba.config import GPT2Config
 from llm_numba.cpu.attention import attention_scratch_size
 from llm_numba.cpu.global_norm import global_norm_scratch_size
@@ -38,9 +40,19 @@ def set_threads(threads: int) -> None:
     set_num_threads(threads or config.NUMBA_NUM_THREADS)
 
 
+def describe_device() -> str:
+    """What computes, in words, for the log."""
+    return f"on the CPU, {get_num_threads()} threads"
+
+
 def zero(tensor: np.ndarray) -> None:
     """tensor = 0."""
     tensor.fill(0)
+
+
+def copy(out: np.ndarray, inp: np.ndarray) -> None:
+    """out = inp, of one shape and dtype."""
+    out[...] = inp
 
 
 def to_device(tensor: np.ndarray, host: np.ndarray) -> None:
@@ -53,20 +65,24 @@ def to_host(tensor: np.ndarray) -> np.ndarray:
     return tensor
 
 
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """A function that does what `function` does, each time with the same arrays; on the CPU it is that function."""
+    return function
+
+
 def attention_specs(config: GPT2Config, B: int, T: int, plan: str) -> list[TensorSpec]:
     """What attention_forward leaves for attention_backward: all weights to be looked at under the plan "keep", under
     "reuse" one number a query. The ops go by the tensor's shape."""
     shape = (B, config.num_heads, T, T) if plan == "keep" else (B, config.num_heads, T)
-    return [TensorSpec("att", shape, per_layer=True)]
+    return [TensorSpec("att", shape, "float32", per_layer=True)]
 
 
 def scratch_size(config: GPT2Config, B: int, T: int) -> int:
     """Floats of scratch that the most demanding op of a step needs."""
-    C, maxT, V = config.channels, config.max_seq_len, config.padded_vocab_size
-    parameters = (V + maxT) * C + config.num_layers * (12 * C * C + 13 * C) + 2 * C
+    C = config.channels
     return max(
-        matmul_scratch_size(B * T, 4 * C),
-        attention_scratch_size(T, config.head_size),
+        matmul_scratch_size(B * T, 4 * C, config.padded_vocab_size),
+        attention_scratch_size(B, T, C, config.num_heads),
         layernorm_scratch_size(C),
-        global_norm_scratch_size(2 * parameters),
+        global_norm_scratch_size(count(parameter_specs(config), config.num_layers)),
     )

@@ -1,6 +1,8 @@
 """What this machine can do at most, measured: the 100% of a "share of peak"."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numba import config, get_num_threads, njit, prange
@@ -24,7 +26,7 @@ def run_tiles(out, a, b, repeats):
             add_tile(out[i], tile, True)
 
 
-def peak_flops() -> float | None:
+def peak_flops(dtype: str = "float32") -> float | None:
     """The float32 multiply-adds of all threads together, two flops each, in flops per second; about 0.1 s.
 
     The best of several tries, as other processes can only slow one down. None where nothing is compiled.
@@ -34,12 +36,8 @@ def peak_flops() -> float | None:
     threads, repeats = get_num_threads(), 2000
     a, b, out = np.ones((MR, K), np.float32), np.ones((K, NR), np.float32), np.zeros((threads, MR, NR), np.float32)
     run_tiles(out, a, b, 1)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run_tiles(out, a, b, repeats)
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * threads * repeats * MR * NR * K / min(seconds)
+    seconds = min(timed(lambda: run_tiles(out, a, b, repeats)) for _ in range(5))
+    return 2.0 * threads * repeats * MR * NR * K / seconds
 
 
 @njit(**PARALLEL)
@@ -97,7 +95,12 @@ def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
         stream(x[:BLOCK], y[:BLOCK], z[:BLOCK])
     for _ in range(5):
         for name, (stream, _) in STREAMS.items():
-            start = time.perf_counter()
-            stream(x, y, z)
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], timed(partial(stream, x, y, z)))
     return {name: 4 * floats * arrays / best[name] for name, (_, arrays) in STREAMS.items()}
+
+
+def timed(run: Callable) -> float:
+    """The seconds that `run` takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
