@@ -1,3 +1,6 @@
+import math
+
+import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" from it
 import numpy as np
 import pytest
 from reference import (
@@ -11,6 +14,9 @@ from reference import (
     one_hot,
 )
 
+# in the simulator NumPy's own scalars warn of each NaN and infinity that a test is about
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
 DLOSS = 0.125
 
 
@@ -21,6 +27,17 @@ def make(rng, B, T, V, padding=0, spread=3.0):
     targets = rng.integers(0, V, (B, T), dtype=np.int32)
     targets[0, 0] = V - 1
     return logits, targets
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request, device):
+    if device == "cpu" and request.param == "bfloat16":
+        pytest.skip("the CPU computes in float32 only")
+    return request.param
+
+
+def rounded(logits, dtype):
+    return logits.astype(dtype).astype(np.float32)
 
 
 def softmax_error(logits, V):
@@ -35,9 +52,9 @@ def softmax_error(logits, V):
     return UNIT * (2 * distance + 2 * average + 6 + 4 * np.sqrt(V))
 
 
-def check(ops, place, garbage, logits, targets, V, expected_losses, expected_dlogits):
+def check(ops, place, garbage, logits, targets, V, expected_losses, expected_dlogits, dtype="float32"):
     B, T, _ = logits.shape
-    got, losses = place(logits), garbage(B, T)
+    got, losses = place(logits, dtype), garbage(B, T)
     ops.fused_classifier(got, losses, place(targets, np.int32), DLOSS, V, True)
     relative = softmax_error(logits, V)
     at_target = np.take_along_axis(relative, targets[..., None], axis=-1)[..., 0]
@@ -45,27 +62,32 @@ def check(ops, place, garbage, logits, targets, V, expected_losses, expected_dlo
     assert_close("losses", losses, expected_losses, at_target + 2 * UNIT * np.abs(expected_losses))
     onehot = one_hot(targets, V)
     probabilities = expected_dlogits[..., :V] / DLOSS + onehot
-    assert_close(
-        "dlogits", got[..., :V], expected_dlogits[..., :V], DLOSS * (relative * probabilities + UNIT * onehot) + TINY
-    )
+    error = DLOSS * (relative * probabilities + UNIT * onehot) + TINY
+    if dtype == "bfloat16":  # has 8 significant bits: half a unit of the last
+        error += 2**-8 * np.abs(expected_dlogits[..., :V])
+    got = got.astype(np.float32)
+    assert_close("dlogits", got[..., :V], expected_dlogits[..., :V], error)
     assert (got[..., V:] == 0).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# in the simulator a thread takes more than one chunk of the longest row
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 97)])
 @pytest.mark.parametrize("padding", [0, 31], ids="padding{}".format)
-def test_losses_and_dlogits(ops, rng, place, garbage, shape, padding):
+def test_losses_and_dlogits(ops, rng, place, garbage, shape, padding, dtype):
     V = shape[2]
     logits, targets = make(rng, *shape, padding)
+    logits = rounded(logits, dtype)
     expected = classifier_forward(logits, targets, V), classifier_backward(DLOSS, logits, targets, V)
-    check(ops, place, garbage, logits, targets, V, *expected)
+    check(ops, place, garbage, logits, targets, V, *expected, dtype)
 
 
 @pytest.mark.compiled
-def test_vocabulary_of_gpt2(ops, rng, place, garbage):
+def test_vocabulary_of_gpt2(ops, rng, place, garbage, dtype):
     V = 50257
     logits, targets = make(rng, 1, 2, V, padding=47)
+    logits = rounded(logits, dtype)
     expected = classifier_forward(logits, targets, V), classifier_backward(DLOSS, logits, targets, V)
-    check(ops, place, garbage, logits, targets, V, *expected)
+    check(ops, place, garbage, logits, targets, V, *expected, dtype)
 
 
 @pytest.mark.parametrize("spread", [0.0, 30.0, 1e4], ids="spread{}".format)
@@ -104,13 +126,14 @@ def test_finite_differences(ops, rng, place, garbage):
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("column", [0, 3, 50, 96])
-def test_nan_logit_makes_the_loss_nan(ops, rng, place, garbage, column, sign):
+def test_nan_logit_makes_the_loss_nan(ops, rng, place, garbage, column, sign, dtype):
     logits, targets = make(rng, 2, 2, 97, padding=3)
     logits[1, 0, column] = np.copysign(np.nan, sign)
-    got, losses = place(logits), garbage(2, 2)
+    got, losses = place(logits, dtype), garbage(2, 2)
     losses[...] = 0
     ops.fused_classifier(got, losses, place(targets, np.int32), DLOSS, 97, True)
     assert np.array_equal(np.isnan(losses), [[False, False], [True, False]])
+    got = got.astype(np.float32)
     assert np.isnan(got[1, 0, :97]).all()
     assert np.isfinite(np.delete(got.reshape(4, -1), 2, axis=0)).all()
 
@@ -133,5 +156,39 @@ def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bi
         got, losses = place(logits), garbage(3, 17)
         ops.fused_classifier(got, losses, targets, DLOSS, 257, True)
         return got, losses
+
+    assert_same_bits(run)
+
+
+# --- add_mean
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 17), (1, 256), (5, 257), (16, 1024)])
+def test_mean_of_the_losses_is_added(ops, rng, place, shape):
+    losses = np.square(rng.standard_normal(shape)).astype(np.float32)
+    loss = place([2.5], np.float64)
+    mean = math.fsum(losses.reshape(-1)) / losses.size
+    for times in (1, 2):
+        ops.add_mean(loss, place(losses), 0.3)
+        # float64 sums: four deviations of a walk of n steps, and some for what becomes of the sum
+        assert abs(loss[0] - (2.5 + times * 0.3 * mean)) <= 2.0**-53 * (4 * math.sqrt(losses.size) * mean + 10)
+
+
+@pytest.mark.parametrize("where", [0, 100, 256])
+def test_one_loss_that_is_nan_makes_the_mean_nan(ops, place, where):
+    losses, loss = place(np.ones((1, 257))), place([0.0], np.float64)
+    losses[0, where] = np.nan
+    ops.add_mean(loss, losses, 1.0)
+    assert np.isnan(loss[0])
+
+
+@pytest.mark.compiled
+def test_the_mean_has_the_same_bits_again(ops, rng, place, assert_same_bits):
+    losses = place(np.square(rng.standard_normal((16, 1024))))
+
+    def run():
+        loss = place([0.0], np.float64)
+        ops.add_mean(loss, losses, 1.0)
+        return [loss]
 
     assert_same_bits(run)

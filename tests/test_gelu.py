@@ -1,5 +1,6 @@
 import math
 
+import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" from it
 import numpy as np
 import pytest
 from reference import SHAPES, TINY, UNIT, assert_close, finite_difference, gelu_backward, gelu_forward
@@ -27,51 +28,70 @@ def sigmoid_error(inp):
     return UNIT * ((1 - sigmoid) * (4 * double_u + 3) + 3)
 
 
-def check_forward(ops, place, garbage, inp):
-    out = garbage(*inp.shape)
-    ops.gelu_forward(out, place(inp))
+def stored(dtype, expected, error):
+    """The error, and what it loses to be stored: a bf16 is within 2**-8 of the number."""
+    return error if dtype == "float32" else error + 2**-8 * (np.abs(expected) + error)
+
+
+def check_forward(ops, place, inp, dtype="float32"):
+    out = place(np.full(inp.shape, np.nan), dtype)
+    ops.gelu_forward(out, place(inp, dtype))
     expected = gelu_forward(inp)
-    error = (sigmoid_error(inp) + UNIT) * parts(inp)[1] + TANH_ERROR
-    assert_close("out", out, expected, np.abs(inp) * error + TINY)
+    error = np.abs(inp) * ((sigmoid_error(inp) + UNIT) * parts(inp)[1] + TANH_ERROR) + TINY
+    assert_close("out", out.astype(np.float32), expected, stored(dtype, expected, error))
 
 
-def check_backward(ops, place, garbage, inp, dout, expected, expected_error=0.0):
-    dinp = garbage(*inp.shape)
-    ops.gelu_backward(dinp, place(inp), place(dout))
+def check_backward(ops, place, inp, dout, expected, expected_error=0.0, dtype="float32"):
+    dinp = place(np.full(inp.shape, np.nan), dtype)
+    ops.gelu_backward(dinp, place(inp, dtype), place(dout, dtype))
     # s + x s (1 - s) d2u: 1 - s loses a unit of s where s is near 1; ten operations besides
     _, s, d2u = parts(inp)
     relative = sigmoid_error(inp)
     second = np.abs(inp) * s * d2u
     error = s * relative + second * (1 - s) * (2 * relative + 8 * UNIT) + second * s * relative + 4 * UNIT * s
     error += TANH_ERROR * (1 + np.abs(inp) * d2u)
-    assert_close("dinp", dinp, expected, np.abs(dout) * error + TINY + expected_error)
+    error = np.abs(dout) * error + TINY + expected_error
+    assert_close("dinp", dinp.astype(np.float32), expected, stored(dtype, expected, error))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (97,)])
-def test_forward(ops, rng, place, garbage, shape):
-    check_forward(ops, place, garbage, make(rng, *shape)[0])
+def test_forward(ops, rng, place, shape):
+    check_forward(ops, place, make(rng, *shape)[0])
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (97,)])
-def test_backward(ops, rng, place, garbage, shape):
+def test_backward(ops, rng, place, shape):
     inp, dout = make(rng, *shape)
-    check_backward(ops, place, garbage, inp, dout, gelu_backward(dout, inp))
+    check_backward(ops, place, inp, dout, gelu_backward(dout, inp))
 
 
-def test_whole_range(ops, place, garbage):
+@pytest.fixture
+def only_with_bf16(device):
+    if device == "cpu":
+        pytest.skip("the CPU computes in float32 only")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
+def test_bf16(ops, rng, place, shape, only_with_bf16):
+    inp, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape))
+    check_forward(ops, place, inp, "bfloat16")
+    check_backward(ops, place, inp, dout, gelu_backward(dout, inp), dtype="bfloat16")
+
+
+def test_whole_range(ops, place):
     """Zero, the smallest and large numbers, both signs; where the exponential is cut off (about -10) and beyond."""
     inp = np.concatenate([np.linspace(-14, 14, 97), [0.0, -0.0, 1e-45, -1e-30, 1e-8, 50, -50, 1e4, -1e4]])
     inp = inp.astype(np.float32)
-    check_forward(ops, place, garbage, inp)
+    check_forward(ops, place, inp)
     dout = np.ones_like(inp)
-    check_backward(ops, place, garbage, inp[:-2], dout[:-2], gelu_backward(dout, inp)[:-2])
+    check_backward(ops, place, inp[:-2], dout[:-2], gelu_backward(dout, inp)[:-2])
 
 
-def test_finite_differences(ops, rng, place, garbage):
+def test_finite_differences(ops, rng, place):
     inp, dout = make(rng, 2, 3, 5)
     numeric = finite_difference(gelu_forward, inp, dout)
     assert_close("dinp", gelu_backward(dout, inp), numeric, 1e-8)
-    check_backward(ops, place, garbage, inp, dout, numeric, 1e-8)
+    check_backward(ops, place, inp, dout, numeric, 1e-8)
 
 
 def test_nan_stays_where_it_is(ops, rng, place, garbage):

@@ -1,3 +1,4 @@
+import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" from it
 import numpy as np
 import pytest
 from reference import (
@@ -10,6 +11,9 @@ from reference import (
     sum_error,
 )
 
+# more channels than a GPU gives to one warp; more rows than it has pieces of them
+LARGE = [(1, 1, 2049), (1, 3, 1025), (3, 601, 5)]
+
 
 def make(rng, B, T, C, centre=0.0):
     """An input around `centre`, weight, bias, a gradient."""
@@ -18,13 +22,15 @@ def make(rng, B, T, C, centre=0.0):
     return [x.astype(np.float32) for x in (inp, weight, bias, dout)]
 
 
-@pytest.mark.parametrize("centre", [0.0, 100.0], ids="centre{}".format)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward(ops, rng, place, garbage, shape, centre):
-    B, T, C = shape
-    inp, weight, bias, _ = make(rng, *shape, centre)
-    out, mean, rstd = garbage(*shape), garbage(B, T), garbage(B, T)
-    ops.layernorm_forward(out, mean, rstd, place(inp), place(weight), place(bias))
+def stored(dtype, expected, error):
+    """The error, and what it loses to be stored: a bf16 is within 2**-8 of the number."""
+    return error if dtype == "float32" else error + 2**-8 * (np.abs(expected) + error)
+
+
+def check_forward(ops, place, garbage, inp, weight, bias, dtype="float32"):
+    B, T, C = inp.shape
+    out, mean, rstd = place(np.full(inp.shape, np.nan), dtype), garbage(B, T), garbage(B, T)
+    ops.layernorm_forward(out, mean, rstd, *(place(x, dtype) for x in (inp, weight, bias)))
     expected_out, expected_mean, expected_rstd = layernorm_forward(inp, weight, bias)
 
     mean_error = sum_error(np.abs(inp).mean(axis=-1), C)
@@ -35,37 +41,63 @@ def test_forward(ops, rng, place, garbage, shape, centre):
     # out = (inp - mean) * rstd * weight + bias: the errors of both factors, and one for each of four operations
     scaled = np.abs(expected_out - bias)
     error = np.abs(weight) * (expected_rstd * mean_error)[..., None] + scaled * (rstd_error / expected_rstd)[..., None]
-    assert_close("out", out, expected_out, error + 4 * UNIT * (scaled + np.abs(bias)))
+    error += 4 * UNIT * (scaled + np.abs(bias))
+    assert_close("out", out.astype(np.float32), expected_out, stored(dtype, expected_out, error))
 
 
-def check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected):
+@pytest.mark.parametrize("centre", [0.0, 100.0], ids="centre{}".format)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
+def test_forward(ops, rng, place, garbage, shape, centre):
+    inp, weight, bias, _ = make(rng, *shape, centre)
+    check_forward(ops, place, garbage, inp, weight, bias)
+
+
+def check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected, dtype="float32"):
     B, T, C = inp.shape
     _, mean, rstd = layernorm_forward(inp, weight, bias)
     before = [rng.standard_normal(x.shape).astype(np.float32) for x in (inp, weight, bias)]
-    got = [place(x) for x in before]
+    before[0] = before[0].astype(dtype).astype(np.float32)
+    dinp, dweight, dbias = place(before[0], dtype), place(before[1]), place(before[2])
     scratch = garbage(ops.layernorm_scratch_size(C))
-    ops.layernorm_backward(*got, place(dout), place(inp), place(weight), place(mean), place(rstd), scratch)
+    activations = (place(x, dtype) for x in (dout, inp, weight))
+    ops.layernorm_backward(dinp, dweight, dbias, *activations, place(mean), place(rstd), scratch)
 
     # the absolute values of all terms: inp - mean loses as much as its terms are large
     norm = (np.abs(inp) + np.abs(mean)[..., None]) * rstd[..., None]
     dnorm = np.abs(dout * weight)
-    dinp = dnorm + dnorm.mean(axis=-1, keepdims=True) + norm * (dnorm * norm).mean(axis=-1, keepdims=True)
+    terms = dnorm + dnorm.mean(axis=-1, keepdims=True) + norm * (dnorm * norm).mean(axis=-1, keepdims=True)
     # dinp: a sum over C and about twelve more operations
     errors = (
-        sum_error(dinp * rstd[..., None] + np.abs(before[0]), C + 8),
+        sum_error(terms * rstd[..., None] + np.abs(before[0]), C + 8),
         sum_error((np.abs(dout) * norm).sum(axis=(0, 1)) + np.abs(before[1]), B * T + 1),
         sum_error(np.abs(dout).sum(axis=(0, 1)) + np.abs(before[2]), B * T),
     )
-    for name, x, was, gradient, error in zip(("dinp", "dweight", "dbias"), got, before, expected, errors, strict=True):
-        assert_close(name, x, was + gradient, error)
+    expected = [was + gradient for was, gradient in zip(before, expected, strict=True)]
+    assert_close("dinp", dinp.astype(np.float32), expected[0], stored(dtype, expected[0], errors[0]))
+    assert_close("dweight", dweight, expected[1], errors[1])
+    assert_close("dbias", dbias, expected[2], errors[2])
 
 
 @pytest.mark.parametrize("centre", [0.0, 100.0], ids="centre{}".format)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
 def test_backward(ops, rng, place, garbage, shape, centre):
     inp, weight, bias, dout = make(rng, *shape, centre)
     expected = layernorm_backward(dout, inp, weight, bias)
     check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected)
+
+
+@pytest.fixture
+def only_with_bf16(device):
+    if device == "cpu":
+        pytest.skip("the CPU computes in float32 only")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 97), (2, 17, 97), (1, 3, 1025)])
+def test_bf16(ops, rng, place, garbage, shape, only_with_bf16):
+    inp, weight, bias, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape, centre=3.0))
+    check_forward(ops, place, garbage, inp, weight, bias, "bfloat16")
+    expected = layernorm_backward(dout, inp, weight, bias)
+    check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected, "bfloat16")
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 5)])

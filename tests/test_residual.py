@@ -1,6 +1,13 @@
+import ml_dtypes
 import numpy as np
 import pytest
 from reference import SHAPES, UNIT, assert_close, finite_difference
+
+
+@pytest.fixture
+def only_with_bf16(device):
+    if device == "cpu":
+        pytest.skip("the CPU computes in float32 only")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -27,6 +34,39 @@ def test_backward_in_place(ops, rng, place, shape):
     assert np.array_equal(dout, before)
     ops.residual_backward(dout[:], dout)  # another view of the same memory
     assert np.array_equal(dout, before)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
+def test_bf16(ops, rng, place, shape, only_with_bf16):
+    """Two bf16 are added in float32, exactly but for a unit, and their sum becomes the nearest bf16, 2**-8 away at
+    most; a gradient keeps its bits."""
+    inp1, inp2 = (place(rng.standard_normal(shape), "bfloat16") for _ in range(2))
+    out, dinp = (place(np.full(shape, np.nan), "bfloat16") for _ in range(2))
+    ops.residual_forward(out, inp1, inp2)
+    expected = inp1.astype(np.float64) + inp2.astype(np.float64)
+    assert_close("out", out.astype(np.float32), expected, (2**-8 + UNIT) * np.abs(expected))
+    ops.residual_backward(dinp, inp1)
+    assert dinp.tobytes() == inp1.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # the simulator's
+def test_bf16_overflows_to_infinity_and_keeps_nan(ops, place, only_with_bf16):
+    largest = float(ml_dtypes.finfo("bfloat16").max)
+    inp1 = place([[[largest, -largest, np.inf, -np.inf, np.nan, np.inf, largest]]], "bfloat16")
+    inp2 = place([[[largest, -largest, 1.0, 1.0, 1.0, -np.inf, 1.0]]], "bfloat16")
+    out = place(np.zeros((1, 1, 7)), "bfloat16")
+    ops.residual_forward(out, inp1, inp2)
+    expected = [np.inf, -np.inf, np.inf, -np.inf, np.nan, np.nan, largest]
+    assert np.array_equal(out[0, 0].astype(np.float64), expected, equal_nan=True)
+
+
+def test_a_gpu_copies_nothing_onto_itself(device):
+    if device == "cpu":
+        pytest.skip("takes any view of the same memory for the same")
+    from llm_numba.cuda.residual import residual_backward
+
+    tensor = object()
+    residual_backward(tensor, tensor)
 
 
 def test_finite_differences(ops, rng, place, garbage):

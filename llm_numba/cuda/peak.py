@@ -1,0 +1,196 @@
+"""What this card can do at most, measured: the 100% of a "share of peak"; and the clock that ops are timed by."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from llm_numba.cuda.jit import SIMULATED, THREADS, block_sum, float32, int32, kernel, sized, stream
+from llm_numba.cuda.memory import allocate, available_memory, view, zero
+
+BLOCKS = 4  # of THREADS threads on each multiprocessor: every card has room for so many
+CHAINS, UNROLLED = 8, 16
+FMA_REPEATS, MMA_REPEATS = 2500, 40000
+TRIES = 20
+EACH = sized(8, 2)  # numbers of a thread, all on their way at once
+STREAM_FLOATS = 1 << 28  # 1 GiB an array, many times any card's L2 cache
+L2_FLOATS = 1 << 26  # 256 MiB: more than any card's L2 cache
+
+
+@kernel
+def fma_kernel(out, factor, term, repeats):
+    """out = what chains of multiply-adds that do not wait for one another come to: repeats * UNROLLED in each.
+
+    Grid: BLOCKS for each multiprocessor; block: THREADS; a thread owns CHAINS registers and a number of out.
+    Moves: out.
+    """
+    chains = cuda.local.array(CHAINS, float32)
+    for j in range(CHAINS):
+        chains[j] = float32(j)
+    for _ in range(repeats):
+        for _ in range(UNROLLED):
+            for j in range(CHAINS):
+                chains[j] = chains[j] * factor + term
+    total = float32(0)
+    for j in range(CHAINS):
+        total += chains[j]
+    out[cuda.grid(1)] = total
+
+
+if not SIMULATED:
+    from llm_numba.cuda.tensor_cores import mma, pack
+
+    @kernel
+    def mma_kernel(out, repeats):
+        """out = what four sums of products of 16 x 16 and 16 x 8 matrices come to, repeats products in each.
+
+        Grid: BLOCKS for each multiprocessor; block: THREADS; a warp owns the four sums, a thread a number of out.
+        Moves: out.
+        """
+        x = float32(1) + float32(cuda.threadIdx.x) / float32(THREADS)  # zeros would cost less power, and run faster
+        zero, one, two, three = float32(0), float32(1), float32(2), float32(3)
+        plus, minus = pack(x, -x), pack(-x, x)
+        a = (plus, minus, minus, plus)
+        c0, c1 = (zero, zero, zero, zero), (one, one, one, one)  # equal sums would be computed once
+        c2, c3 = (two, two, two, two), (three, three, three, three)
+        for _ in range(repeats):
+            c0 = mma(c0, a, plus, minus)
+            c1 = mma(c1, a, plus, minus)
+            c2 = mma(c2, a, plus, minus)
+            c3 = mma(c3, a, plus, minus)
+        out[cuda.grid(1)] = c0[0] + c1[1] + c2[2] + c3[3]
+
+
+def peak_flops(dtype: str = "float32") -> float | None:
+    """The multiply-adds of all multiprocessors together, two flops each, in flops per second; about 0.1 s.
+
+    dtype: "float32", of the ordinary cores; "bfloat16", of the tensor cores by mma.sync, the instruction that every
+    card from 8.0 on has. On Hopper (9.0) that reaches about two thirds of what its own wgmma does: a share of it is not
+    yet a share of what the card can do. The best of several tries, as other work can only slow one down. None in the
+    simulator.
+    """
+    if SIMULATED:
+        return None
+    blocks = BLOCKS * cuda.get_current_device().MULTIPROCESSOR_COUNT
+    out = cuda.device_array(blocks * THREADS, np.float32)
+    if dtype == "float32":
+        flops = 2.0 * out.size * FMA_REPEATS * UNROLLED * CHAINS
+
+        def run():
+            fma_kernel[blocks, THREADS, stream()](out, float32(0.999), float32(0.001), int32(FMA_REPEATS))
+    else:
+        flops = 2.0 * (out.size // 32) * MMA_REPEATS * 4 * 16 * 8 * 16
+
+        def run():
+            mma_kernel[blocks, THREADS, stream()](out, int32(MMA_REPEATS))
+
+    run()
+    return flops / min(elapsed(run) for _ in range(TRIES))
+
+
+@kernel
+def stream_read(x, y, z):
+    """z[block] = the sum of a block of x.
+
+    Grid: a block for THREADS * EACH numbers; block: THREADS; a thread owns EACH numbers, THREADS apart.
+    """
+    shared = cuda.shared.array(THREADS, float32)
+    first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
+    total = float32(0)
+    for k in range(EACH):
+        total += x[first + k * THREADS]
+    total = block_sum(total, shared)
+    if cuda.threadIdx.x == 0:
+        z[cuda.blockIdx.x] = total
+
+
+@kernel
+def stream_copy(x, y, z):
+    """z = x. Grid, block and thread: as in stream_read."""
+    first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
+    numbers = cuda.local.array(EACH, float32)
+    for k in range(EACH):
+        numbers[k] = x[first + k * THREADS]
+    for k in range(EACH):
+        z[first + k * THREADS] = numbers[k]
+
+
+@kernel
+def stream_add(x, y, z):
+    """z = x + y. Grid, block and thread: as in stream_read."""
+    first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
+    numbers = cuda.local.array(EACH, float32)
+    for k in range(EACH):
+        numbers[k] = x[first + k * THREADS] + y[first + k * THREADS]
+    for k in range(EACH):
+        z[first + k * THREADS] = numbers[k]
+
+
+@kernel
+def stream_update(x, y, z):
+    """x += 1, in place. Grid, block and thread: as in stream_read."""
+    first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
+    numbers = cuda.local.array(EACH, float32)
+    for k in range(EACH):
+        numbers[k] = x[first + k * THREADS] + float32(1)
+    for k in range(EACH):
+        x[first + k * THREADS] = numbers[k]
+
+
+STREAMS = {"read": (stream_read, 1), "copy": (stream_copy, 2), "add": (stream_add, 3), "update": (stream_update, 2)}
+
+
+def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
+    """Bytes per second between the card's memory and its multiprocessors, by pattern; a few tenths of a second.
+
+    "read": x; "copy": z = x; "add": z = x + y; "update": x in place, on arrays of `floats`, or fewer where the memory
+    is short. Each byte that the program reads or writes counts once, as in STREAM; the best of several tries, taken in
+    turn. Nothing in the simulator.
+    Source: McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"
+    """
+    if SIMULATED:
+        return {}
+    per_block = THREADS * EACH
+    blocks = min(floats, available_memory() // 16) // per_block  # three arrays of four bytes a number, and some left
+    floats = blocks * per_block
+    arrays = [view(allocate(4 * floats), 0, (floats,), "float32") for _ in range(3)]
+    best = dict.fromkeys(STREAMS, float("inf"))
+    for again in range(6):
+        for name, (pattern, _) in STREAMS.items():
+            launch = functools.partial(pattern[blocks, THREADS, stream()], *arrays)
+            if again:
+                best[name] = min(best[name], elapsed(launch))
+            else:
+                launch()  # compiled now
+    return {name: 4 * floats * moved / best[name] for name, (_, moved) in STREAMS.items()}
+
+
+def elapsed(run: Callable) -> float:
+    """The seconds that the card works on what `run` launches on `stream`."""
+    start, end = cuda.event(), cuda.event()
+    start.record(stream())
+    run()
+    end.record(stream())
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def timed(run: Callable) -> float:
+    """The seconds that the card works on what `run` launches, none of whose data is in the L2 cache.
+
+    Other memory is written first, which also takes longer than the launches, so that the card does not wait for them.
+    """
+    if SIMULATED:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    for _ in range(4):
+        zero(_other_memory())
+    return elapsed(run)
+
+
+@functools.cache
+def _other_memory():
+    return cuda.device_array(L2_FLOATS, np.float32)

@@ -1,0 +1,15 @@
+"""What llm_numba.cuda.classifier's kernels are compiled for."""
+
+from assembling import array
+from numba.cuda import types
+
+from llm_numba.cuda.classifier import add_mean_kernel, classifier_kernel
+
+
+def cases():
+    numbers = (types.float32, types.int64, types.boolean)
+    return [
+        dict(kernel=classifier_kernel, signature=(array("f2"), array("f1"), array("i1"), *numbers), bf16=False),
+        dict(kernel=classifier_kernel, signature=(array("h2"), array("f1"), array("i1"), *numbers), bf16=True),
+        dict(kernel=add_mean_kernel, signature=(array("d1"), array("f1"), types.float64), bf16=False, wide=True),
+    ]
