@@ -5,19 +5,21 @@ called by its name, behind its layer where there is one for each: encoded, 3.qkv
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from llm_numba import checkpoint, model, settings
-from llm_numba.arena import Arena, training_groups
+from llm_numba.arena import DTYPES, Arena, Groups, training_groups
 from llm_numba.config import PRESETS, GPT2Config
 from llm_numba.errors import Parser, UserError, exit_with
 from llm_numba.loader import Loader
-from llm_numba.ops import get_ops
+from llm_numba.ops import DEVICES, choose_device, get_ops
 from llm_numba.plan import check_memory
-from llm_numba.train import read_data
+from llm_numba.train import MOMENTS, read_data
 
 HEADER = (
     f"{'tensor':<16} {'shape':<20} {'mean':>11} {'std':>10} {'min':>11} {'max':>11} {'zeros':>7} {'not finite':>11}"
@@ -25,14 +27,13 @@ HEADER = (
 
 
 def one_batch(ops, arena: Arena, m) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Run a step on m.tokens and m.targets, and give (heading, name, tensor) of every tensor in the arena's order.
+    """Run a step on m.tokens and m.targets, and give (heading, name, tensor) of all that it makes, in its order.
 
     A tensor is given when it holds what its name says: the logits before their gradient replaces them, as dlogits.
     """
     model.forward(ops, m)
-    yield from tensors_of(ops, arena, "parameters")
     yield from tensors_of(ops, arena, "activations", without=("losses",))
-    model.loss(ops, m, arena.config.vocab_size, 1.0 / m.tokens.size)
+    model.loss(ops, m, arena.config.vocab_size)
     yield "loss", "losses", ops.to_host(m.losses)
     model.backward(ops, m)
     yield "activation gradients", "dlogits", ops.to_host(m.logits)
@@ -41,15 +42,18 @@ def one_batch(ops, arena: Arena, m) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def tensors_of(ops, arena: Arena, group: str, without=()) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(heading, name, tensor) of a group: what belongs to no layer first, then layer by layer."""
-    tensors = {name: ops.to_host(tensor) for name, tensor in arena.named(group).items() if name not in without}
-    per_layer = {p.spec.name for p in arena.places if p.group == group and p.spec.per_layer}
-    for name, tensor in tensors.items():
-        if name not in per_layer:
-            yield group, name, tensor
-    for l in range(arena.config.num_layers):
-        for name in filter(per_layer.__contains__, tensors):
-            yield f"{group} of layer {l}", f"{l}.{name}", tensors[name][l]
+    """(heading, name, tensor) of a group, the layers' own in the middle; gradients from the last layer to the first."""
+    specs = [p.spec for p in arena.places if p.group == group and p.spec.name not in without]
+    if group == "gradients":  # listed like the parameters
+        specs.reverse()
+    layers = range(arena.config.num_layers)
+    for per_layer, block in groupby(specs, key=lambda spec: spec.per_layer):
+        tensors = {spec.name: ops.to_host(arena.tensors[group, spec.name]) for spec in block}
+        if not per_layer:
+            yield from ((group, name, tensor) for name, tensor in tensors.items())
+        else:
+            for l in reversed(layers) if group.endswith("gradients") else layers:
+                yield from ((f"{group} of layer {l}", f"{l}.{name}", x[l]) for name, x in tensors.items())
 
 
 def describe(name: str, tensor: np.ndarray) -> str:
@@ -97,48 +101,77 @@ def picture(tensor: np.ndarray, name: str, path: Path) -> None:
     plt.close(figure)
 
 
-def build(args, ops) -> tuple[Arena, object]:
-    """The arena and its tensors by name, with the weights and a batch of a run, or a random model and random tokens."""
-    groups = ("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
+class Source(NamedTuple):
+    """A model and a batch, before there is memory for them."""
 
-    def allocate(config, T):
-        needed = training_groups(config, args.batch_size, T, ops, "keep")
-        check_memory(needed, settings.Settings(batch_size=args.batch_size, sequence_length=T, no_jit=True), config, ops)
-        arena = Arena(needed, config, "keep", ops)
-        return arena, arena.namespace(*groups)
+    config: GPT2Config
+    B: int
+    T: int
+    fill: Callable  # (ops, arena, m): writes the parameters and m.tokens and m.targets
 
-    def length(context):
-        T = args.sequence_length or context
-        if not 1 <= T <= context:
-            raise UserError(f"--sequence-length {T}: the context is {context}; give 1 to {context}")
-        return T
 
-    if args.source in PRESETS:
-        config = PRESETS[args.source]
-        arena, m = allocate(config, length(config.max_seq_len))
-        model.initialise(ops, arena, args.seed)
-        batch = np.random.default_rng(args.seed).integers(
-            0, config.vocab_size, (args.batch_size, m.tokens.shape[1] + 1)
-        )
-        ops.to_device(m.tokens, batch[:, :-1])
-        ops.to_device(m.targets, batch[:, 1:])
-        return arena, m
-    path = Path(args.source)
+def read_source(source: str, B: int, T: int, seed: int) -> Source:
+    """A run folder or a checkpoint, with a batch of its data; or a preset, with random weights and tokens.
+
+    T is 0 for that of the run, or the preset's context.
+    """
+    if source in PRESETS:
+        config = PRESETS[source]
+        T = length(T, config.max_seq_len)
+
+        def fill(ops, arena, m):
+            model.initialise(ops, arena, seed)
+            batch = np.random.default_rng(seed).integers(0, config.vocab_size, (B, T + 1))
+            ops.to_device(m.tokens, batch[:, :-1])
+            ops.to_device(m.targets, batch[:, 1:])
+
+        return Source(config, B, T, fill)
+
+    path = Path(source)
     if not path.exists():
-        raise UserError(f"{args.source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
+        raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
     path = checkpoint.newest(path) if path.is_dir() else path
     tensors, record, _ = checkpoint.load(path)
     s = settings.from_record(record["settings"], path)
     config = GPT2Config(**record["config"])
-    T = length(s.sequence_length or config.max_seq_len)
-    arena, m = allocate(config, T)
-    for name, tensor in arena.named("parameters").items():
-        ops.to_device(tensor, tensors[name])
-    batch = np.empty((2, args.batch_size, T), np.int32)
-    Loader(read_data(s).train, args.batch_size, T, args.seed, True).next_batch(*batch)
-    ops.to_device(m.tokens, batch[0])
-    ops.to_device(m.targets, batch[1])
-    return arena, m
+    T = length(T, s.sequence_length or config.max_seq_len)
+
+    def fill(ops, arena, m):
+        for name in arena.named("parameters"):
+            model.set_parameter(ops, arena, name, tensors[name])
+        batch = np.empty((2, B, T), np.int32)
+        Loader(read_data(s).train, B, T, seed, True).next_batch(*batch)
+        ops.to_device(m.tokens, batch[0])
+        ops.to_device(m.targets, batch[1])
+
+    return Source(config, B, T, fill)
+
+
+def length(T: int, context: int) -> int:
+    if not 0 <= T <= context:
+        raise UserError(f"--sequence-length {T}: the context is {context}; give 1 to {context}")
+    return T or context
+
+
+def step_groups(source: Source, ops, attention: str, dtype: str) -> Groups:
+    """What a step needs up to its gradients; arguments as for training_groups."""
+    groups = training_groups(source.config, source.B, source.T, ops, attention, dtype)
+    return {group: specs for group, specs in groups.items() if group not in MOMENTS}
+
+
+def add_source_flags(parser: Parser) -> None:
+    """The flags that choose the batch."""
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences in the batch (default: 1)")
+    parser.add_argument(
+        "--sequence-length", type=int, default=0, metavar="T", help="tokens in each (default: as the run)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="which batch, and which random weights (default: 42)")
+
+
+def check_source_flags(args) -> None:
+    for flag, value, lowest in ("--batch-size", args.batch_size, 1), ("--seed", args.seed, 0):
+        if value < lowest:
+            raise UserError(f"{flag} {value}: must be at least {lowest}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,11 +184,14 @@ def main(argv: list[str] | None = None) -> None:
         metavar="RUN_OR_PRESET",
         help="a run folder or a checkpoint, with a batch of its data; or a preset, with random weights and tokens",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences in the batch (default: 1)")
+    add_source_flags(parser)
     parser.add_argument(
-        "--sequence-length", type=int, default=0, metavar="T", help="tokens in each (default: as the run)"
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="auto: a CUDA card, or else the CPU (default)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="which batch, and which random weights (default: 42)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 needs a CUDA card")
     parser.add_argument(
         "--save",
         action="append",
@@ -164,9 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png; may be given repeatedly",
     )
     args = parser.parse_args(argv)
-    for flag, value, lowest in ("--batch-size", args.batch_size, 1), ("--seed", args.seed, 0):
-        if value < lowest:
-            raise UserError(f"{flag} {value}: must be at least {lowest}")
+    check_source_flags(args)
     wanted = {}
     for value in args.save:
         name, equals, file = value.partition("=")
@@ -174,10 +208,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--save {value}: expected TENSOR=FILE with FILE ending in .npy or .png")
         wanted[name] = Path(file)
 
-    ops = get_ops("cpu")
-    arena, m = build(args, ops)
+    ops = get_ops(choose_device(args.device), args.dtype)
+    source = read_source(args.source, args.batch_size, args.sequence_length, args.seed)
+    groups = step_groups(source, ops, "keep", DTYPES[args.dtype])
+    s = settings.Settings(batch_size=source.B, sequence_length=source.T, dtype=args.dtype, no_jit=True)
+    check_memory(groups, s, source.config, ops)
+    arena = Arena(groups, source.config, "keep", ops)
+    m = arena.training()
+    source.fill(ops, arena, m)
     shown, names = None, set()
-    for heading, name, tensor in one_batch(ops, arena, m):
+    for heading, name, tensor in chain(tensors_of(ops, arena, "parameters"), one_batch(ops, arena, m)):
         if heading != shown:
             print(f"\n{heading}\n{HEADER}")
             shown = heading
