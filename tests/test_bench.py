@@ -1,11 +1,13 @@
 """The benchmark: its arithmetic on made-up results, its refusals, and one small real run."""
 
 import ctypes
+import inspect
 import json
 import shutil
 import stat
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ from training import random_parameters, set_parameters
 
 from llm_numba import bench
 from llm_numba.arena import Arena
-from llm_numba.bench import measuring, op_cases, races, tables, worker
+from llm_numba.bench import machine, measuring, op_cases, races, tables, worker
 from llm_numba.bench.tables import BEGIN, END
 from llm_numba.config import preset
 from llm_numba.cpu import peak
@@ -23,7 +25,7 @@ from llm_numba.errors import UserError
 from llm_numba.ops import WRITES, get_ops
 
 NANO = preset("nano")
-SMALL = op_cases.op_list(NANO, rows=64, matmul_rows=(9,), attention_T=(8,))
+SMALL = op_cases.op_list(NANO, op_cases.SIMULATED)
 
 
 def row(name, shape, ours, flops=0.0, nbytes=0, pattern="", memory=None, vocabulary=False, **times):
@@ -32,8 +34,8 @@ def row(name, shape, ours, flops=0.0, nbytes=0, pattern="", memory=None, vocabul
     return made | {"memory": memory or {}, "vocabulary": vocabulary}
 
 
-def results(*rows, builds=("torch", "avx512")):
-    made = bench.new_results("d12", 2)
+def results(*rows, builds=("torch", "avx512"), device="cpu", dtype="fp32"):
+    made = bench.new_results("d12", 2, device, dtype) | {"machine": "a machine, 2 threads"}
     made |= {"rows": list(rows), "builds": list(builds), "peak_flops": 100.0}
     return made | {"bandwidth": {"read": 10.0, "copy": 20.0, "add": 30.0, "update": 40.0}}
 
@@ -117,7 +119,28 @@ def test_report():
     assert "| 2 | 2000 (2000-2000) | 1.50 | 75% |" in lines
     assert "failed: no C++ compiler" in lines
     assert "avx512, PyTorch with MKL's AVX-512 path: absent, this processor has no AVX-512." in lines
-    assert "measured peak 200 GFLOP/s" in text and "2 threads" in text and made["cpu"] in text and made["date"] in text
+    assert (
+        "measured peak 200 GFLOP/s" in text and "2 threads" in text and made["machine"] in text and made["date"] in text
+    )
+
+
+def test_report_of_a_card():
+    step = row("step", "4 x 64", [0.5], flops=25e12, no_graph=[1.0], tf32_eager=[0.25])
+    made = results(step, builds=["tf32"], device="cuda", dtype="bf16") | {"peak_flops": 1e14, "wrong": ["gelu differs"]}
+    lines = [" ".join(line.split()) for line in tables.report(made).splitlines()]
+    assert "| | ours, ms | rate | share of | no graph, ms | tf32 eager, ms | ours / tf32 |" in lines
+    assert (
+        "| step 4 x 64 | 500 (500-500) | 50.0 TFLOP/s | 50% peak | 1000 (1000-1000) | 250 (250-250) | 2.000 |" in lines
+    )
+    assert "wrong, and not timed: gelu differs" in lines and "d12, bf16: a machine" in lines[0]
+    assert "measured peak 100.0 TFLOP/s" in lines[0] and any("on the card" in line for line in lines)
+
+
+def test_report_of_the_simulator_has_no_shares():
+    made = results(row("step", "1 x 8", [0.5], flops=1e9), builds=[], device="cudasim")
+    made |= {"peak_flops": 0.0, "bandwidth": {}}
+    lines = [" ".join(line.split()) for line in tables.report(made).splitlines()]
+    assert "| step 1 x 8 | 500 (500-500) | 2.0 GFLOP/s |" in lines
 
 
 def test_table_is_aligned_markdown():
@@ -135,6 +158,8 @@ def test_exit_status_and_files(tmp_path, capsys, check, seconds, status):
     readme.write_text(f"a\n{BEGIN}\n{END}\nb")
     made = results(row("matmul_forward", "R=1", [seconds], flops=9.0))
     args = SimpleNamespace(check=check, json=tmp_path / "out.json", readme=readme)
+    assert bench.deliver(args, made) == status
+    assert bench.deliver(args, made | {"wrong": ["gelu"]}) == 1
     assert bench.deliver(args, made) == status
     printed = capsys.readouterr().out
     assert ("MISSED" in printed, "met" in printed) == (status == 1, check and status == 0)
@@ -174,6 +199,9 @@ def test_readme_without_its_markers_is_refused_and_kept(tmp_path, text):
         ("--shapes 4x2000", "context is 1024"),
         ("--shapes 99999x1024", "of memory are available"),
         ("--preset nano --check", "--check: the targets are those of --preset d12"),
+        ("--device cudasim --check", "--check: the targets are those of .* --device cpu"),
+        ("--device cudasim --scaling", "--scaling: .* use --device cpu"),
+        ("--dtype bf16", "--dtype bf16: the CPU computes in float32 only"),
         ("--json /no/such/folder/x.json", "there is no folder"),
         ("--readme /no/such/README.md", "cannot be read"),
         ("--threads 99999", "--threads 99999: must be 0 to"),
@@ -183,9 +211,9 @@ def test_readme_without_its_markers_is_refused_and_kept(tmp_path, text):
 )
 def test_refusals(monkeypatch, line, message):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(bench, "warm_up", lambda ops: pytest.fail("it started"))
+    monkeypatch.setattr(bench, "warm_up", lambda *_: pytest.fail("it started"))
     with pytest.raises(UserError, match=message):
-        bench.main(line.split())
+        bench.main([*(() if "--device" in line else ("--device", "cpu")), *line.split()])
 
 
 # --- MKL's AVX-512 path
@@ -280,15 +308,41 @@ def test_bandwidth():
     assert list(found) == ["read", "copy", "add", "update"] and min(found.values()) > 1e6
 
 
+def test_bandwidth_of_a_card(device):
+    if device == "cpu":
+        pytest.skip("is tested above")
+    from llm_numba.cuda import jit, memory
+    from llm_numba.cuda import peak as card
+
+    n = 2 * jit.THREADS * card.EACH
+    x, y, z = arrays = [memory.view(memory.allocate(4 * n), 0, (n,), "float32") for _ in range(3)]
+    for array, value in zip(arrays, (1, 2, 0), strict=True):
+        memory.to_device(array, value)
+    found = []
+    for pattern, result in (("read", z), ("copy", z), ("add", z), ("update", x)):
+        card.STREAMS[pattern][0][2, jit.THREADS, jit.stream()](x, y, z)
+        found.append(memory.to_host(result))
+    assert found[0].tolist() == [n // 2] * 2 + [0] * (n - 2)
+    assert (found[1] == 1).all() and (found[2] == 3).all() and (found[3] == 2).all()
+    if device == "cuda":
+        rates = card.peak_bandwidth(4 * n)
+        assert list(rates) == ["read", "copy", "add", "update"] and min(rates.values()) > 1e6
+        assert min(card.peak_flops(), card.peak_flops("bfloat16")) > 1e11
+        assert 0 < card.timed(lambda: memory.zero(x)) < 0.1
+    else:
+        assert card.peak_bandwidth() == {} and card.peak_flops() is None
+        assert card.timed(lambda: time.sleep(0.01)) >= 0.01
+
+
 # --- the ops, which are checked before they are timed
 
 
 def test_op_list_has_gpt2_s_matmuls_and_every_op():
-    cases = op_cases.op_list(preset("d12"))
+    cases = op_cases.op_list(preset("d12"), op_cases.CPU)
     matmuls = {tuple(sizes.values()) for op, sizes in cases if op == "matmul_backward"}
     shapes = [(768, 2304, True), (768, 768, True), (768, 3072, True), (3072, 768, True), (768, 50304, False)]
     assert matmuls == {(R, *shape) for R in (256, 1024) for shape in shapes}
-    left_out = {"zero", "to_device", "residual_backward", "attention_cached_forward"}
+    left_out = {"zero", "copy", "to_device", "residual_backward", "attention_cached_forward", "add_mean", "clip"}
     assert {op for op, _ in cases} == set(WRITES) - left_out
     for op, sizes in cases:  # beyond the cache
         if "B" in sizes and "attention" not in op and op != "fused_classifier":
@@ -299,7 +353,7 @@ CHECKED = {
     (op, name): sizes
     for op, sizes in SMALL
     for name in WRITES[op]
-    if name not in ("mean", "rstd", "att") and not (name == "dbias" and not sizes.get("bias", True))
+    if name not in ("mean", "rstd", "att", "master") and not (name == "dbias" and not sizes.get("bias", True))
 }
 
 
@@ -308,9 +362,8 @@ CHECKED = {
 def test_an_op_with_a_wrong_result_is_not_timed(op, name):
     ops, sizes = get_ops("cpu"), CHECKED[op, name]
     op_cases.build(ops, op, sizes, NANO)
-    right, position = getattr(ops, op), WRITES[op].index(name)
-    if op == "adamw_update":
-        position = {"param": 0, "m": 2, "v": 3}[name]
+    right = getattr(ops, op)
+    position = list(inspect.signature(right).parameters).index(name)
 
     def wrong(*args):
         right(*args)
@@ -321,7 +374,143 @@ def test_an_op_with_a_wrong_result_is_not_timed(op, name):
         op_cases.build(ops, op, sizes, NANO)
 
 
+def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
+    """As tiny as in the simulator, where a thread of the kernel is one of Python's."""
+    monkeypatch.setattr(races, "OP_SECONDS", 0.001)
+    ops, made = get_ops(device), results(builds=[], device=device)
+    tiny = dict(B=1, T=4, C=16)
+    right = ops.gelu_forward
+
+    def wrong(out, inp):
+        right(out, inp)
+        ops.to_device(out, 1.01 * ops.to_host(out))
+
+    ops.gelu_forward = wrong
+    cases = [("residual_forward", tiny), ("gelu_forward", tiny), ("adamw_update", dict(n=64))]
+    races.run_ops(ops, NANO, cases, 1, {}, made)
+    assert [row["name"] for row in made["rows"]] == ["residual_forward", "adamw_update"]
+    assert all(min(row["times"]["ours"]) > 0 for row in made["rows"])
+    assert len(made["wrong"]) == 1 and made["wrong"][0].startswith("gelu_forward")
+    json.dumps(made)
+    assert "wrong, and not timed: gelu_forward" in tables.report(made)
+
+
+def test_ops_in_bf16(device, monkeypatch):
+    if device == "cpu":
+        pytest.skip("computes in float32 only")
+    ops, tiny = get_ops(device, "bf16"), dict(B=1, T=4, C=16)
+    cases = {("residual_forward", 3 * 4 * 16 * 2): tiny, ("adamw_update", 64 * 30): dict(n=64)}
+    for (op, nbytes), sizes in cases.items():
+        assert op_cases.build(ops, op, sizes, NANO, "bfloat16").nbytes == nbytes
+    right = ops.residual_forward
+
+    def wrong(out, a, b):
+        right(out, a, b)
+        ops.to_device(out, 1.03 * ops.to_host(out))
+
+    ops.residual_forward = wrong
+    with pytest.raises(AssertionError, match="residual_forward .*differs from NumPy"):
+        op_cases.build(ops, "residual_forward", tiny, NANO, "bfloat16")
+
+
+def test_large_inputs_repeat_themselves(monkeypatch):
+    monkeypatch.setattr(op_cases, "PERIOD", 64)
+    ops = SimpleNamespace(**vars(get_ops("cpu")), rng=np.random.default_rng(0), dtype="float32")
+    made = op_cases.normal(ops, 3, 50)
+    assert (made.reshape(-1)[64:] == made.reshape(-1)[:-64]).all() and len(np.unique(made)) == 64
+
+
+def test_a_step_on_a_card_is_timed_as_a_graph_and_launch_by_launch(monkeypatch):
+    monkeypatch.setattr(races, "STEP_SECONDS", 0.001)
+    ops, captured, available = get_ops("cpu"), [], iter([5000, 2000])
+    ops.capture = lambda function: lambda: captured.append("replayed") or function()
+    ops.available_memory = lambda: next(available)
+    made = results(builds=[], device="cuda")
+    races.run_step(ops, NANO, 1, 4, 2, {}, made)
+    (step,) = made["rows"]
+    assert list(step["times"]) == ["ours", "no graph"] and step["memory"] == {"ours": 3000}
+    assert len(captured) >= 2 + len(step["times"]["ours"])
+
+
+def test_a_step_that_is_not_finite_is_told(monkeypatch):
+    monkeypatch.setattr(
+        races.model, "initialise", lambda ops, arena, seed: arena.tensors["parameters", "wpe"].fill(np.nan)
+    )
+    made = results(builds=[])
+    races.run_step(get_ops("cpu"), NANO, 1, 4, 1, {}, made)
+    assert not made["rows"] and made["wrong"] == ["step 1 of 1 x 4: the loss is nan"]
+
+
+# --- the machine
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands for nvidia-smi")
+@pytest.mark.parametrize(
+    "script, text",
+    [
+        ("echo 'NVIDIA X, 580.1, 1980 MHz, 1990 MHz, 3201 MHz, 700.00 W'",
+         "NVIDIA X, driver 580.1, multiprocessors at 1980 MHz of at most 1990 MHz, memory at 3201 MHz, "
+         "power limit 700.00 W"),
+        ("echo none; exit 6", "in words"),
+        ("echo 'Field is not a valid field'", "in words"),
+    ],
+)  # fmt: skip
+def test_the_card_in_a_line(monkeypatch, tmp_path, script, text):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("numba.cuda.get_current_device", lambda: SimpleNamespace(uuid="GPU-1"))
+    ops = SimpleNamespace(describe_device=lambda: "in words")
+    assert machine.describe_machine("cuda", 2, ops) == text
+    assert "--id=GPU-1 --query-gpu=name," in (tmp_path / "asked").read_text()
+    assert machine.describe_machine("cudasim", 2, ops) == "in words"
+    assert "2 threads" in machine.describe_machine("cpu", 2, ops)
+
+
 # --- PyTorch's side
+
+
+@pytest.mark.parametrize(
+    "dtype, precisions",
+    [("fp32", {"torch": "fp32", "tf32": "tf32"}), ("bf16", {"autocast": "autocast", "bf16": "bf16"})],
+)
+def test_builds_on_a_card(monkeypatch, dtype, precisions):
+    asked = []
+
+    @contextmanager
+    def torch_worker(build):
+        yield lambda name, **arguments: asked.append((build.device, name, arguments)) or {"version": "9"}
+
+    monkeypatch.setattr(bench, "torch_worker", torch_worker)
+    made = results(device="cuda", dtype=dtype)
+    with bench.torch_builds(True, made) as builds:
+        assert {name: build.precision for name, build in builds.items()} == precisions
+        assert {build.device for build in builds.values()} == {"cuda"} and made["builds"] == list(builds)
+    assert asked == [("cuda", "start", {"threads": 2, "device": "cuda", "precision": "fp32"})]
+    assert made["versions"].endswith(", torch 9") and set(builds) <= set(tables.BUILDS)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("precision", ["autocast", "bf16"])
+def test_precisions_of_the_other_side(monkeypatch, precision):
+    torch = pytest.importorskip("torch")
+    from llm_numba.bench import torch_side
+
+    seen, cross_entropy = [], torch_side.F.cross_entropy
+    monkeypatch.setattr(torch_side.F, "cross_entropy", lambda x, y: seen.append(x) or cross_entropy(x, y))
+    monkeypatch.setattr(torch_side, "device", "cpu")
+    monkeypatch.setattr(torch_side, "precision", "fp32")
+    try:
+        torch_side.start(torch.get_num_threads(), "cpu", precision)
+        torch_side.prepare_step(races.sizes_of(NANO), 1, 4)
+        assert torch_side.runs["eager"]() == pytest.approx(np.log(NANO.padded_vocab_size), abs=0.3)
+        assert seen[0].dtype == torch.bfloat16  # the logits
+        for op, sizes in SMALL:
+            torch_side.prepare_op(op, sizes)
+            torch_side.runs["eager"]()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_process_that_ends_is_told_with_its_last_words(monkeypatch, tmp_path):
@@ -330,7 +519,7 @@ def test_a_process_that_ends_is_told_with_its_last_words(monkeypatch, tmp_path):
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with worker.torch_worker() as ask, pytest.raises(worker.WorkerFailed, match="status 3: cannot load"):
-        ask("start", threads=1)
+        ask("start", threads=1, device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError])
@@ -346,7 +535,9 @@ def test_no_process_is_left_behind(monkeypatch, tmp_path, failure):
         start = time.perf_counter()
         raise failure
     assert time.perf_counter() - start < 10
-    assert all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in started)
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in started):
+        assert time.perf_counter() - start < 10  # a killed process takes a moment to end
+        time.sleep(0.01)
 
 
 def torch_model(torch_side, torch, config, parameters):
@@ -377,13 +568,13 @@ def test_both_sides_do_the_same(monkeypatch):
     arenas = []
     monkeypatch.setattr(races, "Arena", lambda *args: arenas.append(Arena(*args)) or arenas[-1])
     ops = get_ops("cpu")
-    step, sampling = races.new_step(ops, config, 2, 16), races.new_sampling(ops, config, 20)
+    step, sampling = races.new_steps(ops, config, 2, 16)["ours"], races.new_sampling(ops, config, 20)
     parameters = random_parameters(config, np.random.default_rng(1))  # far from the start: gradients are clipped
     parameters["wpe"] *= 4  # else the likeliest token is the last one, again and again
     for arena in arenas:
         set_parameters(arena, parameters)
-    tokens = arenas[0].tensors["inputs", "tokens"]
-    stream = torch.tensor(np.hstack([tokens, arenas[0].tensors["inputs", "targets"][:, -1:]]), dtype=torch.long)
+    tokens, targets = arenas[0].tensors["inputs", "batches"][0]
+    stream = torch.tensor(np.hstack([tokens, targets[:, -1:]]), dtype=torch.long)
     model = torch_model(torch_side, torch, config, parameters)
     monkeypatch.setattr(torch_side, "GPT2", lambda sizes: model)
     monkeypatch.setattr(torch, "randint", lambda *args: stream)
@@ -408,7 +599,7 @@ def test_a_small_run(monkeypatch):
     monkeypatch.setattr(tables, "MODES", ("eager", "another"))
     monkeypatch.setattr(races, "OP_SECONDS", 0.001)
     monkeypatch.setattr(races, "STEP_SECONDS", 0.001)
-    ops, made, builds = get_ops("cpu"), results(builds=["torch"]), {"torch": None}
+    ops, made, builds = get_ops("cpu"), results(builds=["torch"]), {"torch": worker.Build()}
     races.run_ops(ops, NANO, SMALL, 1, builds, made)
     races.run_step(ops, NANO, 2, 8, 2, builds, made)
     races.run_sampling(ops, NANO, 3, 1, builds, made)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import platform
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +14,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite.binding as llvm
-import numba
 
-from llm_numba.arena import format_bytes, layout, training_groups
+from llm_numba.arena import DTYPES, format_bytes, layout, training_groups
 from llm_numba.bench import op_cases, races, tables
-from llm_numba.bench.worker import WorkerFailed, build_shim, torch_worker
+from llm_numba.bench.machine import describe_machine
+from llm_numba.bench.worker import Build, WorkerFailed, build_shim, torch_worker
 from llm_numba.config import PRESETS, GPT2Config, preset
 from llm_numba.errors import Parser, UserError
-from llm_numba.ops import get_ops
+from llm_numba.ops import DEVICES, choose_device, get_ops
+from llm_numba.settings import Settings
 from llm_numba.shards import write_whole
 from llm_numba.warmup import warm_up
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 SAMPLED = 64  # tokens
+SHAPES = {"cpu": ("4x64", "4x256", "4x1024"), "cuda": ("4x1024", "32x1024"), "cudasim": ("1x8",)}
+# on a card, what of PyTorch is timed for a --dtype: its column, and its precision
+PRECISIONS = {"fp32": {"torch": "fp32", "tf32": "tf32"}, "bf16": {"autocast": "autocast", "bf16": "bf16"}}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,15 +39,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Time each op, whole training steps and sampling, and compare them with what this machine can do "
         "and with PyTorch. Tables go to the screen; run it on a machine that does nothing else.",
     )
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where the ops run; default: %(default)s")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where the ops run; auto: on a CUDA card where there is one"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of ours; bf16 needs a CUDA card")
     parser.add_argument("--against", choices=["torch"], help="time PyTorch too, in turn with ours")
     parser.add_argument("--preset", choices=PRESETS, default="d12", help="the model; default: %(default)s")
     parser.add_argument(
         "--shapes",
         nargs="+",
-        default=["4x64", "4x256", "4x1024"],
         metavar="BxT",
-        help="of the steps; default: 4x64 4x256 4x1024",
+        help="; ".join(["of the steps; default", *(f"on {d}: {' '.join(shapes)}" for d, shapes in SHAPES.items())]),
     )
     parser.add_argument("--threads", type=int, default=0, help="on both sides; default: all cores of this process")
     parser.add_argument("--skip-ops", action="store_true", help="only whole steps and sampling")
@@ -61,33 +68,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    config = preset(args.preset)
-    if args.check and args.preset != "d12":
-        raise UserError(f"--check: the targets are those of --preset d12, not of {args.preset}")
-    shapes = [parse_shape(text, config) for text in args.shapes]
+    config, device = preset(args.preset), choose_device(args.device)
+    if args.check and (args.preset != "d12" or device != "cpu"):
+        raise UserError(
+            f"--check: the targets are those of --preset d12 --device cpu, not of {args.preset} on {device}"
+        )
+    if args.scaling and device != "cpu":
+        raise UserError("--scaling: is of a CPU's threads; leave it out, or use --device cpu")
+    shapes = [parse_shape(text, config) for text in args.shapes or SHAPES[device]]
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     if args.readme:
         tables.read_around(args.readme)
     if args.against and importlib.util.find_spec("torch") is None:
         raise UserError("--against torch: PyTorch is not installed; install it with: pip install torch")
-    if numba.config.DISABLE_JIT:
+    ops = get_ops(device, args.dtype)
+    from numba import config as numba_config  # loaded by now, with or without the simulator
+
+    if numba_config.DISABLE_JIT:
         raise UserError("NUMBA_DISABLE_JIT is set, and plain Python has no speed to measure: unset it")
-    most = numba.config.NUMBA_NUM_THREADS
+    most = numba_config.NUMBA_NUM_THREADS
     if not 0 <= args.threads <= most:
         raise UserError(f"--threads {args.threads}: must be 0 to {most}, the cores that this process may use")
-    ops = get_ops(args.device)
+    if device == "cuda":
+        numba_config.CUDA_DEALLOCS_COUNT = 0  # what one case held is free for the next, and for PyTorch
     for B, T in shapes:
-        check_memory(ops, config, B, T)
+        check_memory(ops, config, B, T, args.dtype)
 
     ops.set_threads(args.threads)
-    warm_up(ops)
+    seconds = warm_up(ops, config, Settings(preset=args.preset, dtype=args.dtype))
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
-    results = new_results(args.preset, args.threads or most)
+    results = new_results(args.preset, args.threads or most, device, args.dtype)
     races.measure_machine(ops, results)
+    results["machine"] = describe_machine(device, results["threads"], ops)
+    print(f"{results['machine']}; ops ready in {seconds:.1f} s", file=sys.stderr)
     with torch_builds(bool(args.against), results) as builds:
         if not args.skip_ops:
-            races.run_ops(ops, config, op_cases.op_list(config), rounds, builds, results)
+            races.run_ops(ops, config, op_cases.op_list(config, op_cases.SIZES[device]), rounds, builds, results)
         for B, T in shapes:
             races.run_step(ops, config, B, T, rounds, builds, results)
         races.run_sampling(ops, config, min(SAMPLED, config.max_seq_len), rounds, builds, results)
@@ -106,10 +123,10 @@ def deliver(args: argparse.Namespace, results: dict) -> int:
     if args.readme:
         tables.write_readme(args.readme, text)
     if not args.check:
-        return 0
+        return 1 if results["wrong"] else 0
     found = tables.verdicts(results)
     print("", *tables.verdict_table(found), sep="\n")
-    return 0 if all(verdict.met for verdict in found) else 1
+    return 0 if all(verdict.met for verdict in found) and not results["wrong"] else 1
 
 
 def parse_shape(text: str, config: GPT2Config) -> tuple[int, int]:
@@ -122,8 +139,9 @@ def parse_shape(text: str, config: GPT2Config) -> tuple[int, int]:
     return B, T
 
 
-def check_memory(ops, config: GPT2Config, B: int, T: int) -> None:
-    _, needed = layout(training_groups(config, B, T, ops, "reuse"), config.num_layers, "reuse")
+def check_memory(ops, config: GPT2Config, B: int, T: int, dtype: str) -> None:
+    groups = training_groups(config, B, T, ops, "reuse", DTYPES[dtype], master=dtype == "bf16")
+    _, needed = layout(groups, config.num_layers, "reuse")
     available = ops.available_memory()
     if needed > available:
         raise UserError(
@@ -132,51 +150,50 @@ def check_memory(ops, config: GPT2Config, B: int, T: int) -> None:
         )
 
 
-def new_results(name: str, threads: int) -> dict:
-    """The machine and the versions, and room for what is measured."""
-    features = llvm.get_host_cpu_features()
-    widths = {"avx512f": 512, "avx2": 256, "sse2": 128, "neon": 128}
+def new_results(name: str, threads: int, device: str, dtype: str) -> dict:
+    """The settings and the versions, and room for what is measured."""
+    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
     return {
         "date": date.today().isoformat(),
         "preset": name,
         "threads": threads,
-        "cpu": f"{cpu_model()} ({llvm.get_host_cpu_name()})",
-        "vector_bits": next((bits for feature, bits in widths.items() if features.get(feature)), 0),
-        "versions": f"Python {platform.python_version()}, numba {version('numba')}",
+        "device": device,
+        "dtype": dtype,
+        "machine": "",
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
         "peak_flops": 0.0,
         "bandwidth": {},
         "builds": [],
         "no_build": {},
         "rows": [],
+        "wrong": [],
         "scaling": [],
     }
 
 
-def cpu_model() -> str:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @contextmanager
-def torch_builds(wanted: bool, results: dict) -> Iterator[dict[str, Path | None]]:
-    """Of each build of PyTorch the library to preload, or None; results learn of the builds, and why one is absent."""
+def torch_builds(wanted: bool, results: dict) -> Iterator[dict[str, Build]]:
+    """The builds of PyTorch to time; results learn of them, and why one is absent."""
     if not wanted:
         yield {}
         return
+    device = "cuda" if results["device"] == "cuda" else "cpu"
     try:
-        with torch_worker() as ask:
-            about = ask("start", threads=results["threads"])
+        with torch_worker(Build(device)) as ask:
+            about = ask("start", threads=results["threads"], device=device, precision="fp32")
     except WorkerFailed as error:
         raise UserError(f"--against torch: PyTorch does not start ({error}); reinstall it") from error
     results["versions"] += f", torch {about['version']}"
-    builds: dict[str, Path | None] = {"torch": None}
+    if results["device"] != "cpu":
+        builds = {name: Build(device, precision) for name, precision in PRECISIONS[results["dtype"]].items()}
+        results["builds"] = list(builds)
+        yield builds
+        return
+    builds = {"torch": Build()}
     with tempfile.TemporaryDirectory() as folder:
         shim, why = build_shim(Path(folder), llvm.get_host_cpu_name(), llvm.get_host_cpu_features())
         if shim and about["mkl"]:
-            builds["avx512"] = shim
+            builds["avx512"] = Build(preload=shim)
         else:
             results["no_build"]["avx512"] = why or "this PyTorch does not use MKL"
         results["builds"] = list(builds)

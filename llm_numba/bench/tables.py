@@ -1,8 +1,8 @@
 """What the benchmark's numbers say: the tables, the targets, and the README between its markers.
 
 A row is a dict: name and shape; flops, or bytes and pattern; times, the seconds of every run by column; absent, why a
-column has none; memory, the bytes that a step took by column. The columns are "ours" and, for each build of PyTorch
-("torch", "avx512"), that build "eager" and "compiled".
+column has none; memory, the bytes that a step took by column. The columns are "ours", on a card "no graph", and, for
+each build of PyTorch (BUILDS), that build "eager" and "compiled".
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,19 @@ from llm_numba.errors import UserError
 from llm_numba.shards import write_whole
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-BUILDS = {"torch": "PyTorch as installed", "avx512": "PyTorch with MKL's AVX-512 path"}
+BUILDS = {
+    "torch": "PyTorch as installed",
+    "avx512": "PyTorch with MKL's AVX-512 path",
+    "tf32": "PyTorch whose float32 matmuls round their inputs to TF32",
+    "autocast": "PyTorch with float32 parameters under autocast to bf16",
+    "bf16": "PyTorch all in bf16, its AdamW too",
+}
+MEMORY = {
+    "cpu": "memory is what a step adds to the process at its peak",
+    "cuda": "memory is what a step holds on the card at its peak, PyTorch's without what its allocator keeps in stock; "
+    "an op's time is the card's alone, none of its data in the L2 cache, while a step ends with its loss on the host",
+    "cudasim": "in the simulator none of it means anything",
+}
 MODES = ("eager", "compiled")
 
 # GPT-2 124M: at most this share of PyTorch's time, as installed and with MKL's AVX-512 path
@@ -57,11 +69,12 @@ def memory_ratio(row: dict, build: str) -> float | None:
     return row["memory"]["ours"] / other if other and row["memory"].get("ours") else None
 
 
-def share(row: dict, results: dict) -> float:
-    """Of the machine's measured peak, or of its measured bandwidth for the row's pattern."""
-    if row["flops"]:
-        return row["flops"] / ours(row) / results["peak_flops"]
-    return row["bytes"] / ours(row) / results["bandwidth"][row["pattern"]]
+def share(row: dict, results: dict) -> float | None:
+    """Of the machine's measured peak, or of its measured bandwidth for the row's pattern; None in the simulator."""
+    work, limit = row["flops"] or row["bytes"], results["peak_flops"]
+    if not row["flops"]:
+        limit = results["bandwidth"].get(row["pattern"])
+    return work / ours(row) / limit if limit else None
 
 
 def verdicts(results: dict) -> list[Verdict]:
@@ -97,13 +110,12 @@ def report(results: dict) -> str:
     """Everything, as Markdown that also reads well on a screen."""
     moves = ", ".join(f"{name} {1e-9 * rate:.1f}" for name, rate in results["bandwidth"].items())
     lines = [
-        f"{results['date']}, {results['preset']}, fp32: {results['cpu']}, {results['threads']} threads, "
-        f"{results['vector_bits']}-bit vectors; measured peak {1e-9 * results['peak_flops']:.0f} GFLOP/s, "
-        f"memory GB/s {moves}; {results['versions']}.",
+        f"{results['date']}, {results['preset']}, {results['dtype']}: {results['machine']}; "
+        f"measured peak {flops_rate(results['peak_flops'], 0)}, memory GB/s {moves}; {results['versions']}.",
         "",
         "Milliseconds are medians, with the least and the most in brackets; all columns ran in turn, round after "
         "round. Rates count what the docstrings count. A ratio is our time over PyTorch's, eager or compiled, the "
-        "better; memory is what a step adds to the process at its peak.",
+        f"better; {MEMORY[results['device']]}.",
     ]
     lines += [f"{build}: {BUILDS[build]}." for build in results["builds"]]
     lines += [f"{build}, {BUILDS[build]}: absent, {why}." for build, why in results["no_build"].items()]
@@ -114,6 +126,7 @@ def report(results: dict) -> str:
     lines += ["", *memory_table(whole)] if whole else []
     if results["scaling"]:
         lines += ["", *scaling_table(results["scaling"])]
+    lines += [line for what in results["wrong"] for line in ("", f"wrong, and not timed: {what}")]
     reasons = dict.fromkeys(why for row in results["rows"] for why in row["absent"].values())
     lines += [line for why in reasons for line in ("", f"failed: {why}")]
     return "\n".join(lines)
@@ -125,7 +138,8 @@ def speed_table(rows: list[dict], results: dict) -> list[str]:
         "": lambda row: f"{row['name']} {row['shape']}",
         "ours, ms": lambda row: milliseconds(row, "ours"),
         "rate": rate,
-        "share of": lambda row: f"{share(row, results):.0%} {'peak' if row['flops'] else row['pattern']}",
+        "share of": lambda row: share_text(row, results),
+        "no graph, ms": lambda row: milliseconds(row, "no graph"),
     }
     for build in results["builds"]:
         for mode in MODES:
@@ -179,8 +193,17 @@ def milliseconds(row: dict, column: str) -> str:
 
 
 def rate(row: dict) -> str:
-    work, unit = (row["flops"], "GFLOP/s") if row["flops"] else (row["bytes"], "GB/s")
-    return f"{1e-9 * work / ours(row):.1f} {unit}"
+    return flops_rate(row["flops"] / ours(row)) if row["flops"] else f"{1e-9 * row['bytes'] / ours(row):.1f} GB/s"
+
+
+def flops_rate(flops: float, digits: int = 1) -> str:
+    """flops a second as text."""
+    return f"{1e-12 * flops:.1f} TFLOP/s" if flops >= 1e13 else f"{1e-9 * flops:.{digits}f} GFLOP/s"
+
+
+def share_text(row: dict, results: dict) -> str:
+    part = share(row, results)
+    return "" if part is None else f"{part:.0%} {'peak' if row['flops'] else row['pattern']}"
 
 
 def number(value: float | None) -> str:

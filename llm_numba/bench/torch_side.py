@@ -4,11 +4,14 @@ It reads one JSON line [function, arguments] after the other and answers each wi
 Only this process imports torch. Between two requests it waits for input, and its threads sleep.
 """
 
+import contextlib
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +20,8 @@ from llm_numba.bench import measuring
 
 runs: dict[str, Callable] = {}  # what `first` and `measure` run, by its mode: "eager", "compiled"
 BEFORE = measuring.resident()
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}
+device, precision = "cpu", "fp32"  # as `start` is told
 
 
 class Block(nn.Module):
@@ -59,12 +64,57 @@ class GPT2(nn.Module):
         return F.linear(self.lnf(x), self.wte.weight)
 
 
-def start(threads: int) -> dict:
+def start(threads: int, device: str = "cpu", precision: str = "fp32") -> dict:
+    """device: cpu or cuda; precision: of DTYPES, where tf32 lets matmuls round their inputs and autocast rounds to bf16
+    what its ops take in."""
+    globals().update(device=device, precision=precision)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if device == "cuda":
+        torch.zeros(1, device=device)  # raises where this PyTorch has no card
     return {"version": torch.__version__, "mkl": torch.backends.mkl.is_available()}
 
 
+def on_device(prepare: Callable) -> Callable:
+    """What `prepare` makes lies on the device, in its precision."""
+
+    @functools.wraps(prepare)
+    def run(*args, **arguments):
+        runs.clear()  # what was prepared before
+        torch.set_default_dtype(DTYPES[precision])
+        with torch.device(device):
+            prepare(*args, **arguments)
+
+    return run
+
+
+def in_precision():
+    """What a model's forward pass runs under."""
+    if precision == "autocast":
+        return torch.autocast(device, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def cold(run: Callable) -> float:
+    """The seconds that the card works on what `run` launches, none of whose data is in the L2 cache: as ours, see
+    llm_numba.cuda.peak.timed."""
+    for _ in range(4):
+        other_memory().zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
+
+
+@functools.cache
+def other_memory():
+    return torch.empty(1 << 28, dtype=torch.uint8, device=device)
+
+
+@on_device
 def prepare_step(config: dict, B: int, T: int) -> None:
     """One training step: gradients cleared, forward, loss, backward, gradient clipped to a norm of 1, AdamW."""
     model = GPT2(config).train()
@@ -82,7 +132,8 @@ def prepare_step(config: dict, B: int, T: int) -> None:
     tokens, targets = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
     def forward_loss(tokens, targets):
-        return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        with in_precision():
+            return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
     def step_with(forward_loss):
         def step():
@@ -98,19 +149,23 @@ def prepare_step(config: dict, B: int, T: int) -> None:
     runs.update(eager=step_with(forward_loss), compiled=step_with(torch.compile(forward_loss)))
 
 
+@on_device
 def prepare_sampling(config: dict, tokens: int) -> None:
     """The likeliest continuation of one token, `tokens` long, with the layers' keys and values in a cache."""
     model = GPT2(config).eval()
     HS = config["channels"] // config["num_heads"]
-    caches = [torch.zeros(2, 1, config["num_heads"], config["max_seq_len"], HS) for _ in model.layers]
+    dtype = torch.bfloat16 if precision == "autocast" else None
+    caches = [torch.zeros(2, 1, config["num_heads"], config["max_seq_len"], HS, dtype=dtype) for _ in model.layers]
 
     def next_token(token, position: int):
-        return model(token, caches, position)[:, -1, : config["vocab_size"]].argmax(dim=-1, keepdim=True)
+        with in_precision():
+            logits = model(token, caches, position)
+        return logits[:, -1, : config["vocab_size"]].argmax(dim=-1, keepdim=True)
 
     def sampling_with(next_token):
         @torch.inference_mode()
         def sample():
-            token, said = torch.zeros(1, 1, dtype=torch.long), []
+            token, said = torch.zeros(1, 1, dtype=torch.long, device=device), []
             for position in range(tokens):
                 token = next_token(token, position)
                 said.append(token.item())
@@ -121,9 +176,48 @@ def prepare_sampling(config: dict, tokens: int) -> None:
     runs.update(eager=sampling_with(next_token), compiled=sampling_with(torch.compile(next_token, dynamic=True)))
 
 
+@on_device
+def prepare_training(config: dict, weights: str, beta1, beta2, eps, weight_decay, grad_clip):
+    """A model with these weights (a file of llm_numba's tensors by name), which `train` then trains step by step."""
+    model, ours = GPT2(config), {name: torch.from_numpy(x) for name, x in np.load(weights).items()}
+    with torch.no_grad():
+        model.lnf.weight.copy_(ours["lnfw"])
+        model.lnf.bias.copy_(ours["lnfb"])
+        model.wte.weight.copy_(ours["wte"])
+        model.wpe.weight.copy_(ours["wpe"])
+        for l, layer in enumerate(model.layers):
+            for name, module in layer.named_children():
+                module.weight.copy_(ours[name + "w"][l])
+                module.bias.copy_(ours[name + "b"][l])
+    parameters = list(model.parameters())
+    matrices, vectors = ([p for p in parameters if p.dim() == dim] for dim in (2, 1))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)
+    V = config["vocab_size"]
+
+    def step(tokens, targets, learning_rate):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate
+        optimiser.zero_grad(set_to_none=True)
+        with in_precision():
+            logits = model(tokens)
+        loss = F.cross_entropy(logits[..., :V].flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
+        optimiser.step()
+        return loss.item()
+
+    runs.update(train=step)
+
+
+def train(batch: str, learning_rate: float) -> float:
+    """The loss of a batch, a file of (2, B, T) tokens and targets, before the step that is taken on it."""
+    return runs["train"](*torch.from_numpy(np.load(batch)).long().to(device), learning_rate)
+
+
+@on_device
 def prepare_op(op: str, sizes: dict) -> None:
     """One op by itself, at the sizes of op_cases.op_list."""
-    runs.clear()  # what the op before held
     runs.update(eager=OPS[op](**sizes))
 
 
@@ -137,8 +231,8 @@ def gradients(out, *inputs) -> Callable:
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
-def leaf(*shape: int):
-    return torch.randn(shape, requires_grad=True)
+def leaf(*shape: int, dtype=None):
+    return torch.randn(shape, requires_grad=True, dtype=dtype)
 
 
 def linear(R, C, OC, bias):
@@ -194,8 +288,9 @@ def fused_classifier(B, T, V, Vp):
 
 
 def adamw_update(n):
-    parameter = leaf(n)
-    parameter.grad = torch.randn(n)
+    """In float32, as ours keeps it too."""
+    parameter = leaf(n, dtype=torch.float32)
+    parameter.grad = torch.randn(n, dtype=torch.float32)
     return torch.optim.AdamW([parameter], lr=1e-4, fused=True).step
 
 
@@ -212,22 +307,35 @@ OPS = {
     "encoder_forward": lambda B, T, C, Vp: no_grad(embed, leaf(Vp, C), leaf(T, C), torch.randint(Vp, (B, T))),
     "encoder_backward": encoder_backward,
     "fused_classifier": fused_classifier,
-    "global_norm_squared": lambda n: no_grad(torch.linalg.vector_norm, leaf(n)),
+    "global_norm_squared": lambda n: no_grad(torch.linalg.vector_norm, leaf(n, dtype=torch.float32)),
     "adamw_update": adamw_update,
 }
 
 
 def first(mode: str) -> int | None:
-    """Run twice: the first compiles, and makes the optimiser's state; returns the bytes that the process took on."""
+    """Run twice: the first compiles, and makes the optimiser's state; returns the bytes that the process took on, or
+    those that its tensors take on the card."""
     runs[mode]()
-    return measuring.peak_memory(runs[mode], BEFORE)
+    if device != "cuda":
+        return measuring.peak_memory(runs[mode], BEFORE)
+    torch.cuda.reset_peak_memory_stats()
+    runs[mode]()
+    torch.cuda.empty_cache()  # for the other processes
+    return torch.cuda.max_memory_allocated()
 
 
-def measure(mode: str, seconds: float) -> list[float]:
-    return measuring.measure(runs[mode], seconds)
+def measure(mode: str, seconds: float, launches_only: bool) -> list[float]:
+    """launches_only: what runs does not wait for a card, so that the card is asked for the time."""
+    timed = cold if launches_only and device == "cuda" else measuring.by_the_clock
+    times = measuring.measure(runs[mode], seconds, timed)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return times
 
 
-FUNCTIONS = {f.__name__: f for f in (start, prepare_step, prepare_sampling, prepare_op, first, measure)}
+FUNCTIONS = {
+    f.__name__: f for f in (start, prepare_step, prepare_sampling, prepare_op, prepare_training, train, first, measure)
+}
 
 
 def serve() -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -19,16 +20,24 @@ class WorkerFailed(Exception):
     """PyTorch could not do what it was asked to; the message is one line."""
 
 
-@contextlib.contextmanager
-def torch_worker(preload: Path | None = None) -> Iterator[Callable]:
-    """A function ask(name, **arguments) that calls a function of torch_side in a new process, which ends with this.
+class Build(NamedTuple):
+    """A way to run PyTorch: on which device (cpu or cuda), in which precision (one of torch_side's), and with which
+    library loaded before its own."""
 
-    preload: a library that is loaded before PyTorch's own.
-    """
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no helper processes beside the one timed
+    device: str = "cpu"
+    precision: str = "fp32"
+    preload: Path | None = None
+
+
+@contextlib.contextmanager
+def torch_worker(build: Build = Build()) -> Iterator[Callable]:  # noqa: B008
+    """A function ask(name, **arguments) that calls a function of torch_side in a new process, which ends with this."""
+    environment = dict(os.environ)
     environment.pop("OMP_WAIT_POLICY", None)  # llm_numba's choice, not PyTorch's
-    if preload:
-        environment["LD_PRELOAD"] = " ".join([str(preload), *environment.get("LD_PRELOAD", "").split()])
+    if build.device == "cpu":
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes beside the one timed
+    if build.preload:
+        environment["LD_PRELOAD"] = " ".join([str(build.preload), *environment.get("LD_PRELOAD", "").split()])
     with tempfile.TemporaryFile("w+", errors="replace") as messages:
         process = subprocess.Popen(
             [sys.executable, "-m", "llm_numba.bench.torch_side"],
