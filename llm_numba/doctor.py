@@ -1,0 +1,200 @@
+"""What this machine has and lacks: python -m llm_numba.doctor
+
+Prints versions, the CPU, the CUDA cards, what to install for what is missing, and what can be run here.
+"""
+
+import importlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llm_numba import __version__
+from llm_numba.cuda import card
+from llm_numba.errors import Parser, UserError, exit_with
+
+PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "safetensors", "tiktoken")
+VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # the widest first
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"fails: {type(error).__name__}: {text}"
+
+
+def report(name: str, say: Callable[[], str]) -> bool:
+    """Print a row of the table; whatever goes wrong is its content. Returns whether nothing did."""
+    try:
+        text, fine = say(), True
+    except Exception as error:
+        text, fine = words(error), False
+    print(f"  {name:<14} {text}")
+    return fine
+
+
+def why_not_cuda(loads: bool) -> str | None:
+    try:
+        return card.obstacle() or (None if loads else "numba.cuda does not load")
+    except Exception as error:
+        return words(error)
+
+
+def package(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError as error:
+        raise UserError(f"not installed: pip install {name}") from error
+
+
+def processor() -> str:
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    width = next((words for feature, words in VECTORS.items() if features.get(feature)), "vector width unknown")
+    return f"{llvm.get_host_cpu_name()}, {width}"
+
+
+def cores() -> str:
+    import psutil
+    from numba import config
+
+    quota = cgroup_limit("cpu.max")
+    limit = f"; a cgroup allows the time of {quota:.3g}: use --threads {max(1, int(quota))}" if quota else ""
+    return f"{psutil.cpu_count()} logical, {config.NUMBA_DEFAULT_NUM_THREADS} for this process{limit}"
+
+
+def cgroup_limit(file: str) -> float | None:
+    """The least that cpu.max (cores) or memory.max (bytes) allows in this process's cgroup and those above it."""
+    try:
+        lines = OWN_CGROUP.read_text().splitlines()
+        own = CGROUPS / next(line[3:].strip("/") for line in lines if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    limits = []
+    for folder in (own, *own.parents):
+        try:
+            limit, *period = (folder / file).read_text().split()
+        except OSError:
+            continue
+        if limit != "max":
+            limits.append(int(limit) / int(*period or (1,)))
+    return min(limits, default=None)
+
+
+def memory() -> str:
+    import psutil
+
+    from llm_numba.arena import format_bytes
+
+    limit, now = cgroup_limit("memory.max"), psutil.virtual_memory()
+    allowed = f"; a cgroup allows {format_bytes(limit)}" if limit else ""
+    return f"{format_bytes(now.total)}, of which {format_bytes(now.available)} available{allowed}"
+
+
+def blas() -> str:
+    import numpy as np
+
+    found = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return f"{found['name']} {found.get('version', '')}"
+
+
+def run_op(device: str) -> str:
+    """What try_an_op says, in a process of its own: no crash of a library then takes the table with it."""
+    program = f"from llm_numba.doctor import try_an_op; print(try_an_op({device!r}))"
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1" if device == "cudasim" else "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        raise UserError(f"an op fails: {lines[-1]}")
+    return done.stdout.strip()
+
+
+def try_an_op(device: str) -> str:
+    """Compile an op, run it and look at its result."""
+    package = "llm_numba.cpu" if device == "cpu" else "llm_numba.cuda"
+    memory, residual = (importlib.import_module(f"{package}.{file}") for file in ("memory", "residual"))
+    out, inp = (memory.view(memory.allocate(4 * 32), 0, (1, 2, 16), "float32") for _ in range(2))
+    memory.to_device(inp, 1.0)
+    residual.residual_forward(out, inp, inp)
+    if not (memory.to_host(out) == 2).all():
+        raise ArithmeticError("1 + 1 is not 2")
+    if device != "cpu":
+        return "an op runs and is right"
+    import numba
+
+    return f"an op runs and is right, on {numba.get_num_threads()} threads, thread layer {numba.threading_layer()}"
+
+
+def numba_cuda() -> str:
+    card.load_driver()  # for its words where the package is missing
+    return version("numba-cuda")
+
+
+def load_numba_cuda() -> str:
+    importlib.import_module("numba.cuda")
+    return "loads"
+
+
+def toolkit() -> str:
+    major = card.load_driver().CUDA_VERSION // 1000
+    missing = card.missing_parts()
+    if missing:
+        raise UserError(f"CUDA {major}, without {', '.join(missing)}: {card.INSTALL}")
+    return f"CUDA {major}: {', '.join((*card.LIBRARIES, 'libdevice'))}"
+
+
+def describe(index: int, found: card.Card) -> str:
+    from llm_numba.arena import format_bytes
+
+    precision = "fp32 and bf16" if found.has_bf16 else "fp32, no bf16"
+    if found.capability < card.OLDEST:
+        precision = "too old"
+    return f"{found}, {precision}, {format_bytes(found.memory)}, {format_bytes(card.free_memory(index))} free"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 where the CPU's ops run, else 1."""
+    description = "Say what this machine has and lacks, and what can be run on it."
+    Parser(prog="python -m llm_numba.doctor", description=description).parse_args(argv)
+
+    print("versions")
+    report("llm_numba", lambda: __version__)
+    report("Python", lambda: f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        report(name, lambda name=name: package(name))
+    report("NumPy's BLAS", blas)
+
+    print("CPU")
+    report("processor", processor)
+    report("cores", cores)
+    report("memory", memory)
+    runs = {"--device cpu": report("ops", lambda: run_op("cpu"))}
+
+    print("CUDA")
+    installed = report("numba-cuda", numba_cuda)
+    loads = installed and report("numba.cuda", load_numba_cuda)
+    if installed:
+        report("toolkit", toolkit)
+    if installed and report("driver", lambda: f"for CUDA {card.driver_version()}"):
+        if report("cards", lambda: str(len(card.cards()))):
+            for index, found in enumerate(card.cards()):
+                report(f"card {index}", lambda index=index, found=found: describe(index, found))
+    reason = why_not_cuda(loads)
+    if not reason:
+        dtype = "bf16" if card.cards()[0].has_bf16 else "fp32"
+        runs[f"--device cuda --dtype {dtype}"] = report("ops", lambda: run_op("cuda"))
+    runs["--device cudasim"] = report("simulator", lambda: run_op("cudasim"))
+
+    print(f"\nruns here: {', '.join(flags for flags, fine in runs.items() if fine) or 'nothing'}")
+    if reason:
+        print(f"does not:  --device cuda: {reason}")
+    return 0 if runs["--device cpu"] else 1
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    exit_with(main)

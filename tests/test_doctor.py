@@ -1,0 +1,261 @@
+"""What is said of a card, or of the lack of one, with a driver that answers as it is told; and the doctor's table."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from programs import environment, run
+
+from llm_numba import doctor
+from llm_numba.cuda import card
+from llm_numba.errors import UserError
+
+MIB = 1 << 20
+T4 = ("Tesla T4", (7, 5), 15 << 30)
+A100 = ("NVIDIA A100-SXM4-40GB", (8, 0), 40 << 30)
+P100 = ("Tesla P100", (6, 0), 16 << 30)
+
+
+class Driver:
+    """The functions of cuda.bindings.driver that are asked; `failing` answers with an error, `lacking` is not there."""
+
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
+    )
+
+    def __init__(self, *cards, version=13020, toolkit=13000, failing=None, lacking=None):
+        self.CUDA_VERSION, self.failing, self.lacking, self.contexts = toolkit, failing or {}, lacking, 0
+        self.answers = {
+            "cuDriverGetVersion": lambda: (version,),
+            "cuInit": lambda flags: (),
+            "cuDeviceGetCount": lambda: (len(cards),),
+            "cuDeviceGet": lambda index: (f"handle of {index}",),
+            "cuDeviceGetName": lambda length, handle: (cards[int(handle[-1])][0].encode().ljust(length, b"\0"),),
+            "cuDeviceGetAttribute": lambda attribute, handle: (cards[int(handle[-1])][1][attribute],),
+            "cuDeviceTotalMem": lambda handle: (cards[int(handle[-1])][2],),
+            "cuDevicePrimaryCtxRetain": lambda handle: (self.hold(1),),
+            "cuDevicePrimaryCtxRelease": lambda handle: self.hold(-1) and (),
+            "cuCtxSetCurrent": lambda context: (),
+            "cuMemGetInfo": lambda: (3 * MIB, 4 * MIB),
+        }
+
+    def hold(self, change):
+        self.contexts += change
+        return ("context",)
+
+    def __getattr__(self, function):
+        def answer(*args):
+            if self.lacking in (function, "all"):
+                raise RuntimeError(f"{function} not found")
+            if function in self.failing:
+                return (SimpleNamespace(name=self.failing[function]), None)
+            return (SimpleNamespace(name="CUDA_SUCCESS"), *self.answers[function](*args))
+
+        return answer
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that gives this machine a driver and cards, and all of the toolkit."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(card, "missing_parts", lambda: [])
+
+    def has(*cards, **options):
+        driver = Driver(*cards, **options)
+        monkeypatch.setattr(card, "load_driver", lambda: driver)
+        return driver
+
+    return has
+
+
+def test_cards_are_listed_with_what_they_can(machine):
+    machine(A100, T4)
+    assert card.cards() == [card.Card(*A100), card.Card(*T4)]
+    assert [one.has_bf16 for one in card.cards()] == [True, False]
+    assert str(card.cards()[1]) == "Tesla T4 (compute capability 7.5)"
+    assert card.driver_version() == "13.2"
+
+
+@pytest.mark.parametrize("dtype, cards", [("fp32", [T4]), ("fp32", [A100, P100]), ("bf16", [A100, T4])])
+def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
+    machine(*cards)
+    card.check_card(dtype)
+    assert card.available() and card.obstacle() is None
+
+
+@pytest.mark.parametrize(
+    "cards, options, reason",
+    [
+        ([], dict(lacking="all"), "no NVIDIA driver found: install R580 or newer, for CUDA 13"),
+        ([], dict(lacking="all", toolkit=12090), "no NVIDIA driver found: install R525 or newer, for CUDA 12"),
+        ([T4], dict(lacking="cuDeviceGet"), "no NVIDIA driver found: install R580 or newer, for CUDA 13"),
+        (
+            [T4],
+            dict(version=12080),
+            "the NVIDIA driver is for CUDA 12.8, the installed packages are for CUDA 13: update the driver to R580 or "
+            'newer, or pip install "llm-numba[cuda12]" in a new environment',
+        ),
+        (
+            [T4],
+            dict(version=11040, toolkit=12090),
+            "the NVIDIA driver is for CUDA 11.4, the installed packages are for CUDA 12: update the driver to R525 or "
+            "newer",
+        ),
+        ([], {}, "there is no NVIDIA card"),
+        ([], dict(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"}), "there is no NVIDIA card"),
+        (
+            [T4],
+            dict(failing={"cuInit": "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}),
+            "the NVIDIA driver answers CUDA_ERROR_SYSTEM_DRIVER_MISMATCH to cuInit: see what nvidia-smi says of the "
+            "card",
+        ),
+        ([P100, A100], {}, "Tesla P100 (compute capability 6.0) is too old: 7.5 is the least"),
+    ],
+)
+def test_an_obstacle_is_told_in_one_line(machine, cards, options, reason):
+    machine(*cards, **options)
+    assert card.obstacle() == reason and not card.available()
+    with pytest.raises(UserError) as refusal:
+        card.check_card("fp32")
+    assert str(refusal.value) == f"--device cuda: {reason}; or use --device cpu"
+
+
+@pytest.mark.parametrize("version, toolkit", [(13000, 12090), (13000, 13050)])
+def test_a_driver_serves_every_toolkit_of_its_major_version_and_before(machine, version, toolkit):
+    machine(T4, version=version, toolkit=toolkit)
+    assert card.available()
+
+
+def test_cards_that_are_hidden_are_told_from_none(machine, monkeypatch):
+    machine(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert card.obstacle() == "there is no NVIDIA card among CUDA_VISIBLE_DEVICES=''"
+
+
+def test_bf16_needs_a_card_that_has_it(machine):
+    machine(T4, A100)
+    with pytest.raises(UserError) as refusal:
+        card.check_card("bf16")
+    assert str(refusal.value) == (
+        "--dtype bf16: Tesla T4 (compute capability 7.5) has none, it comes with 8.0; use --dtype fp32"
+    )
+
+
+def test_a_toolkit_that_is_not_whole_is_an_obstacle(machine, monkeypatch):
+    machine(A100)
+    monkeypatch.setattr(card, "missing_parts", lambda: ["nvvm", "libdevice"])
+    assert card.obstacle() == f"nvvm, libdevice of the CUDA toolkit not found: {card.INSTALL}"
+
+
+def test_parts_of_the_toolkit_are_looked_for_one_by_one(monkeypatch):
+    from cuda import pathfinder
+
+    def load(name):
+        if name != "nvrtc":
+            raise pathfinder.DynamicLibNotFoundError(name)
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
+    monkeypatch.setattr(pathfinder, "find_bitcode_lib", lambda name: name)
+    assert card.missing_parts() == ["nvvm", "nvJitLink"]
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(card, "find_spec", lambda name: None)
+    assert card.obstacle() == f"numba-cuda is not installed: {card.INSTALL}"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert card.obstacle().startswith("cuda-bindings cannot be loaded (") and card.obstacle().endswith(card.INSTALL)
+
+
+def test_free_memory_is_asked_for_in_a_context_that_is_given_back(machine):
+    driver = machine(A100)
+    assert card.free_memory(0) == 3 * MIB
+    driver.failing["cuMemGetInfo"] = "CUDA_ERROR_UNKNOWN"
+    with pytest.raises(UserError, match="CUDA_ERROR_UNKNOWN to cuMemGetInfo"):
+        card.free_memory(0)
+    assert driver.contexts == 0
+
+
+def test_to_ask_for_a_card_loads_no_numba():
+    """Numba reads NUMBA_ENABLE_CUDASIM when it is loaded, after --device is known."""
+    program = "import sys; from llm_numba.cuda import card; card.available(); assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
+
+
+@pytest.mark.parametrize(
+    "cards, runs",
+    [
+        ([A100, T4], "--device cpu, --device cuda --dtype bf16, --device cudasim"),
+        ([T4], "--device cpu, --device cuda --dtype fp32, --device cudasim"),
+        ([], "--device cpu, --device cudasim"),
+    ],
+)
+def test_the_doctor_ends_with_what_runs_here(machine, cards, runs, monkeypatch, capsys):
+    machine(*cards)
+    monkeypatch.setattr(doctor, "run_op", lambda device: "runs")
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    assert f"\nruns here: {runs}\n" in printed
+    assert printed.endswith("\n" if cards else "does not:  --device cuda: there is no NVIDIA card\n")
+    rows = [line for line in printed.splitlines() if line.startswith("  card ")]
+    assert len(rows) == len(cards)
+    for row, (name, capability, _) in zip(rows, cards, strict=True):
+        assert name in row and "3 MiB free" in row
+        assert ("no bf16" in row) == (capability < (8, 0))
+
+
+def test_the_doctor_never_ends_in_a_traceback(machine, monkeypatch, capsys):
+    """Whatever fails is a row of the table; 1 where the CPU's ops are among it."""
+    machine(A100, failing={"cuMemGetInfo": "CUDA_ERROR_UNKNOWN"})
+
+    def broken(*_):
+        raise AttributeError("module 'numpy' has no attribute\n'row_stack'")
+
+    for name in ("run_op", "processor", "cores", "memory", "blas", "package"):
+        monkeypatch.setattr(doctor, name, broken)
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    assert doctor.main([]) == 1
+    printed = capsys.readouterr().out
+    told = "fails: AttributeError: module 'numpy' has no attribute 'row_stack'"
+    for row in ("numba", "processor", "cores", "memory", "ops", "numba.cuda", "simulator"):
+        assert f"  {row:<14} {told}\n" in printed
+    assert "CUDA_ERROR_UNKNOWN to cuMemGetInfo" in printed
+    assert printed.endswith("runs here: nothing\ndoes not:  --device cuda: numba.cuda does not load\n")
+    monkeypatch.setattr(card, "load_driver", broken)
+    assert doctor.main([]) == 1
+    assert capsys.readouterr().out.endswith(f"does not:  --device cuda: {told}\n")
+
+
+def test_an_op_that_crashes_its_process_is_a_row(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="an op fails: ended with status 1"):
+        doctor.run_op("cpu")
+    monkeypatch.undo()
+    monkeypatch.setenv("NUMBA_THREADING_LAYER", "none such")
+    with pytest.raises(UserError, match="an op fails: .*none such"):
+        doctor.run_op("cpu")
+
+
+def test_limits_of_cgroups_count_from_the_own_to_the_root(monkeypatch, tmp_path):
+    own = tmp_path / "a" / "b"
+    own.mkdir(parents=True)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+    (own / "cpu.max").write_text("400000 100000\n")
+    (own / "memory.max").write_text("1048576\n")
+    (tmp_path / "a" / "memory.max").write_text("max\n")
+    (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n0::/a/b\n")
+    monkeypatch.setattr(doctor, "CGROUPS", tmp_path)
+    monkeypatch.setattr(doctor, "OWN_CGROUP", tmp_path / "cgroup")
+    assert doctor.cgroup_limit("cpu.max") == 1.5 and doctor.cgroup_limit("memory.max") == MIB
+    assert doctor.cgroup_limit("pids.max") is None
+    monkeypatch.setattr(doctor, "OWN_CGROUP", tmp_path / "no such file")
+    assert doctor.cgroup_limit("cpu.max") is None
+
+
+def test_this_machine(tmp_path):
+    done = run("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs here: --device cpu" in done.stdout and "--device cudasim" in done.stdout
+    assert "thread layer" in done.stdout and "fails" not in done.stdout
