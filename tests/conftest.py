@@ -30,6 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled: says nothing, or takes too long, under NUMBA_DISABLE_JIT=1")
+    config.addinivalue_line("markers", "bf16: for the devices that have it")
     config.addinivalue_line("markers", "real: says nothing, or takes too long, in the simulator")
     unknown = set(devices(config)) - set(DEVICES)
     if unknown or {"cuda", "cudasim"} <= set(devices(config)):
@@ -51,10 +52,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Under NUMBA_DISABLE_JIT=1 and in the simulator keep what plain Python can do in a moment."""
+    """Keep what the device has, and under NUMBA_DISABLE_JIT=1 and in the simulator what Python can do in a moment."""
 
-    def is_slow(item):
+    def is_not_for_it(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") == "cpu" and item.get_closest_marker("bf16"):
+            return True
         if parameters.get("device") != "cpu" and parameters.get("kept") == "weights":
             return True  # a GPU's attention keeps none
         large = math.prod(parameters.get("shape", ())) > MOST_INTERPRETED
@@ -62,9 +65,9 @@ def pytest_collection_modifyitems(config, items):
             return large or item.get_closest_marker("compiled") or item.get_closest_marker("real")
         return os.environ.get("NUMBA_DISABLE_JIT") == "1" and (large or item.get_closest_marker("compiled"))
 
-    slow = [item for item in items if is_slow(item)]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+    left_out = {item for item in items if is_not_for_it(item)}
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -91,14 +94,14 @@ def root_of(array):
 
 def on_device(op):
     """The op on copies of its arrays, guards and all, in the device's memory; then what they have become."""
+    from numba import cuda
+
     from llm_numba.cuda import memory
 
     @functools.wraps(op)
     def run(*args):
         roots = {id(root_of(x)): root_of(x) for x in args if isinstance(x, np.ndarray)}
-        copies = {key: memory.allocate(root.nbytes) for key, root in roots.items()}
-        for key, root in roots.items():
-            memory.to_device(copies[key], root)
+        copies = {key: cuda.to_device(root) for key, root in roots.items()}
 
         def copy_of(x):
             if not isinstance(x, np.ndarray):
@@ -128,6 +131,12 @@ def only_writes_what_it_may(name, op):
         assert not changed, f"{name} changed its input {', '.join(changed)}"
 
     return run
+
+
+@pytest.fixture(params=["float32", pytest.param("bfloat16", marks=pytest.mark.bf16)])
+def dtype(request):
+    """The precision of parameters and activations."""
+    return request.param
 
 
 @pytest.fixture

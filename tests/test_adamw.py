@@ -181,13 +181,8 @@ def test_padding_stays_zero(ops, rng, place, places):
 # --- bf16
 
 
-@pytest.fixture
-def only_with_bf16(device):
-    if device == "cpu":
-        pytest.skip("the CPU computes in float32 only")
-
-
-def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place, only_with_bf16):
+@pytest.mark.bf16
+def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place):
     """The master weights are a float32 run's, to the bit; params, whatever they were, become the nearest bf16."""
     arrays = make(rng, 192)
     params, master = place(np.zeros(192), "bfloat16"), place(arrays[0])
@@ -200,7 +195,8 @@ def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place, only_
     assert params.tobytes() == master.astype(ml_dtypes.bfloat16).tobytes()
 
 
-def test_master_weights_halfway_go_to_the_even_bf16(ops, place, only_with_bf16):
+@pytest.mark.bf16
+def test_master_weights_halfway_go_to_the_even_bf16(ops, place):
     unit = 2.0**-7  # from 1 to the next bf16
     master = place(np.repeat([1 + unit / 2, 1 + 1.5 * unit], 32))
     params = place(np.zeros(64), "bfloat16")
@@ -219,9 +215,10 @@ def rounded(ops, place, params, move, **settings):
     return params.astype(np.float32)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("n", [320, pytest.param(1 << 16, marks=real)])
 @pytest.mark.parametrize("value", [1.0, -1.0])
-def test_stochastic_rounding_is_unbiased(ops, place, only_with_bf16, n, value):
+def test_stochastic_rounding_is_unbiased(ops, place, n, value):
     """From 1 up bf16 are 2**-7 apart, and from 1 down 2**-8. A number between two of them that is a quarter of the way
     from one to the other becomes the other one in a quarter of n independent cases: four deviations are
     4 sqrt(n / 4 * 3 / 4)."""
@@ -232,7 +229,8 @@ def test_stochastic_rounding_is_unbiased(ops, place, only_with_bf16, n, value):
         assert abs(changed.sum() - share * n) <= 4 * np.sqrt(n * share * (1 - share))
 
 
-def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place, only_with_bf16):
+@pytest.mark.bf16
+def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place):
     """Two patterns of 320 numbers, a half of which go either way, agree by chance in a half of the places; four
     deviations are 36."""
 
@@ -248,7 +246,8 @@ def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place, on
         assert abs((x == y).sum() - 160) <= 36
 
 
-def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place, only_with_bf16):
+@pytest.mark.bf16
+def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place):
     """Up or down to one of the two bf16 around the float32 result: less than a unit of 2**-7 away."""
     arrays = make(rng, 320)
     params = place(arrays[0], "bfloat16")
@@ -261,7 +260,8 @@ def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place, only_with_bf16):
     )
 
 
-def test_what_bf16_holds_stays(ops, rng, place, only_with_bf16):
+@pytest.mark.bf16
+def test_what_bf16_holds_stays(ops, rng, place):
     """Numbers that a bf16 can hold are not rounded, the smallest and the largest neither, and a zero keeps its sign."""
     values = rng.standard_normal(128)
     values[:5] = [0.0, -0.0, 3.3895e38, -3.3895e38, 1e-40]
@@ -269,7 +269,8 @@ def test_what_bf16_holds_stays(ops, rng, place, only_with_bf16):
     assert rounded(ops, place, values, 0.0, seed=3).tobytes() == start.tobytes()
 
 
-def test_infinity_and_nan_survive_the_rounding(ops, place, only_with_bf16):
+@pytest.mark.bf16
+def test_infinity_and_nan_survive_the_rounding(ops, place):
     assert (rounded(ops, place, np.ones(128), np.inf, seed=3) == -np.inf).all()
     assert (rounded(ops, place, np.ones(128), -np.inf, seed=3) == np.inf).all()
     nan = np.uint32(0x7FFFFFFF).view(np.float32)  # the NaN that a GPU computes, which the smallest carry makes a -0

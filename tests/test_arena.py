@@ -59,7 +59,8 @@ def test_sizes_of_every_tensor(ops, device):
     row, each, wide = (3, 17, 35), (3, 3, 17, 35), (3, 3, 17, 140)
     activations = {
         "encoded": row, "ln1": each, "ln1_mean": (3, 3, 17), "ln1_rstd": (3, 3, 17), "qkv": (3, 3, 17, 105),
-        "att": (3, 3, 5, 17, 17) if device == "cpu" else (3, 3, 5, 17), "atty": each, "attproj": each, "residual2": each, "ln2": each,
+        "att": (3, 3, 5, 17, 17) if device == "cpu" else (3, 3, 5, 17),
+        "atty": each, "attproj": each, "residual2": each, "ln2": each,
         "ln2_mean": (3, 3, 17), "ln2_rstd": (3, 3, 17), "fch": wide, "fch_gelu": wide, "fcproj": each,
         "residual3": each, "lnf": row, "lnf_mean": (3, 17), "lnf_rstd": (3, 17), "logits": (3, 17, 384),
         "losses": (3, 17),

@@ -29,13 +29,6 @@ def make(rng, B, T, V, padding=0, spread=3.0):
     return logits, targets
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request, device):
-    if device == "cpu" and request.param == "bfloat16":
-        pytest.skip("the CPU computes in float32 only")
-    return request.param
-
-
 def rounded(logits, dtype):
     return logits.astype(dtype).astype(np.float32)
 

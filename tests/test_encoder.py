@@ -54,14 +54,9 @@ def test_backward(ops, rng, place, shape, V):
     assert np.array_equal(dwpe[shape[1] :], before[1][shape[1] :])
 
 
-@pytest.fixture
-def only_with_bf16(device):
-    if device == "cpu":
-        pytest.skip("the CPU computes in float32 only")
-
-
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (3, 1031, 3)])
-def test_bf16(ops, rng, place, shape, only_with_bf16):
+def test_bf16(ops, rng, place, shape):
     tokens, *arrays = make(rng, *shape, V=7)
     wte, wpe, dout = (x.astype("bfloat16").astype(np.float32) for x in arrays)
     check_forward(ops, place, tokens, wte, wpe, "bfloat16")

@@ -65,14 +65,9 @@ def test_backward(ops, rng, place, shape):
     check_backward(ops, place, inp, dout, gelu_backward(dout, inp))
 
 
-@pytest.fixture
-def only_with_bf16(device):
-    if device == "cpu":
-        pytest.skip("the CPU computes in float32 only")
-
-
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
-def test_bf16(ops, rng, place, shape, only_with_bf16):
+def test_bf16(ops, rng, place, shape):
     inp, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape))
     check_forward(ops, place, inp, "bfloat16")
     check_backward(ops, place, inp, dout, gelu_backward(dout, inp), dtype="bfloat16")

@@ -86,14 +86,9 @@ def test_backward(ops, rng, place, garbage, shape, centre):
     check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected)
 
 
-@pytest.fixture
-def only_with_bf16(device):
-    if device == "cpu":
-        pytest.skip("the CPU computes in float32 only")
-
-
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 97), (2, 17, 97), (1, 3, 1025)])
-def test_bf16(ops, rng, place, garbage, shape, only_with_bf16):
+def test_bf16(ops, rng, place, garbage, shape):
     inp, weight, bias, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape, centre=3.0))
     check_forward(ops, place, garbage, inp, weight, bias, "bfloat16")
     expected = layernorm_backward(dout, inp, weight, bias)

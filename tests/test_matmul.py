@@ -36,21 +36,16 @@ def store_error(expected, dtype):
     return HALF_STEP * np.abs(expected) if dtype == "bfloat16" else 0
 
 
-@pytest.fixture
-def only_with_bf16(device):
-    if device == "cpu":
-        pytest.skip("the CPU computes in float32 only")
-
-
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", CASES)
 def test_forward(ops, rng, place, garbage, shape, with_bias):
     check_forward(ops, rng, place, garbage, shape, with_bias)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", BF16_CASES)
-def test_bf16_forward(ops, rng, place, garbage, only_with_bf16, shape, with_bias):
+def test_bf16_forward(ops, rng, place, garbage, shape, with_bias):
     check_forward(ops, rng, place, garbage, shape, with_bias, "bfloat16")
 
 
@@ -89,8 +84,9 @@ def test_backward(ops, rng, place, garbage, shape, with_bias):
     check_backward(ops, rng, place, garbage, inp, weight, dout, expected)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", BF16_CASES)
-def test_bf16_backward(ops, rng, place, garbage, only_with_bf16, shape):
+def test_bf16_backward(ops, rng, place, garbage, shape):
     inp, weight, _, dout = make(rng, *shape, "bfloat16")
     check_backward(ops, rng, place, garbage, inp, weight, dout, matmul_backward(dout, inp, weight), "bfloat16")
 

@@ -4,12 +4,6 @@ import pytest
 from reference import SHAPES, UNIT, assert_close, finite_difference
 
 
-@pytest.fixture
-def only_with_bf16(device):
-    if device == "cpu":
-        pytest.skip("the CPU computes in float32 only")
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(ops, rng, place, garbage, shape):
     inp1, inp2 = place(rng.standard_normal(shape)), place(rng.standard_normal(shape))
@@ -36,8 +30,9 @@ def test_backward_in_place(ops, rng, place, shape):
     assert np.array_equal(dout, before)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
-def test_bf16(ops, rng, place, shape, only_with_bf16):
+def test_bf16(ops, rng, place, shape):
     """Two bf16 are added in float32, exactly but for a unit, and their sum becomes the nearest bf16, 2**-8 away at
     most; a gradient keeps its bits."""
     inp1, inp2 = (place(rng.standard_normal(shape), "bfloat16") for _ in range(2))
@@ -49,8 +44,9 @@ def test_bf16(ops, rng, place, shape, only_with_bf16):
     assert dinp.tobytes() == inp1.tobytes()
 
 
+@pytest.mark.bf16
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # the simulator's
-def test_bf16_overflows_to_infinity_and_keeps_nan(ops, place, only_with_bf16):
+def test_bf16_overflows_to_infinity_and_keeps_nan(ops, place):
     largest = float(ml_dtypes.finfo("bfloat16").max)
     inp1 = place([[[largest, -largest, np.inf, -np.inf, np.nan, np.inf, largest]]], "bfloat16")
     inp2 = place([[[largest, -largest, 1.0, 1.0, 1.0, -np.inf, 1.0]]], "bfloat16")

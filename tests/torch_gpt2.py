@@ -37,18 +37,18 @@ def forward(p, tokens, num_heads, see):
     return see("logits", None, x @ p["wte"].T)
 
 
-def leaves(parameters):
-    return {name: torch.tensor(np.asarray(x, np.float64), requires_grad=True) for name, x in parameters.items()}
+def leaves(parameters, dtype=torch.float64):
+    return {name: torch.tensor(x, dtype=dtype, requires_grad=True) for name, x in parameters.items()}
 
 
 def cross_entropy(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def forward_backward(parameters, tokens, targets, num_heads):
-    """One pass each way: the mean loss; by name the parameters' gradients; by (name, layer or None) the activations and
+def forward_backward(parameters, tokens, targets, num_heads, dtype=torch.float64):
+    """One pass each way, all in this dtype: the mean loss; by name the parameters' gradients; by (name, layer or None) the activations and
     their gradients, in which all that reaches one is added up."""
-    p, seen = leaves(parameters), {}
+    p, seen = leaves(parameters, dtype), {}
 
     def see(name, layer, x):
         x.retain_grad()
@@ -60,9 +60,9 @@ def forward_backward(parameters, tokens, targets, num_heads):
     loss.backward()
     return SimpleNamespace(
         loss=loss.item(),
-        gradients={name: x.grad.numpy() for name, x in p.items()},
-        activations={key: x.detach().numpy() for key, x in seen.items()},
-        activation_gradients={key: x.grad.numpy() for key, x in seen.items()},
+        gradients={name: x.grad.double().numpy() for name, x in p.items()},
+        activations={key: x.detach().double().numpy() for key, x in seen.items()},
+        activation_gradients={key: x.grad.double().numpy() for key, x in seen.items()},
     )
 
 

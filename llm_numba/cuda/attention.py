@@ -349,8 +349,8 @@ def make_backward_kernels(width: int, BK: int, BQ: int, TY: int, TX: int):
             multiply(dweights, dy, v)
             for r in range(R):
                 for s in range(S):
-                    weight = math.exp(scores[r, s] * scale - known[r])
-                    seen = s0 + x + s * TX <= t0 + y + r * TY
+                    seen = s0 + x + s * TX <= t0 + y + r * TY and t0 + y + r * TY < T
+                    weight = math.exp(scores[r, s] * scale - known[r]) if seen else ZERO
                     ds[y + r * TY, x + s * TX] = weight * (dweights[r, s] - owed[r]) * scale if seen else ZERO
             cuda.syncthreads()
 

@@ -9,7 +9,7 @@ from numba import cuda
 from llm_numba.cuda.jit import THREADS, block_sum, blocks_for, kernel, sized, stream
 
 float64 = np.float64
-EACH = sized(64, 4)  # numbers that a thread sums
+EACH = sized(64, 16)  # numbers that a thread sums
 BLOCK = EACH * THREADS
 FINAL = sized(1024, 8)  # threads of the block that adds the sums
 

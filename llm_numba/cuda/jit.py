@@ -11,6 +11,7 @@ is made smaller by `sized`.
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,7 @@ else:
     from ml_dtypes import bfloat16
 
     config.CUDA_WARN_ON_IMPLICIT_COPY = 0
+    warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # as compiled: inf, and not a word
 
     def widen(number):
         return uint16(number).view(bfloat16).astype(float32) if isinstance(number, uint16) else float32(number)
@@ -197,18 +199,12 @@ else:
 
     @device
     def _over_block(number, shared, combine):
-        """A tree in shared memory in place of the warps' shuffles; a block is a power of two here."""
-        thread, width = cuda.threadIdx.x, cuda.blockDim.x // 2
-        shared[thread] = number
+        """In place of the warps' shuffles every thread goes through the numbers of all."""
+        shared[cuda.threadIdx.x] = number
         cuda.syncthreads()
-        while width:
-            if thread < width:
-                shared[thread] = combine(shared[thread], shared[thread + width])
-            cuda.syncthreads()
-            width //= 2
-        number = shared[0]
+        numbers = [shared[i] for i in range(cuda.blockDim.x)]
         cuda.syncthreads()
-        return number
+        return functools.reduce(combine, numbers)
 
     @device
     def block_sum(number, shared):

@@ -1,0 +1,76 @@
+"""The model in bf16: each tensor at most twice as far from float64 as that of PyTorch in bf16.
+
+Both start from the same parameters, rounded to bf16. PyTorch keeps every tensor in bf16, as we do, but for parameter
+gradients, means and deviations, statistics and losses, which are float32 here. Errors are norms of whole tensors.
+"""
+
+import numpy as np
+import pytest
+from training import compute_gradients, copy_of, new_run, random_batch, random_parameters, set_batch, set_parameters
+
+from llm_numba import model
+from llm_numba.config import GPT2Config
+from llm_numba.ops import get_ops
+
+pytestmark = pytest.mark.bf16
+
+torch = pytest.importorskip("torch", reason="bf16 is measured against PyTorch's, which is not installed")
+torch_gpt2 = pytest.importorskip("torch_gpt2")
+
+SIZES = [  # L, NH, C, maxT, V, B, T
+    (1, 2, 16, 7, 17, 1, 7),
+    pytest.param((3, 4, 256, 128, 1031, 2, 97), marks=pytest.mark.real),  # heads of 64 channels: tensor cores
+    pytest.param((1, 12, 768, 1024, 50257, 1, 257), marks=pytest.mark.real),
+]
+
+
+@pytest.fixture(scope="module")
+def ops(device):
+    return get_ops(device, "bf16")
+
+
+def error(got, expected):
+    return np.linalg.norm(np.subtract(got, expected, dtype=np.float64))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_errors_beside_torch(ops, sizes):
+    L, NH, C, maxT, V, B, T = sizes
+    config, rng = GPT2Config(maxT, V, L, NH, C), np.random.default_rng(1)
+    run = new_run(ops, config, B, T, "keep", dtype="bfloat16")
+    set_parameters(run.arena, random_parameters(config, rng))
+    batch = random_batch(config, B, T, rng)
+    weights = copy_of(run, "parameters") | {"wte": copy_of(run, "parameters")["wte"][:V]}
+    exact = torch_gpt2.forward_backward(weights, *batch, NH)
+    torchs = torch_gpt2.forward_backward(weights, *batch, NH, torch.bfloat16)
+
+    def view(name, layer):
+        tensor = ops.to_host(getattr(run.m if layer is None else run.m.layers[layer], name))
+        return tensor[..., :V] if name == "logits" else tensor
+
+    set_batch(run, batch)
+    model.forward(ops, run.m)
+    logits = view("logits", None)
+    loss = compute_gradients(run, [batch])
+
+    ours = {("activation", *key): view(*key) for key in exact.activations if key != ("logits", None)}
+    ours["activation", "logits", None] = logits
+    ours |= {
+        ("d", name, layer): view("d" + name, layer) for name, layer in exact.activation_gradients if name != "logits"
+    }
+    ours["d", "logits", None] = view("logits", None)
+    gradients = {name[1:]: x for name, x in copy_of(run, "gradients").items()}
+    ours |= {("gradient", name, None): x[:V] if name == "wte" else x for name, x in gradients.items()}
+    kinds = {"activation": "activations", "d": "activation_gradients", "gradient": "gradients"}
+    worst = {}
+    for (kind, name, layer), tensor in ours.items():
+        key = name if kind == "gradient" else (name, layer)
+        expected, theirs = (getattr(side, kinds[kind])[key] for side in (exact, torchs))
+        assert tensor.shape == expected.shape, (kind, key)
+        if name == "qkvb":  # adding to every key changes no softmax: its gradient is 0 but for rounding
+            keys = slice(C, 2 * C)
+            assert error(tensor[:, keys], 0) <= 2 * error(theirs[:, keys], 0)
+            tensor, expected, theirs = (np.delete(x, np.s_[keys], axis=1) for x in (tensor, expected, theirs))
+        worst[kind, name, layer] = error(tensor, expected) / error(theirs, expected)
+    assert max(worst.values()) <= 2, {key: ratio for key, ratio in worst.items() if ratio > 2}
+    assert abs(loss - exact.loss) <= 2 * abs(torchs.loss - exact.loss) + 2**-8 * 0.01 * exact.loss
