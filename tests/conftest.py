@@ -36,6 +36,7 @@ def pytest_configure(config):
     if unknown or {"cuda", "cudasim"} <= set(devices(config)):
         raise pytest.UsageError(f"--device {config.getoption('--device')}: expected some of {', '.join(DEVICES)}, "
                                 "but cuda and cudasim, which one process cannot have both, only apart")  # fmt: skip
+    os.environ["DEVICE_OF_PROGRAMS"] = "cuda" if "cuda" in devices(config) else "cpu"
     if "cudasim" in devices(config):
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     if os.environ.get("NUMBA_DISABLE_JIT") == "1":  # NumPy's own scalars warn of each NaN that a test is about

@@ -17,6 +17,8 @@ from llm_numba.cpu import jit  # noqa: F401  chooses Numba's cache folder
 from llm_numba.errors import exit_with
 
 ROOT = Path(__file__).parents[1]
+DEVICE = os.environ["DEVICE_OF_PROGRAMS"]  # which conftest.py chooses
+PACKAGE = "cpu" if DEVICE == "cpu" else "cuda"  # of llm_numba
 TIMES = ("ms", "tokens_per_second", "share_of_peak")  # what differs between two equal runs
 QUICK = ("--preset", "nano", "--batch-size", 8, "--sequence-length", 32, "--val-batches", 1, "--sample-tokens", 4)
 
@@ -39,9 +41,16 @@ def write_text(path, sentences=1500):
     return str(path)
 
 
+def with_device(name, arguments):
+    """The arguments, with the device that is tested where the program asks for one and they do not decide it."""
+    arguments = [str(argument) for argument in arguments]
+    decided = {"--device", "--no-jit", "--interpret", "--help"} & set(arguments)
+    return arguments if decided or name not in ("train", "sample", "inspect") else [*arguments, "--device", DEVICE]
+
+
 def run_here(*arguments, program=train):
     """The command in this process; returns what its `main` does."""
-    return program.main([str(argument) for argument in arguments])
+    return program.main(with_device(program.__name__.rpartition(".")[2], arguments))
 
 
 def environment(**changes):
@@ -53,7 +62,7 @@ def environment(**changes):
 
 
 def command(name, *arguments):
-    return [sys.executable, "-m", f"llm_numba.{name}", *map(str, arguments)]
+    return [sys.executable, "-m", f"llm_numba.{name}", *with_device(name, arguments)]
 
 
 def run(name, *arguments, cwd, **options):

@@ -134,14 +134,14 @@ def test_nan_gradient_touches_its_parameter_only(ops, rng, place):
 
 def on_every_kind(test):
     """As float32; as bf16, with float32 master weights and without, where the device has it."""
-    return pytest.mark.parametrize("kind", ["float32", "bfloat16", "master"])(test)
+    return pytest.mark.parametrize(
+        "kind", ["float32", *(pytest.param(kind, marks=pytest.mark.bf16) for kind in ("bfloat16", "master"))]
+    )(test)
 
 
 @pytest.fixture
-def places(device, place, kind):
+def places(place, kind):
     """A function that places params: -> (params, master) of the kind."""
-    if device == "cpu" and kind != "float32":
-        pytest.skip("the CPU computes in float32 only")
 
     def places(params):
         dtype = "float32" if kind == "float32" else "bfloat16"

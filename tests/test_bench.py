@@ -18,13 +18,13 @@ from training import random_parameters, set_parameters
 from llm_numba import bench
 from llm_numba.arena import Arena
 from llm_numba.bench import machine, measuring, op_cases, races, tables, worker
-from llm_numba.bench.tables import BEGIN, END
 from llm_numba.config import preset
 from llm_numba.cpu import peak
 from llm_numba.errors import UserError
 from llm_numba.ops import WRITES, get_ops
 
 NANO = preset("nano")
+BEGIN, END = tables.markers("cpu", "fp32")
 SMALL = op_cases.op_list(NANO, op_cases.SIMULATED)
 
 
@@ -174,7 +174,7 @@ def test_readme_is_written_between_the_markers_again_and_again(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter – é\n", encoding="utf-8")
     for _ in range(2):
-        tables.write_readme(readme, "| new |")
+        tables.write_readme(readme, BEGIN, END, "| new |")
         assert readme.read_text(encoding="utf-8") == f"before\n\n{BEGIN}\n| new |\n{END}\n\nafter – é\n"
 
 
@@ -182,8 +182,8 @@ def test_readme_is_written_between_the_markers_again_and_again(tmp_path):
 def test_readme_without_its_markers_is_refused_and_kept(tmp_path, text):
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    with pytest.raises(UserError, match="--readme .*bench:begin"):
-        tables.write_readme(readme, "new")
+    with pytest.raises(UserError, match="--readme .*bench cpu fp32"):
+        tables.write_readme(readme, BEGIN, END, "new")
     assert readme.read_text() == text
 
 

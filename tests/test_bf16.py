@@ -67,10 +67,6 @@ def test_errors_beside_torch(ops, sizes):
         key = name if kind == "gradient" else (name, layer)
         expected, theirs = (getattr(side, kinds[kind])[key] for side in (exact, torchs))
         assert tensor.shape == expected.shape, (kind, key)
-        if name == "qkvb":  # adding to every key changes no softmax: its gradient is 0 but for rounding
-            keys = slice(C, 2 * C)
-            assert error(tensor[:, keys], 0) <= 2 * error(theirs[:, keys], 0)
-            tensor, expected, theirs = (np.delete(x, np.s_[keys], axis=1) for x in (tensor, expected, theirs))
         worst[kind, name, layer] = error(tensor, expected) / error(theirs, expected)
     assert max(worst.values()) <= 2, {key: ratio for key, ratio in worst.items() if ratio > 2}
     assert abs(loss - exact.loss) <= 2 * abs(torchs.loss - exact.loss) + 2**-8 * 0.01 * exact.loss

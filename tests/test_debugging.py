@@ -140,7 +140,7 @@ def test_for_one_start_only(compiled, as_compiled, text, tmp_path, capsys, flags
     run_here("--resume", tmp_path / "run", "--steps", 2)
     state = checkpoint.load(checkpoint.newest(tmp_path / "run"))[1]
     assert not state["settings"][flags[0][2:].replace("-", "_")]
-    run_here("--resume", tmp_path / "run", "--steps", 3, *flags)
+    run_here("--resume", tmp_path / "run", "--steps", 3, *flags, "--device", "cpu")
     assert len(losses_of(tmp_path / "run")) == 3
 
 
@@ -196,6 +196,6 @@ def test_a_gradient_that_is_not_finite(text, tmp_path, capfd, monkeypatch):
             dinp[0, 6, 33] = np.inf
 
     monkeypatch.setattr(gelu, "gelu_backward", gelu_backward)
-    line = refused(capfd, *SMALL, "--data", text, "--check-finite", "--out", tmp_path / "run")
+    line = refused(capfd, *SMALL, "--data", text, "--check-finite", "--device", "cpu", "--out", tmp_path / "run")
     assert "step 1: layer 1 dfch[0, 6, 33] is inf after gelu_backward" in line
     assert "; 1 of the tensor's 512 values" in line

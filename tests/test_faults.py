@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from programs import (
+    PACKAGE,
     QUICK,
     cache,  # noqa: F401
     command,
@@ -362,8 +363,8 @@ def test_more_memory_than_there_is(text, tmp_path, monkeypatch, capfd, more):
     for batch in 10_000_000, None:
         arguments = ("--preset", "d48", "--sequence-length", 1, "--tokenizer", "bytes", "--data", text, *more)
         available = 40 << 30  # that of a larger machine, always the same
-        monkeypatch.setattr("llm_numba.cpu.memory.available_memory", lambda available=available: available)
-        monkeypatch.setattr("llm_numba.cpu.memory.allocate", lambda nbytes: pytest.fail("memory was allocated"))
+        monkeypatch.setattr(f"llm_numba.{PACKAGE}.memory.available_memory", lambda available=available: available)
+        monkeypatch.setattr(f"llm_numba.{PACKAGE}.memory.allocate", lambda nbytes: pytest.fail("memory was allocated"))
         batch = batch or numbers["fits"] + 1
         line = refused(capfd, *arguments, "--batch-size", batch)
         numbers["fits"] = int(line.partition("; --batch-size ")[2].split()[0])
@@ -373,7 +374,7 @@ def test_more_memory_than_there_is(text, tmp_path, monkeypatch, capfd, more):
 
 
 def test_a_model_of_which_no_batch_fits(text, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("llm_numba.cpu.memory.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(f"llm_numba.{PACKAGE}.memory.available_memory", lambda: 1 << 20)
     line = refused(capfd, "--preset", "d48", "--tokenizer", "bytes", "--data", text, "--plan-memory")
     assert "no batch size fits" in line and "--preset" in line
 

@@ -16,7 +16,7 @@ def test_ops_in_plain_python():
     here = Path(__file__).parent
     files = [path for path in (here / f"test_{layer}.py" for layer in CONTRACT) if path.exists()]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "--device", "cpu", "-q", "-p", "no:cacheprovider", *files],
         env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
         cwd=here.parent,
         capture_output=True,

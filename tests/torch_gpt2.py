@@ -6,7 +6,6 @@ Parameters come as a dict of NumPy arrays by llm.c's names, those of the layers 
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -46,8 +45,8 @@ def cross_entropy(logits, targets):
 
 
 def forward_backward(parameters, tokens, targets, num_heads, dtype=torch.float64):
-    """One pass each way, all in this dtype: the mean loss; by name the parameters' gradients; by (name, layer or None) the activations and
-    their gradients, in which all that reaches one is added up."""
+    """One pass each way, all in this dtype: the mean loss; by name the parameters' gradients; by (name, layer or None)
+    the activations and their gradients, in which all that reaches one is added up."""
     p, seen = leaves(parameters, dtype), {}
 
     def see(name, layer, x):

@@ -61,7 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--readme",
         type=Path,
         metavar="FILE",
-        help=f"write the tables into this file, between {tables.BEGIN} and {tables.END}",
+        help="write the tables into this file, between {} and {} for these and other devices and dtypes".format(
+            *tables.markers("cpu", "fp32")
+        ),
     )
     return parser.parse_args(argv)
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     if args.readme:
-        tables.read_around(args.readme)
+        tables.read_around(args.readme, *tables.markers(device, args.dtype))
     if args.against and importlib.util.find_spec("torch") is None:
         raise UserError("--against torch: PyTorch is not installed; install it with: pip install torch")
     ops = get_ops(device, args.dtype)
@@ -121,7 +123,7 @@ def deliver(args: argparse.Namespace, results: dict) -> int:
     if args.json:
         write_whole(args.json, json.dumps(results, indent=1).encode() + b"\n")
     if args.readme:
-        tables.write_readme(args.readme, text)
+        tables.write_readme(args.readme, *tables.markers(results["device"], results["dtype"]), text)
     if not args.check:
         return 1 if results["wrong"] else 0
     found = tables.verdicts(results)

@@ -14,7 +14,6 @@ from llm_numba.arena import format_bytes
 from llm_numba.errors import UserError
 from llm_numba.shards import write_whole
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BUILDS = {
     "torch": "PyTorch as installed",
     "avx512": "PyTorch with MKL's AVX-512 path",
@@ -214,18 +213,23 @@ def size(nbytes: int | None) -> str:
     return "" if nbytes is None else format_bytes(nbytes)
 
 
-def read_around(path: Path) -> tuple[str, str]:
-    """The text before and after the table; a UserError where a file does not have each marker once, in order."""
+def markers(device: str, dtype: str) -> tuple[str, str]:
+    """What stands before and after the tables of these in a README."""
+    return f"<!-- bench {device} {dtype} -->", f"<!-- end of bench {device} {dtype} -->"
+
+
+def read_around(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """The text before and after the tables; a UserError where a file does not have each marker once, in order."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--readme {path}: cannot be read ({error})") from error
-    if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
-        raise UserError(f"--readme {path}: put {BEGIN} and, below it, {END} where the table is to go, once each")
-    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
+        raise UserError(f"--readme {path}: put {begin} and, below it, {end} where the tables are to go, once each")
+    return text[: text.index(begin)], text[text.index(end) + len(end) :]
 
 
-def write_readme(path: Path, text: str) -> None:
+def write_readme(path: Path, begin: str, end: str, text: str) -> None:
     """The file's text between the markers = text."""
-    before, after = read_around(path)
-    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
+    before, after = read_around(path, begin, end)
+    write_whole(path, f"{before}{begin}\n{text}\n{end}{after}".encode())

@@ -1,0 +1,73 @@
+"""Runs on a GPU, or in the simulator of one: beside the CPU's, over to it and back, and the same bits every time."""
+
+import numpy as np
+import pytest
+from programs import cache, content_of, losses_of, rows_of, run_here, write_text  # noqa: F401
+
+TINY = ("--preset", "nano", "--sequence-length", 3, "--batch-size", 1, "--val-every", 0, "--val-batches", 1)
+TINY = (*TINY, "--sample-tokens", 1, "--schedule", "constant")
+REAL = ("--preset", "tiny", "--tokenizer", "bytes", "--batch-size", 4, "--tokens-per-step", 1024, "--val-batches", 2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def test_a_run_moves_between_devices(device, text, tmp_path):
+    """A step on the CPU, one there, one on the CPU again: the losses are those of a run that stayed on the CPU."""
+    for steps, where in (1, "cpu"), (2, device), (3, "cpu"):
+        begin = ("--resume", tmp_path / "run") if steps > 1 else (*TINY, "--data", text, "--out", tmp_path / "run")
+        run_here(*begin, "--steps", steps, "--device", where)
+    run_here(*TINY, "--data", text, "--steps", 3, "--device", "cpu", "--out", tmp_path / "cpu")
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(tmp_path / "cpu"), rtol=1e-6)
+
+
+# on a card: what the simulator has not
+
+
+@pytest.fixture
+def train(device, text, tmp_path):
+    """A function that trains on the device with these flags and returns the run's folder."""
+
+    def run(name, *flags, steps=6):
+        run_here(*REAL, "--data", text, "--steps", steps, "--device", device, "--out", tmp_path / name, *flags)
+        return tmp_path / name
+
+    return run
+
+
+PRECISIONS = [("--dtype", "fp32"), ("--dtype", "bf16"), ("--dtype", "bf16", "--stochastic-rounding")]
+ALIKE = ["--no-graph", "--recompute=gelu", "--recompute=gelu+layernorm", "--check-finite"]
+
+
+@pytest.mark.real
+@pytest.mark.bf16
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda flags: flags[-1].strip("-"))
+@pytest.mark.parametrize("how", ["", *ALIKE])
+def test_the_same_bits_however_it_runs(train, precision, how):
+    """Again, launch by launch instead of as a graph, recomputing, and looked at."""
+    first, second = train("first", *precision), train("second", *precision, *([how] if how else []))
+    assert rows_of(first) == rows_of(second)
+    assert content_of(first)[0] == content_of(second)[0]
+
+
+@pytest.mark.real
+@pytest.mark.bf16
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda flags: flags[-1].strip("-"))
+def test_a_resumed_run_ends_with_the_same_bytes(device, train, precision):
+    whole, stopped = train("whole", *precision), train("stopped", *precision, "--checkpoint-every", 2)
+    run_here("--resume", stopped / "checkpoints" / "step_000002.safetensors", "--device", device)
+    assert rows_of(stopped) == rows_of(whole)
+    assert content_of(stopped)[0] == content_of(whole)[0]
+
+
+@pytest.mark.real
+@pytest.mark.bf16
+def test_bf16_learns_like_float32(train):
+    """Sixty steps: apart by far less than what they learn."""
+    runs = {flags: losses_of(train("-".join(flags), *flags, steps=60)) for flags in PRECISIONS}
+    exact = np.array(runs[PRECISIONS[0]])
+    assert exact[0] - exact[-1] > 1
+    for flags in PRECISIONS[1:]:
+        assert np.abs(np.array(runs[flags]) - exact).max() < 0.05 * (exact[0] - exact[-1]), flags
