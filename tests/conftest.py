@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled: says nothing, or takes too long, under NUMBA_DISABLE_JIT=1")
-    config.addinivalue_line("markers", "bf16: for the devices that have it")
+    config.addinivalue_line("markers", "gpu: for a GPU, real or simulated")
     config.addinivalue_line("markers", "real: says nothing, or takes too long, in the simulator")
     unknown = set(devices(config)) - set(DEVICES)
     if unknown or {"cuda", "cudasim"} <= set(devices(config)):
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config, items):
 
     def is_not_for_it(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("device") == "cpu" and item.get_closest_marker("bf16"):
+        if parameters.get("device") == "cpu" and item.get_closest_marker("gpu"):
             return True
         if parameters.get("device") != "cpu" and parameters.get("kept") == "weights":
             return True  # a GPU's attention keeps none
@@ -134,7 +134,7 @@ def only_writes_what_it_may(name, op):
     return run
 
 
-@pytest.fixture(params=["float32", pytest.param("bfloat16", marks=pytest.mark.bf16)])
+@pytest.fixture(params=["float32", pytest.param("bfloat16", marks=pytest.mark.gpu)])
 def dtype(request):
     """The precision of parameters and activations."""
     return request.param

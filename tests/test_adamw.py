@@ -135,7 +135,7 @@ def test_nan_gradient_touches_its_parameter_only(ops, rng, place):
 def on_every_kind(test):
     """As float32; as bf16, with float32 master weights and without, where the device has it."""
     return pytest.mark.parametrize(
-        "kind", ["float32", *(pytest.param(kind, marks=pytest.mark.bf16) for kind in ("bfloat16", "master"))]
+        "kind", ["float32", *(pytest.param(kind, marks=pytest.mark.gpu) for kind in ("bfloat16", "master"))]
     )(test)
 
 
@@ -181,7 +181,7 @@ def test_padding_stays_zero(ops, rng, place, places):
 # --- bf16
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place):
     """The master weights are a float32 run's, to the bit; params, whatever they were, become the nearest bf16."""
     arrays = make(rng, 192)
@@ -195,7 +195,7 @@ def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place):
     assert params.tobytes() == master.astype(ml_dtypes.bfloat16).tobytes()
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_master_weights_halfway_go_to_the_even_bf16(ops, place):
     unit = 2.0**-7  # from 1 to the next bf16
     master = place(np.repeat([1 + unit / 2, 1 + 1.5 * unit], 32))
@@ -215,7 +215,7 @@ def rounded(ops, place, params, move, **settings):
     return params.astype(np.float32)
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("n", [320, pytest.param(1 << 16, marks=real)])
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_stochastic_rounding_is_unbiased(ops, place, n, value):
@@ -229,7 +229,7 @@ def test_stochastic_rounding_is_unbiased(ops, place, n, value):
         assert abs(changed.sum() - share * n) <= 4 * np.sqrt(n * share * (1 - share))
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place):
     """Two patterns of 320 numbers, a half of which go either way, agree by chance in a half of the places; four
     deviations are 36."""
@@ -246,7 +246,7 @@ def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place):
         assert abs((x == y).sum() - 160) <= 36
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place):
     """Up or down to one of the two bf16 around the float32 result: less than a unit of 2**-7 away."""
     arrays = make(rng, 320)
@@ -260,7 +260,7 @@ def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place):
     )
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_what_bf16_holds_stays(ops, rng, place):
     """Numbers that a bf16 can hold are not rounded, the smallest and the largest neither, and a zero keeps its sign."""
     values = rng.standard_normal(128)
@@ -269,7 +269,7 @@ def test_what_bf16_holds_stays(ops, rng, place):
     assert rounded(ops, place, values, 0.0, seed=3).tobytes() == start.tobytes()
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_infinity_and_nan_survive_the_rounding(ops, place):
     assert (rounded(ops, place, np.ones(128), np.inf, seed=3) == -np.inf).all()
     assert (rounded(ops, place, np.ones(128), -np.inf, seed=3) == np.inf).all()

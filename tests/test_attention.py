@@ -124,9 +124,8 @@ def test_the_first_token_sees_only_itself(ops, rng, place, garbage, kept):
     assert np.array_equal(out[:, 0], qkv[:, 0, 32:])
 
 
-def test_a_gpu_says_which_heads_are_too_large(ops, device, garbage):
-    if device == "cpu":
-        pytest.skip("the CPU takes heads of any size")
+@pytest.mark.gpu
+def test_a_gpu_says_which_heads_are_too_large(ops, garbage):
     out, att, qkv, scratch = garbage(1, 1, 258), garbage(1, 2, 1), garbage(1, 1, 3 * 258), garbage(2)
     calls = {
         "attention_forward": (out, att, qkv, 2, scratch),

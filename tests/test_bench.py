@@ -395,9 +395,8 @@ def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
     assert "wrong, and not timed: gelu_forward" in tables.report(made)
 
 
+@pytest.mark.gpu
 def test_ops_in_bf16(device, monkeypatch):
-    if device == "cpu":
-        pytest.skip("computes in float32 only")
     ops, tiny = get_ops(device, "bf16"), dict(B=1, T=4, C=16)
     cases = {("residual_forward", 3 * 4 * 16 * 2): tiny, ("adamw_update", 64 * 30): dict(n=64)}
     for (op, nbytes), sizes in cases.items():

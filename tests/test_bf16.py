@@ -12,7 +12,7 @@ from llm_numba import model
 from llm_numba.config import GPT2Config
 from llm_numba.ops import get_ops
 
-pytestmark = pytest.mark.bf16
+pytestmark = pytest.mark.gpu
 
 torch = pytest.importorskip("torch", reason="bf16 is measured against PyTorch's, which is not installed")
 torch_gpt2 = pytest.importorskip("torch_gpt2")

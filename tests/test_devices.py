@@ -42,7 +42,7 @@ ALIKE = ["--no-graph", "--recompute=gelu", "--recompute=gelu+layernorm", "--chec
 
 
 @pytest.mark.real
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda flags: flags[-1].strip("-"))
 @pytest.mark.parametrize("how", ["", *ALIKE])
 def test_the_same_bits_however_it_runs(train, precision, how):
@@ -53,7 +53,7 @@ def test_the_same_bits_however_it_runs(train, precision, how):
 
 
 @pytest.mark.real
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda flags: flags[-1].strip("-"))
 def test_a_resumed_run_ends_with_the_same_bytes(device, train, precision):
     whole, stopped = train("whole", *precision), train("stopped", *precision, "--checkpoint-every", 2)
@@ -63,7 +63,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(device, train, precision):
 
 
 @pytest.mark.real
-@pytest.mark.bf16
+@pytest.mark.gpu
 def test_bf16_learns_like_float32(train):
     """Sixty steps: apart by far less than what they learn."""
     runs = {flags: losses_of(train("-".join(flags), *flags, steps=60)) for flags in PRECISIONS}

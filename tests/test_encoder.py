@@ -54,7 +54,7 @@ def test_backward(ops, rng, place, shape, V):
     assert np.array_equal(dwpe[shape[1] :], before[1][shape[1] :])
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (3, 1031, 3)])
 def test_bf16(ops, rng, place, shape):
     tokens, *arrays = make(rng, *shape, V=7)

@@ -65,7 +65,7 @@ def test_backward(ops, rng, place, shape):
     check_backward(ops, place, inp, dout, gelu_backward(dout, inp))
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
 def test_bf16(ops, rng, place, shape):
     inp, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape))

@@ -86,7 +86,7 @@ def test_backward(ops, rng, place, garbage, shape, centre):
     check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected)
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 97), (2, 17, 97), (1, 3, 1025)])
 def test_bf16(ops, rng, place, garbage, shape):
     inp, weight, bias, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape, centre=3.0))

@@ -42,7 +42,7 @@ def test_forward(ops, rng, place, garbage, shape, with_bias):
     check_forward(ops, rng, place, garbage, shape, with_bias)
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", BF16_CASES)
 def test_bf16_forward(ops, rng, place, garbage, shape, with_bias):
@@ -84,7 +84,7 @@ def test_backward(ops, rng, place, garbage, shape, with_bias):
     check_backward(ops, rng, place, garbage, inp, weight, dout, expected)
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", BF16_CASES)
 def test_bf16_backward(ops, rng, place, garbage, shape):
     inp, weight, _, dout = make(rng, *shape, "bfloat16")

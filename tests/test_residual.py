@@ -30,7 +30,7 @@ def test_backward_in_place(ops, rng, place, shape):
     assert np.array_equal(dout, before)
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
 def test_bf16(ops, rng, place, shape):
     """Two bf16 are added in float32, exactly but for a unit, and their sum becomes the nearest bf16, 2**-8 away at
@@ -44,7 +44,7 @@ def test_bf16(ops, rng, place, shape):
     assert dinp.tobytes() == inp1.tobytes()
 
 
-@pytest.mark.bf16
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # the simulator's
 def test_bf16_overflows_to_infinity_and_keeps_nan(ops, place):
     largest = float(ml_dtypes.finfo("bfloat16").max)

@@ -13,7 +13,7 @@ from llm_numba.cuda.jit import device, float32, kernel, narrow, sized, uint32, w
 GROUP = 4
 SIDE = sized(16, 2)
 BLOCK = SIDE * SIDE
-TILE_K = sized(8, 2)
+TILE_K = 8
 HALF = SIDE * GROUP
 TILE_M = TILE_N = 2 * HALF
 PITCH = TILE_M + 4  # numbers from a term to the next: the 4 more shift the next term's banks
