@@ -137,7 +137,7 @@ def set_threads(threads: int) -> None:
 def describe_device() -> str:
     """What computes, in words, for the log."""
     if SIMULATED:
-        return "in Numba's CUDA simulator: each thread of a kernel is one of Python's, and a step of nano takes many seconds"
+        return "in Numba's CUDA simulator: a thread of a kernel is one of Python's, a step of nano takes many seconds"
     card = cuda.get_current_device()
     major, minor = card.compute_capability
     return f"on {card.name}, compute capability {major}.{minor}"
