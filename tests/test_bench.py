@@ -229,7 +229,7 @@ def test_refusals(monkeypatch, line, message):
     ],
 )
 def test_why_there_is_no_shim(monkeypatch, tmp_path, cpu, features, platform, path, why):
-    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(worker, "sys", SimpleNamespace(platform=platform))
     if path is not None:
         monkeypatch.setenv("PATH", path)
     library, reason = worker.build_shim(tmp_path, cpu, features)

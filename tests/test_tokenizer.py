@@ -9,6 +9,8 @@ import sys
 import pytest
 import requests
 import tiktoken
+import tiktoken.load
+import tiktoken.registry
 from hypothesis import given
 from hypothesis import strategies as st
 

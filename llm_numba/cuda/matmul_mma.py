@@ -34,8 +34,8 @@ from llm_numba.cuda.tensor_cores import (
 )
 
 BLOCK = 256
-TILE_K, LOG_M, LOG_N = 32, 7, 8
-TILE_M, TILE_N = 1 << LOG_M, 1 << LOG_N
+LOG_M, LOG_N, LOG_K = 7, 8, 5
+TILE_M, TILE_N, TILE_K = 1 << LOG_M, 1 << LOG_N, 1 << LOG_K
 STAGES = 4
 B_BOX = TILE_M * TILE_K * 2  # bytes from a stage's start to its box of b
 STAGE = B_BOX + TILE_N * TILE_K * 2
@@ -74,7 +74,7 @@ def fetch(box, matrix, row, k, log_rows, by_columns):
     if by_columns:
         copy_box(box, matrix, k, row, TILE_K, log_rows - 3)
     else:
-        copy_box(box, matrix, row, k, 1 << log_rows, 2)
+        copy_box(box, matrix, row, k, 1 << log_rows, LOG_K - 3)
 
 
 @device
@@ -86,7 +86,7 @@ def read_piece(box, row, k, row_half, k_half, log_rows, by_columns):
     r = cuda.threadIdx.x & 7
     if by_columns:
         return ldmatrix_transposed(box + position(k + k_half * 8 + r, (row >> 3) + row_half, log_rows - 3))
-    return ldmatrix(box + position(row + row_half * 8 + r, (k >> 3) + k_half, 2))
+    return ldmatrix(box + position(row + row_half * 8 + r, (k >> 3) + k_half, LOG_K - 3))
 
 
 def product_kernel(a_by_columns, b_by_columns):
