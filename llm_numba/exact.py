@@ -101,8 +101,9 @@ def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
 def attention_cached_forward(out, cache, qkv, position, num_heads):
     """The tokens at position, position + 1, ... look at the cache, which first gets their keys and values."""
     B, T, C = out.shape
-    cache[:, position : position + T] = qkv[..., C:].reshape(B, T, 2, C)
-    q, (k, v) = heads(qkv, 3, num_heads)[0], heads(cache[:, : position + T], 2, num_heads)
+    start, end = position[0], position[0] + T
+    cache[:, start:end] = qkv[..., C:].reshape(B, T, 2, C)
+    q, (k, v) = heads(qkv, 3, num_heads)[0], heads(cache[:, :end], 2, num_heads)
     heads(out, 1, num_heads)[0] = softmax(scores(q, k))[0] @ v
 
 

@@ -7,7 +7,8 @@ attention layers, their keys and values, is kept in a cache, so that a new token
 import argparse
 import codecs
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,8 @@ def sampling_groups(config: GPT2Config, ops, dtype: str = "float32") -> Groups:
         specs = activation_specs(config, 1, T, [])
         return [spec._replace(shares=f"{spec.name} of {T}") if spec.per_layer else spec for spec in specs] + [
             TensorSpec("tokens", (1, T), "int32"),
+            TensorSpec("position", (1,), "int32"),
+            TensorSpec("wpe", (T, config.channels)),  # the rows of the parameter for these positions
             TensorSpec("scratch", (ops.scratch_size(config, 1, T),), "float32"),
         ]
 
@@ -51,16 +54,15 @@ def generate(ops, arena: Arena, prompt: list[int], settings: SimpleNamespace, rn
     When the context is full, the last half of what was said becomes the prompt of a new one.
     """
     maxT, V = arena.config.max_seq_len, arena.config.vocab_size
-    chunk, token = (arena.namespace("parameters", "cache", group) for group in ("chunk", "token"))
+    chunk, token = (stepper(ops, arena, group) for group in ("chunk", "token"))
     said = list(prompt[-maxT:])
     waiting, position = said[:], 0
     while True:
         while waiting:
-            m = chunk if len(waiting) >= CHUNK else token
-            T = m.tokens.shape[1]
-            step(ops, arena, m, waiting[:T], position)
+            T, step = (CHUNK, chunk) if len(waiting) >= CHUNK else (1, token)
+            logits = step(waiting[:T], position)
             waiting, position = waiting[T:], position + T
-        new = choose(ops.to_host(m.logits)[0, -1, :V], settings, rng)
+        new = choose(ops.to_host(logits)[0, -1, :V], settings, rng)
         yield new
         said.append(new)
         waiting = [new]
@@ -69,15 +71,25 @@ def generate(ops, arena: Arena, prompt: list[int], settings: SimpleNamespace, rn
             waiting, position = said[:], 0
 
 
-def step(ops, arena: Arena, m: SimpleNamespace, tokens: list[int], position: int) -> None:
-    """m.logits = what follows these tokens, which stand at `position`; the cache gets their keys and values."""
+def stepper(ops, arena: Arena, group: str) -> Callable:
+    """A function (tokens, position) that returns the logits of what follows these tokens, which stand at `position`;
+    the cache gets their keys and values. group: "chunk" or "token", which says how many tokens they are."""
+    m = arena.namespace("parameters", "cache", group)
+    wpe = arena.tensors["parameters", "wpe"]
 
     def attention(out, cache, qkv, num_heads, scratch):
-        ops.attention_cached_forward(out, cache, qkv, position, num_heads)
+        ops.attention_cached_forward(out, cache, qkv, m.position, num_heads)
 
-    ops.to_device(m.tokens, np.array([tokens], np.int32))
-    m.wpe = arena.tensors["parameters", "wpe"][position:]
-    model.forward(SimpleNamespace(**{**vars(ops), "attention_forward": attention}), m)
+    forward = ops.capture(partial(model.forward, SimpleNamespace(**{**vars(ops), "attention_forward": attention}), m))
+
+    def step(tokens, position):
+        ops.to_device(m.tokens, np.array([tokens], np.int32))
+        ops.to_device(m.position, position)
+        ops.copy(m.wpe, wpe[position : position + len(tokens)])
+        forward()
+        return m.logits
+
+    return step
 
 
 def choose(logits: np.ndarray, settings: SimpleNamespace, rng) -> int:

@@ -18,7 +18,7 @@ from llm_numba import checkpoint, data, model, outliers, sample, settings
 from llm_numba.arena import DTYPES, Arena, format_bytes
 from llm_numba.config import GPT2Config, preset
 from llm_numba.errors import UserError, exit_with
-from llm_numba.finite import checked
+from llm_numba.finite import checked, without_graphs
 from llm_numba.loader import Loader
 from llm_numba.ops import choose_device, get_ops
 from llm_numba.plan import all_groups, check_memory, micro_batches, plan_memory, plan_of
@@ -108,9 +108,9 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
         )  # fmt: skip
         if s.check_finite:
             run.ops = checked(ops, m, arena, state)
-        run.update = partial(update, run.ops, m, config.vocab_size, s)
-        if s.graph and not s.check_finite:
-            run.update = ops.capture(run.update)
+        elif not s.graph:
+            run.ops = without_graphs(ops)
+        run.update = run.ops.capture(partial(update, run.ops, m, config.vocab_size, s))
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
         while state.step < steps and not stop:
             one_step(run)

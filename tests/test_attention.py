@@ -130,7 +130,7 @@ def test_a_gpu_says_which_heads_are_too_large(ops, garbage):
     calls = {
         "attention_forward": (out, att, qkv, 2, scratch),
         "attention_backward": (garbage(1, 1, 3 * 258), out, out, att, qkv, 2, scratch),
-        "attention_cached_forward": (out, garbage(1, 1, 2, 258), qkv, 0, 2),
+        "attention_cached_forward": (out, garbage(1, 1, 2, 258), qkv, np.zeros(1, np.int32), 2),
     }
     for op, arguments in calls.items():
         with pytest.raises(UserError, match="num_heads 2 splits 258 channels into heads of 129, .* up to 128"):
@@ -231,7 +231,7 @@ def test_cached_forward(ops, rng, place, NH, HS, steps, dtype):
     for T in steps:
         end = position + T
         out = nothing_yet(place, dtype, B, T, C)
-        ops.attention_cached_forward(out, cache, place(qkv[:, position:end], dtype), position, NH)
+        ops.attention_cached_forward(out, cache, place(qkv[:, position:end], dtype), place([position], np.int32), NH)
         assert_close("out", out.astype(np.float32), expected[:, position:end], error[:, position:end])
         assert np.array_equal(cache[:, :end].reshape(B, end, 2 * C).astype(np.float32), qkv[:, :end, C:])
         assert np.isnan(cache[:, end:].astype(np.float32)).all()
@@ -252,7 +252,7 @@ def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bi
         ops.attention_forward(out, att, qkv, NH, scratch)
         ops.attention_backward(dqkv, dout, out, att, qkv, NH, scratch)
         cached, cache = garbage(B, T, C), garbage(B, T, 2, C)
-        ops.attention_cached_forward(cached, cache, qkv, 0, NH)
+        ops.attention_cached_forward(cached, cache, qkv, place([0], np.int32), NH)
         return out, att, dqkv, cached, cache
 
     assert_same_bits(run)

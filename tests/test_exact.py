@@ -119,7 +119,7 @@ def test_attention_with_a_cache(normal):
     """In pieces of 2, 1 and 2 tokens it is what it is in one."""
     qkv, out, cache = normal(B, T, 3 * C), written(B, T, C), written(B, T + 3, 2, C)
     for start, stop in (0, 2), (2, 3), (3, 5):
-        exact.attention_cached_forward(out[:, start:stop], cache, qkv[:, start:stop], start, NH)
+        exact.attention_cached_forward(out[:, start:stop], cache, qkv[:, start:stop], [start], NH)
     assert_equal("out", out, reference.attention_forward(qkv, NH)[0])
     assert_equal("cache", cache[:, :T].reshape(B, T, 2 * C), qkv[..., C:])
     assert np.isnan(cache[:, T:]).all()

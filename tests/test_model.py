@@ -391,10 +391,10 @@ def test_every_row_of_a_chunk(ops):
     run, (tokens, _) = fresh_run(ops, MIDDLING, 1, 33)
     expected = logits_of(run, (tokens, tokens))[0]
     arena = sampling_arena(run, "reuse")
-    chunk, token = (arena.namespace("parameters", "cache", group) for group in ("chunk", "token"))
-    for m, start, stop in ((chunk, 0, 16), (token, 16, 17), (chunk, 17, 33)):
-        sample.step(ops, arena, m, tokens[0, start:stop].tolist(), start)
-        got = ops.to_host(m.logits)[0, :, : MIDDLING.vocab_size]
+    chunk, token = (sample.stepper(ops, arena, group) for group in ("chunk", "token"))
+    for step, start, stop in ((chunk, 0, 16), (token, 16, 17), (chunk, 17, 33)):
+        logits = step(tokens[0, start:stop].tolist(), start)
+        got = ops.to_host(logits)[0, :, : MIDDLING.vocab_size]
         assert_near(dict(enumerate(got)), dict(enumerate(expected[start:stop])), 2e-6)
 
 

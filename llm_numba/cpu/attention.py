@@ -167,7 +167,7 @@ def attention_cached_forward(out, cache, qkv, position, num_heads):
     Their keys and values go into the cache, and their queries look at everything the cache then holds up to
     themselves. The softmax is taken in one pass: when a larger score appears, what was summed so far shrinks.
 
-    out (B, T, C), cache (B, maxT, 2, C) <- qkv (B, T, 3*C), position (index of the first new token)
+    out (B, T, C), cache (B, maxT, 2, C) <- qkv (B, T, 3*C), position (1,) int32 (index of the first new token)
     Writes:   out =, cache = at rows position to position + T - 1
     Parallel: over the B*NH heads, which share nothing
     Moves:    2*B*(position + T)*C*itemsize bytes for each of the T tokens
@@ -175,19 +175,19 @@ def attention_cached_forward(out, cache, qkv, position, num_heads):
     """
     B, T, C = out.shape
     HS = C // num_heads
-    scale = ONE / np.float32(math.sqrt(HS))
+    scale, start = ONE / np.float32(math.sqrt(HS)), int(position[0])
     for n in prange(B * num_heads):
         b, c0, c1 = n // num_heads, n % num_heads * HS, n % num_heads * HS + HS
         for t in range(T):
             for part in range(2):
-                row, new = cache[b, position + t, part, c0:c1], qkv[b, t, (part + 1) * C + c0 : (part + 1) * C + c1]
+                row, new = cache[b, start + t, part, c0:c1], qkv[b, t, (part + 1) * C + c0 : (part + 1) * C + c1]
                 for c in range(HS):
                     row[c] = new[c]
             q, y = qkv[b, t, c0:c1], out[b, t, c0:c1]
             for c in range(HS):
                 y[c] = ZERO
             top, total = np.float32(-np.inf), ZERO
-            for s in range(position + t + 1):
+            for s in range(start + t + 1):
                 k, v = cache[b, s, 0, c0:c1], cache[b, s, 1, c0:c1]
                 score = dot(q, k) * scale
                 before, top = top, max(top, score)

@@ -363,20 +363,21 @@ def make_backward_kernels(width: int, BK: int, BQ: int, TY: int, TX: int):
 
 @kernel
 def append_kernel(cache, qkv, position):
-    """cache (B, maxT, 2, C) = the keys and values of qkv (B, T, 3*C), at the rows from position on.
+    """cache (B, maxT, 2, C) = the keys and values of qkv (B, T, 3*C), at the rows from position[0] on.
 
     Grid: (groups of CHUNK channels, T, B); block: CHUNK; a thread owns a channel's key and value.
     """
     c, t, b = cuda.blockIdx.x * CHUNK + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
     C = cache.shape[3]
     if c < C:
-        cache[b, position + t, 0, c] = qkv[b, t, C + c]
-        cache[b, position + t, 1, c] = qkv[b, t, 2 * C + c]
+        row = position[0] + t
+        cache[b, row, 0, c] = qkv[b, t, C + c]
+        cache[b, row, 1, c] = qkv[b, t, 2 * C + c]
 
 
 @kernel
 def attend_kernel(out, cache, qkv, position, lanes, HS, scale):
-    """out (B, T, C) = for the queries of qkv (B, T, 3*C), the t-th of which sees the cache's rows up to position + t.
+    """out (B, T, C) = for the queries of qkv (B, T, 3*C), the t-th of which sees the cache up to row position[0] + t.
 
     Grid: (T, NH, B); block: CHUNK. In each chunk of the cache a thread owns a token, whose score it makes; then it owns
     a channel, or some, and of the chunk's values every (CHUNK / lanes)th. Moves the head's part of the cache once for
@@ -388,7 +389,7 @@ def attend_kernel(out, cache, qkv, position, lanes, HS, scale):
     sums = cuda.shared.array(SUMS, float32)
     thread, t, h, b = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
     group, groups, first = thread // lanes, CHUNK // lanes, h * HS
-    end = position + t + 1
+    end = position[0] + t + 1
     for c in range(thread, HS, CHUNK):
         q[c] = widen(qkv[b, t, first + c])
     for i in range(thread, SUMS, CHUNK):
@@ -503,7 +504,7 @@ def attention_cached_forward(out, cache, qkv, position, num_heads):
     Their keys and values go into the cache first; then their queries look at everything it holds up to themselves. The
     softmax is taken in one pass: when a larger score appears, what was summed so far shrinks.
 
-    out (B, T, C), cache (B, maxT, 2, C) <- qkv (B, T, 3*C), position (index of the first new token)
+    out (B, T, C), cache (B, maxT, 2, C) <- qkv (B, T, 3*C), position (1,) int32 (index of the first new token)
     Writes:   out =, cache = at rows position to position + T - 1
     Parallel: over the new tokens' heads, and within a block over the cached tokens
     Moves:    2*B*(position + T)*C*itemsize bytes for each of the T tokens

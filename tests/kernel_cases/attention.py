@@ -16,8 +16,8 @@ def cases():
         kernels += [(half, (x3, x3, lse, lse, x3, *head)) for width in widths for half in BACKWARD[width]]
         kernels += [
             (dot_rows_kernel, (lse, x3, x3, types.int64)),
-            (append_kernel, (cache, x3, types.int64)),
-            (attend_kernel, (x3, cache, x3, types.int64, types.int64, *head)),
+            (append_kernel, (cache, x3, array("i1"))),
+            (attend_kernel, (x3, cache, x3, array("i1"), types.int64, *head)),
         ]
         found += [dict(kernel=kernel, signature=signature, bf16=x == "h") for kernel, signature in kernels]
     return found
