@@ -1,8 +1,11 @@
 """Runs on a GPU, or in the simulator of one: beside the CPU's, over to it and back, and the same bits every time."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from programs import cache, content_of, losses_of, rows_of, run_here, write_text  # noqa: F401
+from programs import cache, content_of, environment, losses_of, rows_of, run_here, write_text  # noqa: F401
 
 TINY = ("--preset", "nano", "--sequence-length", 3, "--batch-size", 1, "--val-every", 0, "--val-batches", 1)
 TINY = (*TINY, "--sample-tokens", 1, "--schedule", "constant")
@@ -72,3 +75,26 @@ def test_bf16_learns_like_float32(train):
     assert exact[0] - exact[-1] > 1
     for flags in PRECISIONS[1:]:
         assert np.abs(np.array(runs[flags]) - exact).max() < 0.05 * (exact[0] - exact[-1]), flags
+
+
+PLAIN_INSTALL = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "NumbaCudaFinder"]  # as if it were not
+import numpy as np
+from llm_numba.ops import get_ops
+ops = get_ops("cudasim")
+from numba import cuda
+assert "numba_cuda" not in cuda.__file__
+x, weight, out = (ops.view(ops.allocate(4 * 9 * 9), 0, (1, 9, 9), "float32") for _ in range(3))
+for tensor in x, weight:
+    ops.to_device(tensor, np.arange(81).reshape(1, 9, 9) % 7)
+ops.matmul_forward(out, x, weight[0], None, ops.view(ops.allocate(4096), 0, (1024,), "float32"))
+assert np.array_equal(ops.to_host(out), ops.to_host(x) @ ops.to_host(weight)[0].T)
+print("right")
+"""
+
+
+def test_the_simulator_without_numba_cuda():
+    """A plain install has Numba's own, an older one."""
+    run = subprocess.run([sys.executable, "-c", PLAIN_INSTALL], env=environment(), capture_output=True, text=True)
+    assert run.stdout == "right\n", run.stderr

@@ -19,7 +19,7 @@ TILE_M = TILE_N = 2 * HALF
 PITCH = TILE_M + 4  # numbers from a term to the next: the 4 more shift the next term's banks
 OWN = 2 * GROUP  # rows, and columns, of results that a thread owns
 EACH = TILE_M * TILE_K // BLOCK  # numbers of a box that a thread brings
-ALIGNMENT = sized(16, None)  # lets the compiler read four numbers at once
+ALIGNMENT = 16  # lets the compiler read four numbers at once
 SLOTS = sized(264, 4)  # blocks that an H100 works on at once
 SHARED_BYTES = 0  # beside what the kernel has of its own
 NEIGHBOURS = sized(16, 2)  # tiles one below the other that blocks of neighbouring numbers compute
