@@ -10,15 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from llm_numba import __version__
 from llm_numba.cuda import card
 from llm_numba.errors import Parser, UserError, exit_with
+from llm_numba.limits import cgroup_limit, sensible_threads, usable_cpus
 
 PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "safetensors", "tiktoken")
 VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # the widest first
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def words(error: Exception) -> str:
@@ -60,29 +59,11 @@ def processor() -> str:
 
 def cores() -> str:
     import psutil
-    from numba import config
 
     quota = cgroup_limit("cpu.max")
-    limit = f"; a cgroup allows the time of {quota:.3g}: use --threads {max(1, int(quota))}" if quota else ""
-    return f"{psutil.cpu_count()} logical, {config.NUMBA_DEFAULT_NUM_THREADS} for this process{limit}"
-
-
-def cgroup_limit(file: str) -> float | None:
-    """The least that cpu.max (cores) or memory.max (bytes) allows in this process's cgroup and those above it."""
-    try:
-        lines = OWN_CGROUP.read_text().splitlines()
-        own = CGROUPS / next(line[3:].strip("/") for line in lines if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    limits = []
-    for folder in (own, *own.parents):
-        try:
-            limit, *period = (folder / file).read_text().split()
-        except OSError:
-            continue
-        if limit != "max":
-            limits.append(int(limit) / int(*period or (1,)))
-    return min(limits, default=None)
+    limit = f"; a cgroup allows the time of {quota:.3g}" if quota else ""
+    usable, threads = len(usable_cpus()), sensible_threads()
+    return f"{psutil.cpu_count()} logical, {usable} for this process{limit}: {threads} threads by default"
 
 
 def memory() -> str:

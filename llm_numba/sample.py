@@ -152,7 +152,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only among those that sum to P; 1: all")
     parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same texts")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a CUDA card, or else the CPU")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores of this process")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one for each physical core")
     args = parser.parse_args(argv)
     for flag, value, lowest, highest in (
         ("--length", args.length, 1, None),

@@ -6,13 +6,13 @@ Nothing here imports Numba: the command line is read before Numba is loaded.
 import argparse
 import difflib
 import math
-import os
 import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from llm_numba.config import PRESETS
 from llm_numba.errors import Parser, UserError
+from llm_numba.limits import usable_cpus
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
 from llm_numba.outliers import WINDOW
 from llm_numba.schedule import SCHEDULES, WSD_DECAY
@@ -68,7 +68,12 @@ class Settings:
         "run", 42, "where the random numbers of weights, data order and samples start", "N", must="at least 0"
     )
     threads: int = option(
-        "run", 0, "CPU threads; 0: all the cores that this process may use", "THREADS", must="at least 0", free=True
+        "run",
+        0,
+        "CPU threads; 0: one for each physical core that this process may use",
+        "THREADS",
+        must="at least 0",
+        free=True,
     )
     plan_memory: bool = option("run", False, "say how much memory these settings need, and stop", once=True)
     device: str = option(
@@ -311,11 +316,9 @@ def check(settings: Settings) -> None:
         if choices and value not in choices:
             raise UserError(f"{_typed(name, value)}: choose one of {', '.join(choices)}")
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(usable_cpus())
     if settings.threads > cores:
-        raise UserError(
-            f"--threads {settings.threads}: this process may use {cores} cores; give 1 to {cores}, or 0 for all"
-        )
+        raise UserError(f"--threads {settings.threads}: this process may use {cores} cores; give 1 to {cores}, or 0")
 
     context = PRESETS[settings.preset].max_seq_len
     if settings.sequence_length > context:

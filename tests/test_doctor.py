@@ -237,23 +237,6 @@ def test_an_op_that_crashes_its_process_is_a_row(monkeypatch):
         doctor.run_op("cpu")
 
 
-def test_limits_of_cgroups_count_from_the_own_to_the_root(monkeypatch, tmp_path):
-    own = tmp_path / "a" / "b"
-    own.mkdir(parents=True)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
-    (own / "cpu.max").write_text("400000 100000\n")
-    (own / "memory.max").write_text("1048576\n")
-    (tmp_path / "a" / "memory.max").write_text("max\n")
-    (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n0::/a/b\n")
-    monkeypatch.setattr(doctor, "CGROUPS", tmp_path)
-    monkeypatch.setattr(doctor, "OWN_CGROUP", tmp_path / "cgroup")
-    assert doctor.cgroup_limit("cpu.max") == 1.5 and doctor.cgroup_limit("memory.max") == MIB
-    assert doctor.cgroup_limit("pids.max") is None
-    monkeypatch.setattr(doctor, "OWN_CGROUP", tmp_path / "no such file")
-    assert doctor.cgroup_limit("cpu.max") is None
-
-
 def test_this_machine(tmp_path):
     done = run("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="BxT",
         help="; ".join(["of the steps; default", *(f"on {d}: {' '.join(shapes)}" for d, shapes in SHAPES.items())]),
     )
-    parser.add_argument("--threads", type=int, default=0, help="on both sides; default: all cores of this process")
+    parser.add_argument("--threads", type=int, default=0, help="on both sides; default: one for each physical core")
     parser.add_argument("--skip-ops", action="store_true", help="only whole steps and sampling")
     parser.add_argument("--scaling", action="store_true", help="also the first shape's step on 1, 2, 4, ... threads")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--against torch: PyTorch is not installed; install it with: pip install torch")
     ops = get_ops(device, args.dtype)
     from numba import config as numba_config  # loaded by now, with or without the simulator
+    from numba import get_num_threads
 
     if numba_config.DISABLE_JIT:
         raise UserError("NUMBA_DISABLE_JIT is set, and plain Python has no speed to measure: unset it")
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     ops.set_threads(args.threads)
     seconds = warm_up(ops, config, Settings(preset=args.preset, dtype=args.dtype))
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
-    results = new_results(args.preset, args.threads or most, device, args.dtype)
+    results = new_results(args.preset, get_num_threads(), device, args.dtype)
     races.measure_machine(ops, results)
     results["machine"] = describe_machine(device, results["threads"], ops)
     print(f"{results['machine']}; ops ready in {seconds:.1f} s", file=sys.stderr)

@@ -1,9 +1,9 @@
 """The CPU's side of the arena: memory, views of it, and what the CPU's ops need beside their results."""
 
+import os
 from collections.abc import Callable
 
 import numpy as np
-import psutil
 from numba import config, get_num_threads, set_num_threads
 
 from llm_numba.arena import ALIGNMENT, TensorSpec, count, parameter_specs
@@ -13,6 +13,7 @@ from llm_numba.cpu.global_norm import global_norm_scratch_size
 from llm_numba.cpu.layernorm import layernorm_scratch_size
 from llm_numba.cpu.matmul import matmul_scratch_size
 from llm_numba.errors import UserError
+from llm_numba.limits import available_memory, sensible_threads  # noqa: F401  the former is the backend's
 
 
 def allocate(nbytes: int) -> np.ndarray:
@@ -22,11 +23,6 @@ def allocate(nbytes: int) -> np.ndarray:
     return block[start : start + nbytes]
 
 
-def available_memory() -> int:
-    """Bytes that can be allocated without pushing others out of memory."""
-    return psutil.virtual_memory().available
-
-
 def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """The bytes of memory from offset on as an array of this shape and dtype."""
     count = int(np.prod(shape))
@@ -34,10 +30,11 @@ def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) ->
 
 
 def set_threads(threads: int) -> None:
-    """Run the ops on this many threads; 0: as many as the cores that this process may use."""
-    if threads > config.NUMBA_NUM_THREADS:
-        raise UserError(f"--threads {threads}: Numba may use {config.NUMBA_NUM_THREADS} here; see NUMBA_NUM_THREADS")
-    set_num_threads(threads or config.NUMBA_NUM_THREADS)
+    """Run the ops on this many threads; 0: NUMBA_NUM_THREADS where it is set, else one for each physical core."""
+    most = config.NUMBA_NUM_THREADS
+    if threads > most:
+        raise UserError(f"--threads {threads}: Numba may use {most} here; see NUMBA_NUM_THREADS")
+    set_num_threads(threads or (most if "NUMBA_NUM_THREADS" in os.environ else min(most, sensible_threads())))
 
 
 def describe_device() -> str:

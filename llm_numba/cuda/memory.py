@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
-import psutil
 from ml_dtypes import bfloat16
 from numba import cuda
 
+from llm_numba import limits
 from llm_numba.arena import TensorSpec, count, parameter_specs
 from llm_numba.config import GPT2Config
 from llm_numba.cuda.attention import attention_scratch_size
@@ -126,7 +126,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
 def available_memory() -> int:
     """Bytes of the card that can be allocated; a little is left to the driver, which loads the kernels there."""
     if SIMULATED:
-        return psutil.virtual_memory().available
+        return limits.available_memory()
     return max(0, cuda.current_context().get_memory_info().free - LEFT_TO_THE_DRIVER)
 
 

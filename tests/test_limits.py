@@ -1,0 +1,90 @@
+"""Cores and memory, as files of a machine of our own making say."""
+
+import os
+
+import psutil
+import pytest
+
+from llm_numba import limits
+
+MIB = 2**20
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A function (cpu -> the twins of its core, cpu.max) that makes a machine all of whose cpus this process may use."""
+
+    def make(twins, quota="max 100000"):
+        for cpu, siblings in twins.items():
+            folder = tmp_path / "cpus" / f"cpu{cpu}" / "topology"
+            folder.mkdir(parents=True)
+            (folder / "thread_siblings_list").write_text(siblings)
+        (tmp_path / "cpu.max").write_text(quota)
+        (tmp_path / "cgroup").write_text("0::/")
+        monkeypatch.setattr(limits, "CPUS", tmp_path / "cpus")
+        monkeypatch.setattr(limits, "usable_cpus", lambda: set(twins))
+
+    monkeypatch.setattr(limits, "CGROUPS", tmp_path)
+    monkeypatch.setattr(limits, "OWN_CGROUP", tmp_path / "cgroup")
+    return make
+
+
+def test_limits_of_cgroups_count_from_the_own_to_the_root(machine, tmp_path, monkeypatch):
+    own = tmp_path / "a" / "b"
+    own.mkdir(parents=True)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+    (own / "cpu.max").write_text("400000 100000\n")
+    (own / "memory.max").write_text("1048576\n")
+    (tmp_path / "a" / "memory.max").write_text("max\n")
+    (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n0::/a/b\n")
+    assert limits.cgroup_limit("cpu.max") == 1.5 and limits.cgroup_limit("memory.max") == MIB
+    assert limits.cgroup_limit("pids.max") is None
+    monkeypatch.setattr(limits, "OWN_CGROUP", tmp_path / "no such file")
+    assert limits.cgroup_limit("cpu.max") is None
+
+
+FOUR_CORES = {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 4: "0,4", 5: "1,5", 6: "2,6", 7: "3,7"}
+
+
+@pytest.mark.parametrize(
+    "twins, quota, threads",
+    [
+        (FOUR_CORES, "max 100000", 4),  # eight logical cores
+        ({0: "0,4", 4: "0,4", 1: "1,5"}, "max 100000", 2),  # of which this process may use three
+        ({0: "0", 1: "1"}, "max 100000", 2),
+        (FOUR_CORES, "250000 100000", 2),
+        (FOUR_CORES, "50000 100000", 1),  # half a core
+        (FOUR_CORES, "900000 100000", 4),
+    ],
+)
+def test_a_thread_for_each_physical_core(machine, twins, quota, threads):
+    machine(twins, quota)
+    assert limits.sensible_threads() == threads
+
+
+def test_cores_where_the_system_does_not_tell(machine, monkeypatch):
+    machine({})
+    monkeypatch.setattr(limits, "usable_cpus", lambda: {0, 1, 2})
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
+    assert limits.sensible_threads() == 3
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 2)
+    assert limits.sensible_threads() == 2
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: None)
+    assert limits.sensible_threads() == 3
+
+
+def test_memory_of_a_container(machine, tmp_path):
+    machine({0: "0"})
+    free = limits.available_memory()
+    assert 0 < free <= psutil.virtual_memory().total
+    taken = psutil.Process().memory_info().rss
+    (tmp_path / "memory.max").write_text(str(taken + 100 * MIB))
+    assert limits.available_memory() == pytest.approx(100 * MIB, abs=10 * MIB)
+    (tmp_path / "memory.max").write_text("4096")
+    assert limits.available_memory() == 0
+
+
+def test_the_cpus_that_this_process_may_use():
+    assert limits.usable_cpus() <= set(range(os.cpu_count()))
+    assert 1 <= limits.sensible_threads() <= len(limits.usable_cpus())
