@@ -12,7 +12,7 @@ MIB = 2**20
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function (cpu -> the twins of its core, cpu.max) that makes a machine all of whose cpus this process may use."""
+    """A function (cpu -> its core's twins, cpu.max) that makes a machine all of whose cpus this process may use."""
 
     def make(twins, quota="max 100000"):
         for cpu, siblings in twins.items():
