@@ -388,11 +388,10 @@ def make_dq_kernel(HS: int, WARPS: int, M: int, BK: int, BLOCKS: int):
 FORWARD = {HS: make_forward_kernel(HS, *tiles) for HS, tiles in FORWARD_TILES.items()}
 DKV = {HS: make_dkv_kernel(HS, *tiles) for HS, tiles in DKV_TILES.items()}
 DQ = {HS: make_dq_kernel(HS, *tiles) for HS, tiles in DQ_TILES.items()}
-HEAD_SIZES = tuple(FORWARD)
 
 
 def flash_forward(out, lse, qkv, HS, scale):
-    """See attention.attention_forward; all but lse in bf16, of a head size in HEAD_SIZES."""
+    """See attention.attention_forward; all but lse in bf16, of a head size in FORWARD."""
     launch(FORWARD, FORWARD_TILES, 1, lse, HS)(out, lse, qkv, scale)
 
 
