@@ -56,7 +56,6 @@ def test_a_value_that_is_not_finite_stays_out(value):
 
 
 def test_the_window_goes_through_json():
-    np = pytest.importorskip("numpy")
     history = filled()
     z_score(history, np.float32(4.1))
     restored = json.loads(json.dumps(history))
