@@ -47,7 +47,7 @@ BACKEND = {
         "scratch_size",
         "capture",
         "describe_device",
-    ),  # fmt: skip
+    ),
     "peak": ("peak_flops", "peak_bandwidth", "timed"),
 }
 
@@ -76,7 +76,7 @@ def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_
 
         check_card(dtype)
     if device == "cpu" and dtype != "fp32":
-        raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; leave it out, or use --device cuda")
+        raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # Numba reads it when it is loaded
     if no_jit:

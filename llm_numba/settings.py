@@ -92,7 +92,10 @@ class Settings:
         free=True,
     )
     stochastic_rounding: bool = option(
-        "run", False, "with bf16: round each update by chance instead of keeping a float32 copy of the parameters"
+        "run",
+        False,
+        "with bf16: round each update by chance instead of keeping a float32 copy of the parameters",
+        free=True,
     )
     recompute: str = option(
         "run",
@@ -329,7 +332,7 @@ def check(settings: Settings) -> None:
         flag = "--no-jit" if settings.no_jit else "--interpret"
         raise UserError(f"{flag}: is for --device cpu; to step into a CUDA kernel use --device cudasim")
     if settings.dtype == "bf16" and settings.device == "cpu":
-        raise UserError("--dtype bf16: the CPU computes in float32 only; leave it out, or use --device cuda")
+        raise UserError("--dtype bf16: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if settings.stochastic_rounding and settings.dtype != "bf16":
         raise UserError("--stochastic-rounding: is for --dtype bf16; with fp32 nothing is rounded to it")
 
@@ -377,6 +380,8 @@ def resume_with(recorded: Settings, given: Settings, explicit: set[str]) -> Sett
     Errors: UserError for an explicit setting that differs and is not free. The result is still to be checked.
     """
     once = {name: getattr(given, name) for name, f in FIELDS.items() if f.metadata["once"]}
+    if "dtype" in explicit and given.dtype == "fp32":  # where nothing is left to be rounded by chance
+        recorded = replace(recorded, stochastic_rounding=False)
     changes = {name: getattr(given, name) for name in FIELDS if name in explicit}
     for name, value in changes.items():
         before = getattr(recorded, name)

@@ -278,7 +278,8 @@ def test_which_settings_are_free():
     free = {name for name, f in FIELDS.items() if f.metadata["free"]}
     groups = {name for name, f in FIELDS.items() if f.metadata["group"] in ("looking", "debugging")}
     assert free == groups | {
-        "resume", "threads", "plan_memory", "steps", "epochs", "device", "dtype", "recompute", "graph"
+        "resume", "threads", "plan_memory", "steps", "epochs",
+        "device", "dtype", "stochastic_rounding", "recompute", "graph",
     }  # fmt: skip
 
 
@@ -311,3 +312,15 @@ def test_a_presets_warmup_gives_way_to_a_shorter_run():
     settings, _ = parse(["--steps", "20", "--warmup", "30"])
     assert settings.warmup == 30
     assert "--warmup 30" in error_of(check, settings)
+
+
+def test_a_run_with_stochastic_rounding_goes_on_where_there_is_no_bf16():
+    recorded = parse("--device cuda --dtype bf16 --stochastic-rounding".split())[0]
+    there = resume_with(recorded, *parse("--resume run --device cpu --dtype fp32".split()))
+    check(there)
+    assert (there.device, there.dtype, there.stochastic_rounding) == ("cpu", "fp32", False)
+    here = resume_with(recorded, *parse("--resume run".split()))
+    assert (here.dtype, here.stochastic_rounding) == ("bf16", True)
+    back = resume_with(there, *parse("--resume run --device cuda --dtype bf16 --stochastic-rounding".split()))
+    check(back)
+    assert back.stochastic_rounding

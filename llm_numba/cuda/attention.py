@@ -21,6 +21,7 @@ from llm_numba.cuda.jit import (
     blocks_for,
     device,
     float32,
+    four,
     kernel,
     narrow,
     sized,
@@ -47,36 +48,6 @@ FORWARD_TILES = {16: (64, 32, 32, 4), 32: (64, 32, 16, 8), 64: (64, 32, 16, 8), 
 BACKWARD_TILES = {16: (64, 32, 32, 4), 32: (32, 32, 8, 8), 64: (32, 32, 8, 8), 128: (16, 16, 8, 8)}
 if SIMULATED:
     FORWARD_TILES = BACKWARD_TILES = dict.fromkeys(WIDTHS, (16, 8, 2, 2))
-
-if SIMULATED:
-
-    def four(tile, row, column):
-        """Four neighbours in a row of a tile; column is a multiple of four."""
-        return tile[row, column : column + 4]
-
-else:
-    from llvmlite import ir
-    from numba.cuda import cgutils, types
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.typing import signature
-
-    @intrinsic
-    def four(typingctx, tile, row, column):
-        """Four neighbours in a row of a tile, read at once; column is a multiple of four.
-
-        They must lie at a multiple of 16 bytes, and do where all of a kernel's shared arrays have such sizes.
-        """
-
-        def codegen(context, builder, sig, args):
-            array = context.make_array(tile)(context, builder, args[0])
-            strides = cgutils.unpack_tuple(builder, array.strides)
-            offset = builder.add(builder.mul(args[1], strides[0]), builder.mul(args[2], strides[1]))
-            first = builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [offset])
-            vector = builder.load(builder.bitcast(first, ir.VectorType(ir.FloatType(), 4).as_pointer()), align=16)
-            lanes = [builder.extract_element(vector, ir.Constant(ir.IntType(32), i)) for i in range(4)]
-            return cgutils.pack_array(builder, lanes)
-
-        return signature(types.UniTuple(types.float32, 4), tile, types.int64, types.int64), codegen
 
 
 @device

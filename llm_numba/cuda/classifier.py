@@ -13,34 +13,13 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, block_max, block_sum, device, float32, kernel, narrow, sized, stream, widen
+from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kernel, narrow, sized, stream, widen
 
 float64, uint64 = np.float64, np.uint64
 THREADS = sized(1024, 8)
 CHUNK = sized(8, 2)  # logits that a thread reads at once
 STRIDE = CHUNK * THREADS
 ZERO, LOWEST, LOG2E = float32(0), np.finfo(float32).min, float32(1.4426950408889634)
-
-if SIMULATED:
-
-    def exp2(x):
-        return np.exp2(x)
-
-else:
-    from llvmlite import ir
-    from numba.cuda import types
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.typing import signature
-
-    @intrinsic
-    def exp2(typingctx, x):
-        """2**x in one instruction: within 2**-22.5 of it, and 0 below 2**-126."""
-
-        def codegen(context, builder, sig, args):
-            convert = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
-            return builder.asm(convert, "ex2.approx.ftz.f32 $0, $1;", "=f,f", args, False)
-
-        return signature(types.float32, types.float32), codegen
 
 
 @device

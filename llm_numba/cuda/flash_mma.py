@@ -17,12 +17,11 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from llm_numba.cuda.jit import ALL_LANES, blocks_for, device, float32, kernel, uint32, with_shared
+from llm_numba.cuda.jit import ALL_LANES, blocks_for, device, exp2, float32, kernel, uint32, with_shared
 from llm_numba.cuda.tensor_cores import (
     address,
     close_group,
     copy_async,
-    instruction,
     ldmatrix,
     ldmatrix_transposed,
     mma,
@@ -36,7 +35,6 @@ from llm_numba.cuda.tensor_cores import (
 ZERO, ONE, LOG2_E = float32(0), float32(1), float32(1 / math.log(2))
 NOTHING = float32(-np.inf)  # the score of a key that a query must not see
 wait_for_copies = wait_for_all_but(0)
-exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", (types.float32,), types.float32, pure=True)
 
 # for each head size: warps of a block, rows of a warp / 16, rows of the tiles that the block goes through, and how many
 # blocks share one multiprocessor's registers

@@ -106,7 +106,7 @@ if not SIMULATED:
     config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # the last kernels of a step are small, and tests are
 
     from llvmlite import ir
-    from numba.cuda import types
+    from numba.cuda import cgutils, types
     from numba.cuda.extending import intrinsic
     from numba.cuda.typing import signature
 
@@ -135,6 +135,32 @@ if not SIMULATED:
             return builder.asm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [args[0]], False)
 
         return signature(types.uint16 if is_bf16 else types.float32, types.float32, tensor), codegen
+
+    @intrinsic
+    def exp2(typingctx, number):
+        """2**number in one instruction: within 2**-22.5 of it, and 0 below 2**-126."""
+
+        def codegen(context, builder, sig, args):
+            return builder.asm(ir.FunctionType(F32, [F32]), "ex2.approx.ftz.f32 $0, $1;", "=f,f", args, False)
+
+        return signature(types.float32, types.float32), codegen
+
+    @intrinsic
+    def four(typingctx, tile, row, column):
+        """Four neighbours in a row of a float32 tile in shared memory, read at once; column is a multiple of four.
+
+        They must lie at a multiple of 16 bytes, and do where all of a kernel's shared arrays have such sizes.
+        """
+
+        def codegen(context, builder, sig, args):
+            array = context.make_array(tile)(context, builder, args[0])
+            strides = cgutils.unpack_tuple(builder, array.strides)
+            offset = builder.add(builder.mul(args[1], strides[0]), builder.mul(args[2], strides[1]))
+            first = builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [offset])
+            vector = builder.load(builder.bitcast(first, ir.VectorType(F32, 4).as_pointer()), align=16)
+            return cgutils.pack_array(builder, [builder.extract_element(vector, ir.Constant(I32, i)) for i in range(4)])
+
+        return signature(types.UniTuple(types.float32, 4), tile, types.int64, types.int64), codegen
 
     @device
     def warp_sum(number):
@@ -199,6 +225,12 @@ else:
 
     def narrow(number, tensor):
         return float32(number).astype(bfloat16).view(uint16) if tensor.dtype == uint16 else float32(number)
+
+    def exp2(number):
+        return np.exp2(number)
+
+    def four(tile, row, column):
+        return tile[row, column : column + 4]
 
     def _shared_array(self, shape, dtype, alignment=None):
         """An array for each line that asks for one, as the simulator's own function has it, which in some versions
