@@ -33,6 +33,7 @@ class TensorSpec(NamedTuple):
     dtype: str = "model"
     per_layer: bool = False
     shares: str = ""  # the slot it lives in under the plan "reuse"
+    rows: int = 0  # under the plan "reuse" there is memory for so many of its rows (b, t); 0: for all
     std: float = 0.0  # parameters: drawn from a normal distribution of this deviation ...
     fill: float = 0.0  # ... or, where that is 0, set to this value
     decays: bool = False  # parameters: weight decay applies
@@ -110,9 +111,14 @@ def activation_specs(
         TensorSpec("lnf", (B, T, C)),
         TensorSpec("lnf_mean", (B, T), **exact),
         TensorSpec("lnf_rstd", (B, T), **exact),
-        TensorSpec("logits", (B, T, Vp)),
+        TensorSpec("logits", (B, T, Vp), rows=logits_rows(B * T)),
         TensorSpec("losses", (B, T), **exact),
     ]
+
+
+def logits_rows(rows: int) -> int:
+    """Of this many rows (b, t), how many have their logits in memory at a time: an eighth, but at least 1024."""
+    return min(rows, max(1024, padded(-(-rows // 8))))
 
 
 def activation_gradient_specs(config: GPT2Config, B: int, T: int) -> list[TensorSpec]:
@@ -218,6 +224,8 @@ def layout(groups: Groups, L: int, plan: str) -> tuple[list[Place], int]:
             shares = spec.shares if plan == "reuse" else ""
             stacked = spec.per_layer and not shares
             shape = (L, *spec.shape) if stacked else spec.shape
+            if spec.rows and plan == "reuse":
+                shape = (1, spec.rows, *spec.shape[2:])
             nbytes = slot_sizes[shares] if shares else nbytes_of(shape, spec.dtype)
             if shares in slots:
                 places.append(Place(group, spec, shape, stacked, slots[shares], 0))
@@ -262,7 +270,8 @@ class Arena:
     def namespace(self, *groups: str) -> SimpleNamespace:
         """The tensors of these groups by name, and `layers`: for each layer its own views by the same names.
 
-        A layer also has `inp` and `dinp`, the residual stream as it comes in and its gradient.
+        A layer also has `inp` and `dinp`, the residual stream as it comes in and its gradient, and `next`, the
+        LayerNorm behind it: out, mean, rstd, weight and bias of the next layer's ln1, or of lnf.
         """
         places = [p for p in self.places if p.group in groups]
         whole = {p.spec.name: self.tensors[p.group, p.spec.name] for p in places}
@@ -276,19 +285,45 @@ class Arena:
             views["inp"] = layers[-1].residual3 if l else whole["encoded"]
             views["dinp"] = layers[-1].dresidual3 if l and "dresidual3" in whole else whole.get("dencoded")
             layers.append(SimpleNamespace(**views))
+        for l, layer in enumerate(layers):
+            name, owner = ("ln1", vars(layers[l + 1])) if l + 1 < len(layers) else ("lnf", whole)
+            parts = {"out": "", "mean": "_mean", "rstd": "_rstd", "weight": "w", "bias": "b"}
+            layer.next = SimpleNamespace(**{part: owner.get(name + end) for part, end in parts.items()})
         return SimpleNamespace(**whole, layers=layers, num_heads=self.config.num_heads)
 
     def training(self, recompute: str = "none") -> SimpleNamespace:
         """The namespace of a training step: with the groups of `training_groups`, `flat` views of those that belong to
-        the parameters, `micro_batches` (the (tokens, targets) of each), and what the backward pass is to recompute."""
+        the parameters, `micro_batches` (the (tokens, targets) of each), `blocks` (the rows whose logits are in memory
+        together), and what the backward pass is to recompute."""
         m = self.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
         m.flat = SimpleNamespace(**{name: self.flat(name) for name in ("parameters", "master", "gradients", "m", "v")})
         m.micro_batches = [(m.batches[i, 0], m.batches[i, 1]) for i in range(m.batches.shape[0])]
+        m.blocks = self._blocks(m)
         m.recompute = recompute
         places = [p for p in self.places if p.group == "parameters"]
         decays = np.repeat([p.spec.decays for p in places], [padded(math.prod(p.shape)) // RUN for p in places])
         self.backend.to_device(m.decays, decays)
         return m
+
+    def _blocks(self, m) -> list[SimpleNamespace]:
+        """For each run of rows whose logits are computed together, their views of logits, losses, targets, lnf, dlnf:
+        m itself where all rows are one run."""
+        groups = "activations", "activation gradients", "inputs"
+        places = {p.spec.name: p for p in self.places if p.group in groups}
+        rows, step = m.tokens.size, places["logits"].spec.rows
+        if rows == step:
+            return [m]
+
+        def view(name, first, last):
+            p = places[name]
+            row = math.prod(p.spec.shape[2:])
+            skipped = 0 if p.spec.rows and self.plan == "reuse" else first
+            offset = p.offset + skipped * row * np.dtype(p.spec.dtype).itemsize
+            return self._view(offset, (1, last - first, *p.spec.shape[2:]), p.spec.dtype)
+
+        names = "logits", "losses", "targets", "lnf", "dlnf"
+        runs = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+        return [SimpleNamespace(**{name: view(name, *run) for name in names}) for run in runs]
 
 
 def format_bytes(nbytes: int) -> str:

@@ -51,7 +51,11 @@ def compare(ops, config, parameters, state, losses) -> list[tuple[str, float, fl
 
     ops.copy(m.tokens, m.batches[0, 0])
     model.forward(ops, m)
-    rows = [("logits", distance(ops.to_host(m.logits)[..., :V], state.logits), TOLERANCE)]
+    logits = []
+    for block in m.blocks:
+        model.logits(ops, m, block)
+        logits.append(np.array(ops.to_host(block.logits)[0, :, :V]))
+    rows = [("logits", distance(np.concatenate(logits).reshape(B, T, V), state.logits), TOLERANCE)]
     found = []
     for step in range(1, len(losses) + 1 if losses else 2):
         model.gradients(ops, m, V)

@@ -47,13 +47,17 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     out[...] = normalise(inp, mean, rstd) * weight + bias
 
 
-def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch):
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
     """Through the mean and the variance, which depend on inp too."""
     norm, dnorm = normalise(inp, mean, rstd), dout * weight
     through_mean, through_variance = average(dnorm), norm * average(dnorm * norm)
     dinp += (dnorm - through_mean - through_variance) * rstd[..., None]
-    dweight += (dout * norm).sum(axis=(0, 1))
-    dbias += dout.sum(axis=(0, 1))
+    put(dweight, (dout * norm).sum(axis=(0, 1)), accumulate)
+    put(dbias, dout.sum(axis=(0, 1)), accumulate)
+
+
+def put(total, share, accumulate):
+    total[...] = total + share if accumulate else share
 
 
 def normalise(inp, mean, rstd):
@@ -71,11 +75,16 @@ def matmul_forward(out, inp, weight, bias, scratch):
         out += bias
 
 
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch):
+def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
+    matmul_forward(pre, inp, weight, bias, scratch)
+    gelu_forward(out, pre)
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
     dinp[...] = dout @ weight
-    dweight += np.tensordot(dout, inp, axes=((0, 1), (0, 1)))
+    put(dweight, np.tensordot(dout, inp, axes=((0, 1), (0, 1))), accumulate)
     if dbias is not None:
-        dbias += dout.sum(axis=(0, 1))
+        put(dbias, dout.sum(axis=(0, 1)), accumulate)
 
 
 def attention_forward(out, att, qkv, num_heads, scratch):
@@ -140,8 +149,9 @@ def gelu_argument(x):
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
-def residual_forward(out, inp1, inp2):
-    out[...] = inp1 + inp2
+def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    residual[...] = inp1 + inp2
+    layernorm_forward(out, mean, rstd, residual, weight, bias)
 
 
 def residual_backward(dinp, dout):

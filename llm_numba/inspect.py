@@ -32,9 +32,10 @@ def one_batch(ops, arena: Arena, m) -> Iterator[tuple[str, str, np.ndarray]]:
     A tensor is given when it holds what its name says: the logits before their gradient replaces them, as dlogits.
     """
     model.forward(ops, m)
+    model.loss(ops, m, arena.config.vocab_size, write_dlogits=False)
     yield from tensors_of(ops, arena, "activations", without=("losses",))
-    model.loss(ops, m, arena.config.vocab_size)
     yield "loss", "losses", ops.to_host(m.losses)
+    model.loss(ops, m, arena.config.vocab_size)
     model.backward(ops, m)
     yield "activation gradients", "dlogits", ops.to_host(m.logits)
     yield from tensors_of(ops, arena, "activation gradients")

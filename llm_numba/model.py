@@ -36,70 +36,92 @@ def exact_parameters(arena: Arena) -> dict:
 
 
 def forward(ops, m):
-    """m.tokens (B, T) -> m.logits (B, T, Vp)."""
+    """m.tokens (B, T) -> m.lnf (B, T, C), from which `logits` follow."""
+    first = m.layers[0]
     ops.encoder_forward(m.encoded, m.tokens, m.wte, m.wpe)  # (B, T, C)
+    ops.layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, m.encoded, first.ln1w, first.ln1b)  # (B, T, C)
     for l in m.layers:
-        ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)  # (B, T, C)
         ops.matmul_forward(l.qkv, l.ln1, l.qkvw, l.qkvb, m.scratch)  # (B, T, 3*C)
         ops.attention_forward(l.atty, l.att, l.qkv, m.num_heads, m.scratch)  # (B, T, C)
         ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)  # (B, T, C)
-        ops.residual_forward(l.residual2, l.inp, l.attproj)  # (B, T, C)
-        ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)  # (B, T, C)
-        ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
-        ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
+        ops.residual_layernorm_forward(
+            l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b
+        )  # both (B, T, C)
+        ops.matmul_gelu_forward(l.fch_gelu, l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # both (B, T, 4*C)
         ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)  # (B, T, C)
-        ops.residual_forward(l.residual3, l.residual2, l.fcproj)  # (B, T, C)
-    top = m.layers[-1].residual3
-    ops.layernorm_forward(m.lnf, m.lnf_mean, m.lnf_rstd, top, m.lnfw, m.lnfb)  # (B, T, C)
-    ops.matmul_forward(m.logits, m.lnf, m.wte, None, m.scratch)  # (B, T, Vp)
+        next = l.next  # the LayerNorm that follows: the next layer's ln1, or lnf
+        ops.residual_layernorm_forward(
+            l.residual3, next.out, next.mean, next.rstd, l.residual2, l.fcproj, next.weight, next.bias
+        )  # both (B, T, C)
 
 
-def loss(ops, m, vocab_size, share=1.0, write_dlogits=True):
-    """m.losses (B, T) for m.targets, m.loss += share * their mean; m.logits become the gradient of that, if wanted."""
-    ops.fused_classifier(m.logits, m.losses, m.targets, share / m.tokens.size, vocab_size, write_dlogits)
+def logits(ops, m, rows):
+    """rows.lnf (1, n, C) -> rows.logits (1, n, Vp); rows are one of m.blocks, or m itself."""
+    ops.matmul_forward(rows.logits, rows.lnf, m.wte, None, m.scratch)
+
+
+def loss(ops, m, vocab_size, share=1.0, write_dlogits=True, accumulate=False):
+    """m.losses (B, T) for m.targets, m.loss += share * their mean. Where write_dlogits, also the backward of the last
+    matmul: m.dlnf, and m.dwte, to which it is added where accumulate.
+
+    One block of rows after the other, so that the logits of a whole batch need not exist.
+    """
+    for number, rows in enumerate(m.blocks):
+        logits(ops, m, rows)
+        ops.fused_classifier(rows.logits, rows.losses, rows.targets, share / m.tokens.size, vocab_size, write_dlogits)
+        if write_dlogits:
+            more = accumulate or number > 0
+            ops.matmul_backward(rows.dlnf, m.dwte, None, rows.logits, rows.lnf, m.wte, m.scratch, more)
     ops.add_mean(m.loss, m.losses, share)
 
 
-def backward(ops, m):
-    """The gradient of m.logits -> += the gradient of every parameter. Read `forward` from its last line up."""
+def backward(ops, m, accumulate=False):
+    """m.dlnf and m.dwte -> the gradient of every parameter. Read `forward` from its last line up.
+
+    Where accumulate, parameters' gradients are added to what is there, else they are written; m.dwte and m.dwpe, to
+    which the embedding hands its share, are always added to.
+    """
     top = m.layers[-1]
-    ops.matmul_backward(m.dlnf, m.dwte, None, m.logits, m.lnf, m.wte, m.scratch)
     ops.zero(top.dresidual3)
     ops.layernorm_backward(
-        top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch
+        top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch, accumulate
     )
     for l in reversed(m.layers):
         if "gelu" in m.recompute:
             ops.gelu_forward(l.fch_gelu, l.fch)
-        ops.matmul_backward(l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch)
+        ops.matmul_backward(
+            l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch, accumulate
+        )
         ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
         if "layernorm" in m.recompute:
             ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)
-        ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch)
+        ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch, accumulate)
         ops.residual_backward(l.dresidual2, l.dresidual3)
         ops.layernorm_backward(
-            l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch
+            l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch, accumulate
         )
-        ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch)
+        ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch, accumulate)
         ops.attention_backward(l.dqkv, l.datty, l.atty, l.att, l.qkv, m.num_heads, m.scratch)
         if "layernorm" in m.recompute:
             ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)
-        ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch)
+        ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch, accumulate)
         ops.residual_backward(l.dinp, l.dresidual2)
-        ops.layernorm_backward(l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch)
+        ops.layernorm_backward(
+            l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch, accumulate
+        )
     ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
 
 
 def gradients(ops, m, vocab_size):
     """m.loss, the gradient of every parameter = those of the mean over all micro-batches."""
     ops.zero(m.loss)
-    ops.zero(m.flat.gradients)
-    for tokens, targets in m.micro_batches:
+    ops.zero(m.dwpe)
+    for number, (tokens, targets) in enumerate(m.micro_batches):
         ops.copy(m.tokens, tokens)
         ops.copy(m.targets, targets)
         forward(ops, m)
-        loss(ops, m, vocab_size, 1.0 / len(m.micro_batches))
-        backward(ops, m)
+        loss(ops, m, vocab_size, 1.0 / len(m.micro_batches), accumulate=number > 0)
+        backward(ops, m, accumulate=number > 0)
 
 
 def update(ops, m, s):

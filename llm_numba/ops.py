@@ -1,7 +1,8 @@
 """The contract: the ops that every backend has, and how to get them.
 
 Destinations come first, then what is saved for the backward, then inputs; sizes come from the shapes.
-Parameter gradients and the residual stream's gradient accumulate (`+=`); every other gradient is written (`=`).
+The residual stream's gradient accumulates (`+=`), those of parameters do where `accumulate` says so, which a step's
+first micro-batch does not; every other gradient is written (`=`).
 An op that needs memory beside its results takes it from `scratch`, a flat float32 array whose content means nothing
 before and after; how much it must hold is the backend's `scratch_size(config, B, T)`.
 """
@@ -21,14 +22,18 @@ CONTRACT = {
         "layernorm_forward": ("out", "mean", "rstd"),
         "layernorm_backward": ("dinp", "dweight", "dbias"),
     },
-    "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
+    "matmul": {
+        "matmul_forward": ("out",),
+        "matmul_gelu_forward": ("pre", "out"),
+        "matmul_backward": ("dinp", "dweight", "dbias"),
+    },
     "attention": {
         "attention_forward": ("out", "att"),
         "attention_backward": ("dqkv",),
         "attention_cached_forward": ("out", "cache"),
     },
     "gelu": {"gelu_forward": ("out",), "gelu_backward": ("dinp",)},
-    "residual": {"residual_forward": ("out",), "residual_backward": ("dinp",)},
+    "residual": {"residual_layernorm_forward": ("residual", "out", "mean", "rstd"), "residual_backward": ("dinp",)},
     "classifier": {"fused_classifier": ("logits", "losses"), "add_mean": ("loss",)},
     "global_norm": {"global_norm_squared": ("out",), "clip": ("grad_scale",)},
     "adamw": {"adamw_update": ("params", "master", "m", "v")},

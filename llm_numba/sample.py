@@ -8,7 +8,6 @@ import argparse
 import codecs
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +79,13 @@ def stepper(ops, arena: Arena, group: str) -> Callable:
     def attention(out, cache, qkv, num_heads, scratch):
         ops.attention_cached_forward(out, cache, qkv, m.position, num_heads)
 
-    forward = ops.capture(partial(model.forward, SimpleNamespace(**{**vars(ops), "attention_forward": attention}), m))
+    writing = SimpleNamespace(**{**vars(ops), "attention_forward": attention})
+
+    def forward():
+        model.forward(writing, m)
+        model.logits(ops, m, m)
+
+    forward = ops.capture(forward)
 
     def step(tokens, position):
         ops.to_device(m.tokens, np.array([tokens], np.int32))

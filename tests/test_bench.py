@@ -85,7 +85,7 @@ def test_share_of_peak_or_of_the_pattern_s_bandwidth():
         (row("adamw_update", "", [1.0], nbytes=31, pattern="update"), 1),
         (row("layernorm_backward", "", [1.0], nbytes=31, pattern="update"), 1),
         (row("gelu_backward", "", [1.0], nbytes=23, pattern="add"), 1),
-        (row("residual_forward", "", [1.0], nbytes=23, pattern="add"), 1),
+        (row("residual_layernorm_forward", "", [1.0], nbytes=23, pattern="add"), 1),
         (row("encoder_backward", "", [1.0], nbytes=1, pattern="update"), 0),  # no target
     ],
     ids=lambda x: f"{x['name']} {x['shape']}" if isinstance(x, dict) else str(x),
@@ -386,9 +386,9 @@ def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
         ops.to_device(out, 1.01 * ops.to_host(out))
 
     ops.gelu_forward = wrong
-    cases = [("residual_forward", tiny), ("gelu_forward", tiny), ("adamw_update", dict(n=64))]
+    cases = [("residual_layernorm_forward", tiny), ("gelu_forward", tiny), ("adamw_update", dict(n=64))]
     races.run_ops(ops, NANO, cases, 1, {}, made)
-    assert [row["name"] for row in made["rows"]] == ["residual_forward", "adamw_update"]
+    assert [row["name"] for row in made["rows"]] == ["residual_layernorm_forward", "adamw_update"]
     assert all(min(row["times"]["ours"]) > 0 for row in made["rows"])
     assert len(made["wrong"]) == 1 and made["wrong"][0].startswith("gelu_forward")
     json.dumps(made)
@@ -398,18 +398,18 @@ def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
 @pytest.mark.gpu
 def test_ops_in_bf16(device, monkeypatch):
     ops, tiny = get_ops(device, "bf16"), dict(B=1, T=4, C=16)
-    cases = {("residual_forward", 3 * 4 * 16 * 2): tiny, ("adamw_update", 64 * 30): dict(n=64)}
+    cases = {("residual_layernorm_forward", 4 * 4 * 16 * 2): tiny, ("adamw_update", 64 * 30): dict(n=64)}
     for (op, nbytes), sizes in cases.items():
         assert op_cases.build(ops, op, sizes, NANO, "bfloat16").nbytes == nbytes
-    right = ops.residual_forward
+    right = ops.residual_layernorm_forward
 
-    def wrong(out, a, b):
-        right(out, a, b)
+    def wrong(residual, out, *rest):
+        right(residual, out, *rest)
         ops.to_device(out, 1.03 * ops.to_host(out))
 
-    ops.residual_forward = wrong
-    with pytest.raises(AssertionError, match="residual_forward .*differs from NumPy"):
-        op_cases.build(ops, "residual_forward", tiny, NANO, "bfloat16")
+    ops.residual_layernorm_forward = wrong
+    with pytest.raises(AssertionError, match="residual_layernorm_forward .*differs from NumPy"):
+        op_cases.build(ops, "residual_layernorm_forward", tiny, NANO, "bfloat16")
 
 
 def test_large_inputs_repeat_themselves(monkeypatch):

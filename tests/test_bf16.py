@@ -50,6 +50,7 @@ def test_errors_beside_torch(ops, sizes):
 
     set_batch(run, batch)
     model.forward(ops, run.m)
+    model.logits(ops, run.m, run.m)
     logits = view("logits", None)
     loss = compute_gradients(run, [batch])
 

@@ -78,9 +78,13 @@ def test_layernorm(normal):
     for got, expected in zip((out, mean, rstd), reference.layernorm_forward(inp, weight, bias), strict=True):
         assert_equal("forward", got, expected)
     gradients = np.ones((B, T, C)), np.ones(C), np.ones(C)
-    exact.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None)
-    for got, expected in zip(gradients, reference.layernorm_backward(dout, inp, weight, bias), strict=True):
-        assert_equal("backward", got, 1 + expected)
+    exact.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None, True)
+    expected = reference.layernorm_backward(dout, inp, weight, bias)
+    for got, gradient in zip(gradients, expected, strict=True):
+        assert_equal("backward", got, 1 + gradient)
+    exact.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None, False)
+    for got, gradient in zip(gradients, (1 + 2 * expected[0], *expected[1:]), strict=True):
+        assert_equal("not accumulating", got, gradient)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -88,13 +92,21 @@ def test_matmul(normal, with_bias):
     inp, weight, bias, dout = normal(B, T, C), normal(4, C), normal(4) if with_bias else None, normal(B, T, 4)
     out, dinp, dweight, dbias = written(B, T, 4), written(B, T, C), np.ones((4, C)), np.ones(4) if with_bias else None
     exact.matmul_forward(out, inp, weight, bias, None)
-    exact.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None)
+    exact.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, True)
     assert_equal("out", out, reference.matmul_forward(inp, weight, bias))
     expected = reference.matmul_backward(dout, inp, weight)
     assert_equal("dinp", dinp, expected[0])
     assert_equal("dweight", dweight, 1 + expected[1])
     if with_bias:
         assert_equal("dbias", dbias, 1 + expected[2])
+        active = written(B, T, 4)
+        exact.matmul_gelu_forward(active, out, inp, weight, bias, None)
+        assert_equal("pre", out, reference.matmul_forward(inp, weight, bias))
+        assert_equal("gelu", active, reference.gelu_forward(out))
+    exact.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, False)
+    assert_equal("dweight, not accumulating", dweight, expected[1])
+    if with_bias:
+        assert_equal("dbias, not accumulating", dbias, expected[2])
 
 
 @pytest.mark.parametrize("scale", [1, 1000])  # scores whose exponentials would overflow
@@ -131,9 +143,12 @@ def test_gelu_and_residual(normal):
     exact.gelu_backward(dinp, inp, dout)
     assert_equal("out", out, reference.gelu_forward(inp))
     assert_equal("dinp", dinp, reference.gelu_backward(dout, inp))
-    exact.residual_forward(out, inp, dout)
+    weight, bias, normed, mean, rstd = normal(C), normal(C), written(B, T, C), written(B, T), written(B, T)
+    exact.residual_layernorm_forward(out, normed, mean, rstd, inp, dout, weight, bias)
     exact.residual_backward(dinp, dout)
     assert_equal("residual", out, inp + dout)
+    for got, expected in zip((normed, mean, rstd), reference.layernorm_forward(out, weight, bias), strict=True):
+        assert_equal("normalised", got, expected)
     assert_equal("dinp", dinp, dout)
 
 

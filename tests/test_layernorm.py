@@ -60,7 +60,7 @@ def check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected, 
     dinp, dweight, dbias = place(before[0], dtype), place(before[1]), place(before[2])
     scratch = garbage(ops.layernorm_scratch_size(C))
     activations = (place(x, dtype) for x in (dout, inp, weight))
-    ops.layernorm_backward(dinp, dweight, dbias, *activations, place(mean), place(rstd), scratch)
+    ops.layernorm_backward(dinp, dweight, dbias, *activations, place(mean), place(rstd), scratch, True)
 
     # the absolute values of all terms: inp - mean loses as much as its terms are large
     norm = (np.abs(inp) + np.abs(mean)[..., None]) * rstd[..., None]
@@ -76,6 +76,14 @@ def check_backward(ops, rng, place, garbage, inp, weight, bias, dout, expected, 
     assert_close("dinp", dinp.astype(np.float32), expected[0], stored(dtype, expected[0], errors[0]))
     assert_close("dweight", dweight, expected[1], errors[1])
     assert_close("dbias", dbias, expected[2], errors[2])
+
+    # not accumulating: whatever was there is forgotten, but for the residual stream's gradient
+    dinp, dweight, dbias = place(before[0], dtype), place(np.full(C, np.nan)), place(np.full(C, np.nan))
+    activations = (place(x, dtype) for x in (dout, inp, weight))
+    ops.layernorm_backward(dinp, dweight, dbias, *activations, place(mean), place(rstd), scratch, False)
+    assert_close("dinp", dinp.astype(np.float32), expected[0], stored(dtype, expected[0], errors[0]))
+    assert_close("dweight =", dweight, expected[1] - before[1], errors[1])
+    assert_close("dbias =", dbias, expected[2] - before[2], errors[2])
 
 
 @pytest.mark.parametrize("centre", [0.0, 100.0], ids="centre{}".format)
@@ -120,7 +128,7 @@ def test_nan_stays_in_its_row(ops, rng, place, garbage):
         assert np.isfinite(np.delete(x.reshape(4, -1), 1, axis=0)).all()
     dinp, dweight, dbias = place(np.zeros((B, T, C))), place(np.zeros(C)), place(np.zeros(C))
     scratch = garbage(ops.layernorm_scratch_size(C))
-    ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch)
+    ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, True)
     assert np.isnan(dinp[0, 1]).all() and np.isfinite(np.delete(dinp.reshape(4, -1), 1, axis=0)).all()
     assert np.isnan(dweight).all() and np.isfinite(dbias).all()
 
@@ -136,7 +144,7 @@ def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bi
         ops.layernorm_forward(out, mean, rstd, inp, weight, bias)
         dinp, dweight, dbias = place(inp), place(weight), place(bias)
         scratch = garbage(ops.layernorm_scratch_size(C))
-        ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch)
+        ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, True)
         return out, mean, rstd, dinp, dweight, dbias
 
     assert_same_bits(run)

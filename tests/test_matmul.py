@@ -4,10 +4,10 @@ import pytest
 from reference import SHAPES, assert_close, finite_difference, matmul_backward, matmul_forward, sum_error
 
 # (B, T, C, OC): the activations' shapes with a few widths; then the sizes at which the CPU's blocks begin and end
-# (tiles of 6 x 64, blocks of 66, 96 and 384, another way for fewer than 8 rows)
+# (tiles of 6 x 64, blocks of 96, 384, 528 and 3072, another way for fewer than 8 rows)
 CASES = [(*shape, OC) for shape in SHAPES for OC in (1, 5, 97)]
 CASES += [(1, 7, 64, 96), (1, 8, 64, 96), (2, 33, 128, 192), (1, 67, 385, 97), (1, 65, 257, 385), (5, 97, 3, 257)]
-CASES += [(1, 3, 769, 64), (3, 129, 17, 6), (1, 1, 257, 257)]
+CASES += [(1, 3, 769, 64), (3, 129, 17, 6), (1, 1, 257, 257), (1, 535, 5, 7), (1, 9, 2, 3079)]
 # and those of a GPU, and of its simulation: tiles of 128 (16), long sums in parts
 CASES += [(1, 1025, 33, 65), (1, 1, 97, 2), (1, 17, 3, 5), (1, 2, 3, 33)]
 # tensor cores take widths that are multiples of 8, in tiles of 128 x 256, in steps of 32
@@ -60,6 +60,30 @@ def check_forward(ops, rng, place, garbage, shape, with_bias, dtype="float32"):
     assert_close("out", out, expected, sum_error(magnitude, C) + store_error(expected, dtype))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 5, 7), (1, 7, 64, 96), (1, 8, 64, 97), (2, 33, 128, 192)])
+def test_gelu_forward_is_matmul_then_gelu(ops, rng, place, garbage, shape):
+    check_gelu_forward(ops, rng, place, garbage, shape, "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 33, 97, 65), (1, 129, 128, 256), (1, 97, 136, 264)])
+def test_bf16_gelu_forward_is_matmul_then_gelu(ops, rng, place, garbage, shape):
+    check_gelu_forward(ops, rng, place, garbage, shape, "bfloat16")
+
+
+def check_gelu_forward(ops, rng, place, garbage, shape, dtype):
+    """Bit for bit: the GELU is that of the result as it is stored."""
+    B, T, C, OC = shape
+    inp, weight, bias = (place(x, dtype) for x in make(rng, *shape, dtype)[:3])
+    pre, out, alone, active = (place(np.full((B, T, OC), np.nan), dtype) for _ in range(4))
+    scratch = garbage(ops.matmul_scratch_size(B * T, C, OC))
+    ops.matmul_gelu_forward(out, pre, inp, weight, bias, scratch)
+    ops.matmul_forward(alone, inp, weight, bias, scratch)
+    ops.gelu_forward(active, alone)
+    assert pre.tobytes() == alone.tobytes() and not np.isnan(pre.astype(np.float32)).any()
+    assert out.tobytes() == active.tobytes()
+
+
 def check_backward(ops, rng, place, garbage, inp, weight, dout, expected, dtype="float32"):
     """`expected` are the gradients of inp, weight and bias; that of the bias is None where there is no bias."""
     (B, T, C), OC = inp.shape, len(weight)
@@ -67,12 +91,22 @@ def check_backward(ops, rng, place, garbage, inp, weight, dout, expected, dtype=
     before = [rng.standard_normal(shape).astype(np.float32) for shape in ((OC, C), OC)]
     dweight, dbias = place(before[0]), place(before[1]) if expected[2] is not None else None
     inputs = (place(x, dtype) for x in (dout, inp, weight))
-    ops.matmul_backward(dinp, dweight, dbias, *inputs, scratch)
+    inputs = list(inputs)
+    ops.matmul_backward(dinp, dweight, dbias, *inputs, scratch, True)
     magnitudes = matmul_backward(np.abs(dout), np.abs(inp), np.abs(weight))
     assert_close("dinp", dinp, expected[0], sum_error(magnitudes[0], OC) + store_error(expected[0], dtype))
     assert_close("dweight", dweight, before[0] + expected[1], sum_error(magnitudes[1] + np.abs(before[0]), B * T))
     if dbias is not None:
         assert_close("dbias", dbias, before[1] + expected[2], sum_error(magnitudes[2] + np.abs(before[1]), B * T))
+
+    # not accumulating: whatever was there is forgotten
+    again, dweight = place(np.full((B, T, C), np.nan), dtype), place(np.full((OC, C), np.nan))
+    dbias = place(np.full(OC, np.nan)) if dbias is not None else None
+    ops.matmul_backward(again, dweight, dbias, *inputs, scratch, False)
+    assert np.array_equal(again, dinp)
+    assert_close("dweight =", dweight, expected[1], sum_error(magnitudes[1], B * T))
+    if dbias is not None:
+        assert_close("dbias =", dbias, expected[2], sum_error(magnitudes[2], B * T))
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
@@ -124,7 +158,7 @@ def test_nan_stays_in_its_row(ops, rng, place, garbage, rows):
     ops.matmul_forward(out, inp, weight, bias, scratch)
     assert np.isnan(out[0, 1]).all() and np.isfinite(np.delete(out[0], 1, axis=0)).all()
     dweight, dbias = place(np.zeros((OC, C))), place(np.zeros(OC))
-    ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch)
+    ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, True)
     assert np.isfinite(dinp).all() and np.isfinite(dbias).all()
     assert np.isnan(dweight[:, 96]).all() and np.isfinite(dweight[:, :96]).all()
 
@@ -139,7 +173,7 @@ def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bi
         out, dinp, dweight, dbias = garbage(B, T, OC), garbage(B, T, C), place(weight), place(bias)
         scratch = garbage(ops.matmul_scratch_size(B * T, C, OC))
         ops.matmul_forward(out, inp, weight, bias, scratch)
-        ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch)
+        ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, True)
         return out, dinp, dweight, dbias
 
     assert_same_bits(run)

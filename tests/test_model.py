@@ -124,7 +124,11 @@ def logits_of(run, batch):
     """(B, T, V)"""
     set_batch(run, batch)
     model.forward(run.ops, run.m)
-    return np.array(run.ops.to_host(run.m.logits)[..., : run.arena.config.vocab_size])
+    blocks = []
+    for rows in run.m.blocks:
+        model.logits(run.ops, run.m, rows)
+        blocks.append(np.array(run.ops.to_host(rows.logits)).reshape(-1, run.arena.config.padded_vocab_size))
+    return np.concatenate(blocks).reshape(*batch[0].shape, -1)[..., : run.arena.config.vocab_size]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -289,6 +293,22 @@ def test_both_attentions_give_the_same_gradients(ops):
     assert_near(gradients[0], gradients[1], 1e-6)
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("plan", PLANS)
+def test_logits_a_block_of_rows_at_a_time(ops, plan, torch_gpt2):
+    """1200 rows, of whose logits there are 1024 at a time: all else is as PyTorch, which has them all, says."""
+    B, T = 40, 30
+    run, batch = fresh_run(ops, MIDDLING, B, T, plan)
+    assert [rows.logits.shape[1] for rows in run.m.blocks] == [1024, 176]
+    assert run.m.logits.size == (1024 if plan == "reuse" else B * T) * MIDDLING.padded_vocab_size
+    expected = torch_gpt2.forward_backward(copy_without_padding(run), *batch, MIDDLING.num_heads)
+    assert error(logits_of(run, batch), expected.activations["logits", None]) < 1e-6
+    assert loss_of(run, batch) == pytest.approx(expected.loss, rel=1e-6)
+    assert compute_gradients(run, [batch]) == pytest.approx(expected.loss, rel=1e-6)
+    gradients = by_layer(MIDDLING, parameter_gradients(run))
+    assert_near(gradients, by_layer(MIDDLING, expected.gradients), 3e-6)
+
+
 def test_micro_batches_add_up(ops):
     """Two halves of a batch, each with half the weight, give the gradient of the whole, summed in another order."""
     whole, (tokens, targets) = fresh_run(ops, MIDDLING, 4, 33)
@@ -305,7 +325,7 @@ def test_a_loss_alone_leaves_the_logits(ops):
     run, batch = fresh_run(ops, MIDDLING, 2, 5)
     before = logits_of(run, batch)
     loss_of(run, batch)
-    assert (before == ops.to_host(run.m.logits)[..., : MIDDLING.vocab_size]).all()
+    assert (before == ops.to_host(run.m.logits)[..., : MIDDLING.vocab_size].reshape(before.shape)).all()
 
 
 def test_threads_and_repetition_change_no_bit(ops):

@@ -4,13 +4,33 @@ import pytest
 from reference import SHAPES, UNIT, assert_close, finite_difference
 
 
+def add_and_normalise(ops, place, garbage, inp1, inp2, dtype="float32"):
+    """What the op makes of two activations and some weights: (residual, out, mean, rstd); and those weights."""
+    B, T, C = inp1.shape
+    weight, bias = (place(np.linspace(-2, 3, C) + add, dtype) for add in (0.0, 0.5))
+    residual, out = (place(np.full((B, T, C), np.nan), dtype) for _ in range(2))
+    made = residual, out, garbage(B, T), garbage(B, T)
+    ops.residual_layernorm_forward(*made, inp1, inp2, weight, bias)
+    return made, (weight, bias)
+
+
+def check_forward(ops, place, garbage, inp1, inp2, dtype="float32"):
+    """What follows the sum is the LayerNorm of the sum as it is stored, bit for bit; that has its own tests."""
+    (residual, *normalised), weights = add_and_normalise(ops, place, garbage, inp1, inp2, dtype)
+    B, T, C = inp1.shape
+    expected = place(np.full((B, T, C), np.nan), dtype), garbage(B, T), garbage(B, T)
+    ops.layernorm_forward(*expected, residual, *weights)
+    for name, got, wanted in zip(("out", "mean", "rstd"), normalised, expected, strict=True):
+        assert got.tobytes() == wanted.tobytes(), name
+    return residual
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(ops, rng, place, garbage, shape):
     inp1, inp2 = place(rng.standard_normal(shape)), place(rng.standard_normal(shape))
-    out = garbage(*shape)
-    ops.residual_forward(out, inp1, inp2)
+    residual = check_forward(ops, place, garbage, inp1, inp2)
     expected = inp1.astype(np.float64) + inp2
-    assert_close("out", out, expected, UNIT * np.abs(expected))  # one addition
+    assert_close("residual", residual, expected, UNIT * np.abs(expected))  # one addition
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,28 +52,27 @@ def test_backward_in_place(ops, rng, place, shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
-def test_bf16(ops, rng, place, shape):
+def test_bf16(ops, rng, place, garbage, shape):
     """Two bf16 are added in float32, exactly but for a unit, and their sum becomes the nearest bf16, 2**-8 away at
     most; a gradient keeps its bits."""
     inp1, inp2 = (place(rng.standard_normal(shape), "bfloat16") for _ in range(2))
-    out, dinp = (place(np.full(shape, np.nan), "bfloat16") for _ in range(2))
-    ops.residual_forward(out, inp1, inp2)
+    dinp = place(np.full(shape, np.nan), "bfloat16")
+    residual = check_forward(ops, place, garbage, inp1, inp2, "bfloat16")
     expected = inp1.astype(np.float64) + inp2.astype(np.float64)
-    assert_close("out", out.astype(np.float32), expected, (2**-8 + UNIT) * np.abs(expected))
+    assert_close("residual", residual.astype(np.float32), expected, (2**-8 + UNIT) * np.abs(expected))
     ops.residual_backward(dinp, inp1)
     assert dinp.tobytes() == inp1.tobytes()
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # the simulator's
-def test_bf16_overflows_to_infinity_and_keeps_nan(ops, place):
+def test_bf16_overflows_to_infinity_and_keeps_nan(ops, place, garbage):
     largest = float(ml_dtypes.finfo("bfloat16").max)
     inp1 = place([[[largest, -largest, np.inf, -np.inf, np.nan, np.inf, largest]]], "bfloat16")
     inp2 = place([[[largest, -largest, 1.0, 1.0, 1.0, -np.inf, 1.0]]], "bfloat16")
-    out = place(np.zeros((1, 1, 7)), "bfloat16")
-    ops.residual_forward(out, inp1, inp2)
+    (residual, *_), _ = add_and_normalise(ops, place, garbage, inp1, inp2, "bfloat16")
     expected = [np.inf, -np.inf, np.inf, -np.inf, np.nan, np.nan, largest]
-    assert np.array_equal(out[0, 0].astype(np.float64), expected, equal_nan=True)
+    assert np.array_equal(residual[0, 0].astype(np.float64), expected, equal_nan=True)
 
 
 def test_a_gpu_copies_nothing_onto_itself(device):
@@ -73,12 +92,13 @@ def test_finite_differences(ops, rng, place, garbage):
     assert_close("dinp of inp2", dinp, finite_difference(lambda x: inp1 + x, inp2, dout), 1e-8)
 
 
-def test_nan_stays_where_it_is(ops, rng, place, garbage):
+def test_nan_stays_in_its_row(ops, rng, place, garbage):
     inp1, inp2 = place(rng.standard_normal((1, 3, 97))), place(rng.standard_normal((1, 3, 97)))
     inp1[0, 1, 5] = inp2[0, 2, 96] = np.nan
-    out = garbage(1, 3, 97)
-    ops.residual_forward(out, inp1, inp2)
-    assert np.array_equal(np.isnan(out), np.isnan(inp1) | np.isnan(inp2))
+    (residual, out, mean, rstd), _ = add_and_normalise(ops, place, garbage, inp1, inp2)
+    assert np.array_equal(np.isnan(residual), np.isnan(inp1) | np.isnan(inp2))
+    for x in (out, mean[..., None], rstd[..., None]):
+        assert np.isfinite(x[0, 0]).all() and np.isnan(x[0, 1:]).all()
 
 
 @pytest.mark.compiled
@@ -86,9 +106,9 @@ def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bi
     inp1, inp2 = place(rng.standard_normal((3, 17, 257))), place(rng.standard_normal((3, 17, 257)))
 
     def run():
-        out, dinp = garbage(3, 17, 257), garbage(3, 17, 257)
-        ops.residual_forward(out, inp1, inp2)
+        made, _ = add_and_normalise(ops, place, garbage, inp1, inp2)
+        dinp = garbage(3, 17, 257)
         ops.residual_backward(dinp, inp1)
-        return out, dinp
+        return *made, dinp
 
     assert_same_bits(run)

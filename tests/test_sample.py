@@ -79,6 +79,7 @@ def test_greedy_is_the_likeliest(write, trained, ops):
     m = arena.namespace("parameters", "activations", "inputs", "scratch")
     m.tokens[...] = tokens
     model.forward(backend, m)
+    model.logits(backend, m, m)
     assert write("--temperature", 0, "--length", 1) == chr(m.logits[0, -1, :257].argmax())
 
 

@@ -58,6 +58,7 @@ def op_list(config: GPT2Config, at: Sizes):
         for R in at.matmul_rows
         for a, b in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp))
     ]
+    cases += [("matmul_gelu_forward", dict(R=R, C=C, OC=4 * C)) for R in at.matmul_rows]
     cases += [
         (f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in at.attention
     ]
@@ -66,7 +67,7 @@ def op_list(config: GPT2Config, at: Sizes):
         ("layernorm_backward", activation),
         ("gelu_forward", wide),
         ("gelu_backward", wide),
-        ("residual_forward", activation),
+        ("residual_layernorm_forward", activation),
         ("encoder_forward", dict(**activation, Vp=Vp)),
         ("encoder_backward", dict(**activation, Vp=Vp)),
         ("fused_classifier", dict(B=at.classifier_rows // predicted, T=predicted, V=V, Vp=Vp)),
@@ -141,13 +142,29 @@ def matmul_forward(ops, R, C, OC, bias):
     return Case(lambda: ops.matmul_forward(out, inp, weight, biases, ops.scratch), expect, flops=2 * R * C * OC)
 
 
+def matmul_gelu_forward(ops, R, C, OC):
+    inp, weight, biases = normal(ops, 1, R, C), normal(ops, OC, C), normal(ops, OC)
+    out, pre, r, o = blank(ops, 1, R, OC), blank(ops, 1, R, OC), some(R), some(OC)
+
+    def expect():
+        x = wide(ops.to_host(inp)[0, r]) @ wide(ops.to_host(weight)[o]).T + ops.to_host(biases)[o]
+        return [
+            (part(ops.to_host(pre)[0], r, o), x),
+            (part(ops.to_host(out)[0], r, o), x / (1 + np.exp(-2 * gelu_u(x)))),
+        ]
+
+    return Case(
+        lambda: ops.matmul_gelu_forward(out, pre, inp, weight, biases, ops.scratch), expect, flops=2 * R * C * OC
+    )
+
+
 def matmul_backward(ops, R, C, OC, bias):
     inp, weight, dout = normal(ops, 1, R, C), normal(ops, OC, C), normal(ops, 1, R, OC)
     dinp, dweight, dbias = blank(ops, 1, R, C), zeros(ops, OC, C), zeros(ops, OC) if bias else None
     r, c, o = some(R), some(C), some(OC)
 
     def run():
-        ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, ops.scratch)
+        ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, ops.scratch, False)
 
     def expect():
         x, dy = ops.to_host(inp)[0], ops.to_host(dout)[0]
@@ -227,7 +244,7 @@ def layernorm_backward(ops, B, T, C):
         yield ops.to_host(dbias)[c], wide(dy[..., c]).sum(axis=(0, 1))
 
     return Case(
-        lambda: ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, ops.scratch),
+        lambda: ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, ops.scratch, False),
         expect, nbytes=4 * ops.itemsize * B * T * C, pattern="update",
     )  # fmt: skip
 
@@ -268,13 +285,20 @@ def gelu_u(x):
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
-def residual_forward(ops, B, T, C):
-    out, a, b, t = blank(ops, B, T, C), normal(ops, B, T, C), normal(ops, B, T, C), some(T)
+def residual_layernorm_forward(ops, B, T, C):
+    residual, out, mean, rstd = blank(ops, B, T, C), blank(ops, B, T, C), zeros(ops, B, T), zeros(ops, B, T)
+    a, b, weight, bias = normal(ops, B, T, C), normal(ops, B, T, C), normal(ops, C), normal(ops, C)
+    t = some(T)
 
     def expect():
-        return [(ops.to_host(out)[-1, t], wide(ops.to_host(a)[-1, t]) + ops.to_host(b)[-1, t])]
+        total = wide(ops.to_host(a)[-1, t]) + ops.to_host(b)[-1, t]
+        yield ops.to_host(residual)[-1, t], total
+        yield ops.to_host(out)[-1, t], normalised(total)[0] * ops.to_host(weight) + ops.to_host(bias)
 
-    return Case(lambda: ops.residual_forward(out, a, b), expect, nbytes=3 * ops.itemsize * B * T * C, pattern="add")
+    return Case(
+        lambda: ops.residual_layernorm_forward(residual, out, mean, rstd, a, b, weight, bias),
+        expect, nbytes=4 * ops.itemsize * B * T * C, pattern="add",
+    )  # fmt: skip
 
 
 def encoder_forward(ops, B, T, C, Vp):
@@ -368,8 +392,8 @@ def adamw_update(ops, n):
 BUILDERS = {
     f.__name__: f
     for f in (
-        matmul_forward, matmul_backward, attention_forward, attention_backward, layernorm_forward, layernorm_backward,
-        gelu_forward, gelu_backward, residual_forward, encoder_forward, encoder_backward, fused_classifier,
-        global_norm_squared, adamw_update,
+        matmul_forward, matmul_gelu_forward, matmul_backward, attention_forward, attention_backward,
+        layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, residual_layernorm_forward,
+        encoder_forward, encoder_backward, fused_classifier, global_norm_squared, adamw_update,
     )
 }  # fmt: skip

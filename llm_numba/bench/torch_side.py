@@ -272,6 +272,10 @@ def layernorm_backward(B, T, C):
     return gradients(normalise(*inputs), *inputs)
 
 
+def residual_layernorm_forward(B, T, C):
+    return no_grad(lambda x, y, *rest: normalise(x + y, *rest), leaf(B, T, C), leaf(B, T, C), leaf(C), leaf(C))
+
+
 def gelu_backward(B, T, C):
     x = leaf(B, T, C)
     return gradients(gelu(x), x)
@@ -296,6 +300,9 @@ def adamw_update(n):
 
 OPS = {
     "matmul_forward": lambda **sizes: no_grad(F.linear, *linear(**sizes)),
+    "matmul_gelu_forward": lambda **sizes: no_grad(
+        lambda *inputs: gelu(F.linear(*inputs)), *linear(**sizes, bias=True)
+    ),
     "matmul_backward": matmul_backward,
     "attention_forward": lambda B, T, C, NH: no_grad(attend, leaf(B, T, 3 * C), NH),
     "attention_backward": attention_backward,
@@ -303,7 +310,7 @@ OPS = {
     "layernorm_backward": layernorm_backward,
     "gelu_forward": lambda B, T, C: no_grad(gelu, leaf(B, T, C)),
     "gelu_backward": gelu_backward,
-    "residual_forward": lambda B, T, C: no_grad(torch.add, leaf(B, T, C), leaf(B, T, C)),
+    "residual_layernorm_forward": residual_layernorm_forward,
     "encoder_forward": lambda B, T, C, Vp: no_grad(embed, leaf(Vp, C), leaf(T, C), torch.randint(Vp, (B, T))),
     "encoder_backward": encoder_backward,
     "fused_classifier": fused_classifier,

@@ -13,13 +13,16 @@ import hashlib
 import os
 from pathlib import Path
 
-# Threads that wait for work sleep instead of spinning: a spinning one takes the core from whoever else wants it, and
-# a step then becomes several times slower. OpenMP reads this when Numba loads it.
+# A thread that waits for work spins for some tenths of a millisecond, then it sleeps. One that spins on takes the core
+# from whoever else wants it; one that sleeps at once is late for the next loop, and often woken on the core of the one
+# that woke it, where the two then take turns. OpenMP (GNU's; others know only the first) reads these when Numba loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import numpy as np  # noqa: E402
 from numba import config, njit  # noqa: E402
 
+from llm_numba.cpu.vectors import follow_cpu_name  # noqa: E402
 from llm_numba.folders import cache_folder  # noqa: E402
 
 
@@ -41,6 +44,7 @@ def nothing_compiled() -> bool:
     return not any(Path(config.CACHE_DIR).rglob("*.nbi"))
 
 
+follow_cpu_name()
 use_own_cache()
 
 PARALLEL = dict(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")

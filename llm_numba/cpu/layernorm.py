@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import ONE, PARALLEL, REDUCTION, ZERO, dot, sum_of
+from llm_numba.cpu.jit import INLINE, ONE, PARALLEL, REDUCTION, ZERO, dot, sum_of
 
 EPSILON = np.float32(1e-5)
 PIECES = 64  # the backward cuts the rows in so many pieces, whatever the number of threads
@@ -28,6 +28,17 @@ def sum_of_dnorm_norm(weight, dy, x, m):
     return total
 
 
+@njit(**INLINE)
+def normalise(y, x, weight, bias):
+    """y (C,) = x (C,) with zero mean and unit variance, scaled and shifted; returns the mean and rstd."""
+    C = x.shape[0]
+    m = sum_of(x) / np.float32(C)
+    r = ONE / np.sqrt(sum_of_squared_differences(x, m) / np.float32(C) + EPSILON)
+    for c in range(C):
+        y[c] = (x[c] - m) * r * weight[c] + bias[c]
+    return m, r
+
+
 @njit(**PARALLEL)
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each (b, t) row to zero mean and unit variance, then scale and shift.
@@ -42,24 +53,18 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     x_rows, y_rows = inp.reshape(B * T, C), out.reshape(B * T, C)
     means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
     for i in prange(B * T):
-        x, y = x_rows[i], y_rows[i]
-        m = sum_of(x) / np.float32(C)
-        r = ONE / np.sqrt(sum_of_squared_differences(x, m) / np.float32(C) + EPSILON)
-        for c in range(C):
-            y[c] = (x[c] - m) * r * weight[c] + bias[c]
-        means[i] = m
-        rstds[i] = r
+        means[i], rstds[i] = normalise(y_rows[i], x_rows[i], weight, bias)
 
 
 @njit(**PARALLEL)
-def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch):
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
     """The gradients of `layernorm_forward`, in one pass over the rows.
 
     dinp (B, T, C), dweight (C,), dbias (C,)
         <- dout (B, T, C), inp (B, T, C), weight (C,), mean (B, T), rstd (B, T), scratch
     With norm = (inp - mean) * rstd and dnorm = weight * dout, both (B, T, C), and averages over a row's channels:
     Writes:   dinp += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)),
-              dweight += sum over b, t of dout * norm, dbias += sum over b, t of dout
+              dweight: sum over b, t of dout * norm, dbias: sum over b, t of dout; both += where accumulate, else =
     Parallel: over PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of scratch;
               then over blocks of channels, each of which adds its shares up in order. Neither cut depends on the number
               of threads, so the sums do not either
@@ -89,6 +94,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
     for block in prange((C + BLOCK - 1) // BLOCK):
         first, last = block * BLOCK, (block + 1) * BLOCK
         dw, db = dweight[first:last], dbias[first:last]
+        if not accumulate:
+            dw[:] = ZERO
+            db[:] = ZERO
         for piece in range(pieces):
             dweight_share, dbias_share = shares[piece, 0, first:last], shares[piece, 1, first:last]
             for c in range(dw.shape[0]):

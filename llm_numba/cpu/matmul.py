@@ -11,22 +11,25 @@ thread the owner runs on changes nothing.
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.jit import PARALLEL, TASK, dot
-from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, stack_array
+from llm_numba.cpu.gelu import gelu, gelu_row
+from llm_numba.cpu.jit import PARALLEL, TASK, ZERO, dot
+from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, prefetch, stack_array
 
 KB = 384  # terms of the inner dimension in a block: a panel of them (96 KiB) stays in the L2 cache
+CHUNK = 8 * KB  # terms that all tasks sum before any goes on
 OB = 96  # rows of the weights that one task owns
-RB = 66  # rows of the activations that one task owns
-PB = 4  # panels that one task owns
+RB = 528  # rows of the activations that one task owns
 PACK = 16  # rows that one task packs
 FEW_ROWS = 8  # below this a tile would compute mostly padding
-NO_BIAS = np.empty(0, np.float32)
+NO_BIAS, NO_GELU = np.empty(0, np.float32), np.empty((0, 0, 1), np.float32)
 new_sums = stack_array(OB, NR)
+new_panel = stack_array(KB, NR)
+new_strips = stack_array(OB // MR * KB, MR)
 
 
 def matmul_scratch_size(R, C, OC):
     """Floats of scratch that a matmul over R rows, from C channels to OC, needs."""
-    return panels_of(C) * NR * max(R, KB) + panels_of(R) * NR * C
+    return max(panels_of(C) * NR * R, panels_of(R) * NR * C)
 
 
 def panels_of(columns):
@@ -43,35 +46,47 @@ def matmul_forward(out, inp, weight, bias, scratch):
     Parallel: over blocks of OB output channels
     Flops:    2*B*T*C*OC
     """
-    R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
-    out, inp = out.reshape(R, weight.shape[0]), inp.reshape(R, C)
-    bias = NO_BIAS if bias is None else bias
-    if R < FEW_ROWS:
-        forward_few_rows(out, inp, weight, bias)
-    else:
-        forward_tiled(out, inp, weight, bias, scratch)
+    forward(out, NO_GELU, inp, weight, NO_BIAS if bias is None else bias, scratch)
 
 
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch):
+def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
+    """A linear layer with a GELU behind it, which finds its input in the cache.
+
+    out (B, T, OC), pre (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,)
+    Writes:   pre = as `matmul_forward`, out = gelu(pre), as `gelu_forward`
+    Scratch:  matmul_scratch_size(B*T, C, OC)
+    Parallel: over blocks of OB output channels
+    Flops:    2*B*T*C*OC, those of the GELU not counted
+    """
+    forward(pre, out, inp, weight, bias, scratch)
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
     """The gradients of a linear layer.
 
     dinp (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp (B, T, C), weight (OC, C)
-    Writes:   dinp =, dweight +=, dbias +=
+    Writes:   dinp =; dweight, dbias += where accumulate, else =
     Scratch:  matmul_scratch_size(B*T, C, OC)
     Parallel: dinp over blocks of rows and channels, dweight and dbias over blocks of output channels
     Flops:    4*B*T*C*OC
     """
     R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
     dinp, dout, inp = dinp.reshape(R, C), dout.reshape(R, weight.shape[0]), inp.reshape(R, C)
-    backward_input(dinp, dout, weight, scratch)
-    backward_weight(dweight, dout, inp, scratch)
-    if dbias is not None:
-        backward_bias(dbias, dout)
+    backward_input(dinp, dout, weight)
+    backward_weight(dweight, NO_BIAS if dbias is None else dbias, dout, inp, scratch, accumulate)
+
+
+def forward(out, activated, inp, weight, bias, scratch):
+    """out (B, T, OC) = inp times weight + bias, and activated = gelu(out) where it is not empty."""
+    R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
+    out, activated, inp = out.reshape(R, -1), activated.reshape(-1, weight.shape[0]), inp.reshape(R, C)
+    way = forward_few_rows if R < FEW_ROWS else forward_tiled
+    way(out, activated, inp, weight, bias, scratch)
 
 
 @njit(**PARALLEL)
-def forward_tiled(out, inp, weight, bias, scratch):
-    """out[r, o] = sum_k inp[r, k] weight[o, k] + bias[o].
+def forward_tiled(out, activated, inp, weight, bias, scratch):
+    """out[r, o] = sum_k inp[r, k] weight[o, k] + bias[o], and activated = gelu(out).
 
     The tile's rows are rows of weight and its columns are rows of inp, transposed into panels.
     """
@@ -84,7 +99,7 @@ def forward_tiled(out, inp, weight, bias, scratch):
         transpose(panels[j, k0 : k0 + NR], inp[j * NR : j * NR + NR, k0 : k0 + NR])
     for p in prange((O + OB - 1) // OB):
         o0, o1 = p * OB, p * OB + OB
-        forward_columns(out[:, o0:o1], weight[o0:o1], bias[o0:o1], panels)
+        forward_columns(out, activated, weight[o0:o1], bias[o0:o1], panels, o0)
 
 
 @njit(**TASK)
@@ -97,8 +112,8 @@ def transpose(panel, rows):
 
 
 @njit(**TASK)
-def forward_columns(out, weight, bias, panels):
-    """At most OB columns of out, of which these are the rows of weight."""
+def forward_columns(out, activated, weight, bias, panels, first):
+    """At most OB columns of out and activated, from `first` on; these rows of weight make them."""
     O, K = weight.shape
     tile, sums = new_tile(), new_sums()
     for j in range(panels.shape[0]):
@@ -109,15 +124,17 @@ def forward_columns(out, weight, bias, panels):
                 add_tile(sums[o : o + MR], tile, k0 > 0)
         # transpose the sums into NR rows of out
         for r in range(j * NR, min(j * NR + NR, out.shape[0])):
-            row = out[r]
+            row = out[r, first : first + O]
             for o in range(O):
                 row[o] = sums[o, r - j * NR]
             for o in range(bias.shape[0]):
                 row[o] += bias[o]
+            if r < activated.shape[0]:
+                gelu_row(activated[r, first : first + O], row)
 
 
 @njit(**PARALLEL)
-def forward_few_rows(out, inp, weight, bias):
+def forward_few_rows(out, activated, inp, weight, bias, scratch):
     """The same sums as dot products: for a handful of rows reading the weights is all the work."""
     R = inp.shape[0]
     O = weight.shape[0]
@@ -127,45 +144,49 @@ def forward_few_rows(out, inp, weight, bias):
             for r in range(R):
                 total = dot(inp[r], w)
                 out[r, o] = total + bias[o] if bias.shape[0] > 0 else total
+                if r < activated.shape[0]:
+                    activated[r, o] = gelu(out[r, o])
 
 
 @njit(**PARALLEL)
-def backward_input(dinp, dout, weight, scratch):
+def backward_input(dinp, dout, weight):
     """dinp[r, c] = sum_o dout[r, o] weight[o, c].
 
-    The tile's rows are rows of dout; KB rows of weight at a time are packed into panels that all threads share.
+    CHUNK terms at a time, as every task reads all of dout: a chunk of it stays in the last cache from task to task.
     """
     R, C = dinp.shape
-    O = weight.shape[0]
     J = (C + NR - 1) // NR
-    JP = (J + PB - 1) // PB
-    panels = scratch[: J * KB * NR].reshape(J, KB, NR)
-    for k0 in range(0, O, KB):
-        k1 = min(k0 + KB, O)
-        for p in prange((k1 - k0 + PACK - 1) // PACK):
-            k = p * PACK
-            pack_rows(panels, k, weight[k0:k1][k : k + PACK])
-        for t in prange((R + RB - 1) // RB * JP):
-            r0, j0 = t // JP * RB, t % JP * PB
-            for j in range(j0, min(j0 + PB, J)):
-                block = dinp[r0 : r0 + RB, j * NR : j * NR + NR]
-                product(block, dout[r0 : r0 + RB, k0:k1], panels[j, : k1 - k0], k0 > 0)
+    for k0 in range(0, weight.shape[0], CHUNK):
+        k1 = k0 + CHUNK
+        for t in prange((R + RB - 1) // RB * J):
+            r0, r1, c0 = t // J * RB, t // J * RB + RB, t % J * NR
+            backward_columns(dinp[r0:r1], dout[r0:r1, k0:k1], weight[k0:k1], c0, k0 > 0)
 
 
 @njit(**TASK)
-def product(out, a, panel, accumulate):
-    """out (rows, at most NR) = a (rows, K) times panel (K, NR), or += where accumulate."""
-    tile = new_tile()
-    for r in range(0, a.shape[0], MR):
-        multiply(tile, a[r : r + MR], panel)
-        add_tile(out[r : r + MR], tile, accumulate)
+def backward_columns(dinp, dout, weight, first, accumulate):
+    """NR columns of dinp, from `first` on: = these terms of the sum, += where accumulate.
+
+    The tile's rows are rows of dout; its columns are those of weight, KB rows of which at a time are packed in a panel.
+    The next KB rows are fetched meanwhile, a few with each tile.
+    """
+    R, O = dout.shape
+    tile, panel = new_tile(), new_panel()
+    for k0 in range(0, O, KB):
+        k1 = min(k0 + KB, O)
+        pack_block(panel, weight[k0:k1], first)
+        ahead = weight[k1 : k1 + KB, first : first + NR]
+        for r in range(0, R, MR):
+            prefetch(ahead[r * ahead.shape[0] // R : (r + MR) * ahead.shape[0] // R])
+            multiply(tile, dout[r : r + MR, k0:k1], panel[: k1 - k0])
+            add_tile(dinp[r : r + MR, first : first + NR], tile, accumulate or k0 > 0)
 
 
 @njit(**PARALLEL)
-def backward_weight(dweight, dout, inp, scratch):
-    """dweight[o, c] += sum_r dout[r, o] inp[r, c].
+def backward_weight(dweight, dbias, dout, inp, scratch, accumulate):
+    """dweight[o, c] = (+= where accumulate) sum_r dout[r, o] inp[r, c]; dbias[o] likewise sum_r dout[r, o].
 
-    The tile's rows are columns of dout; inp is packed into panels that all threads share.
+    inp is packed into panels that all threads share.
     """
     R, C = inp.shape
     O = dout.shape[1]
@@ -175,22 +196,58 @@ def backward_weight(dweight, dout, inp, scratch):
         r = p * PACK
         pack_rows(panels, r, inp[r : r + PACK])
     for p in prange((O + OB - 1) // OB):
-        o0, o1 = p * OB, min(p * OB + OB, O)
-        for r0 in range(0, R, KB):
-            r1 = min(r0 + KB, R)
-            for o in range(o0, o1, MR):
-                rows = slice(o, min(o + MR, o1))
-                for j in range(J):
-                    product(dweight[rows, j * NR : j * NR + NR], dout[r0:r1, rows].T, panels[j, r0:r1], True)
+        o0, o1 = p * OB, p * OB + OB
+        backward_rows(dweight[o0:o1], dbias[o0:o1], dout[:, o0:o1], panels, accumulate)
 
 
-@njit(**PARALLEL)
-def backward_bias(dbias, dout):
-    """dbias[o] += sum_r dout[r, o]."""
+@njit(**TASK)
+def backward_rows(dweight, dbias, dout, panels, accumulate):
+    """At most OB rows of dweight, of which these are the columns of dout.
+
+    The tile's rows are columns of dout, KB numbers of each of which are packed side by side, MR columns to a strip.
+    """
     R, O = dout.shape
-    for p in prange((O + NR - 1) // NR):
-        total = dbias[p * NR : p * NR + NR]
+    C = dweight.shape[1]
+    tile, strips = new_tile(), new_strips()
+    for r0 in range(0, R, KB):
+        r1 = min(r0 + KB, R)
+        adding = accumulate or r0 > 0
+        pack_strips(strips, dout[r0:r1])
+        if dbias.shape[0]:
+            add_rows(dbias, dout[r0:r1], adding)
+        for j in range(panels.shape[0]):
+            for o in range(0, O, MR):
+                block = dweight[o : o + MR, j * NR : min(j * NR + NR, C)]
+                prefetch(block)
+                multiply(tile, strips[o // MR * KB : o // MR * KB + r1 - r0].T, panels[j, r0:r1])
+                add_tile(block, tile, adding)
+
+
+@njit(**TASK)
+def pack_block(panel, rows, first):
+    """panel[r, c] = rows[r, first + c]; where rows end before panel's NR columns, the rest is untouched."""
+    for r in range(rows.shape[0]):
+        to, row = panel[r], rows[r, first : first + NR]
+        for c in range(row.shape[0]):
+            to[c] = row[c]
+
+
+@njit(**TASK)
+def pack_strips(strips, rows):
+    """strips[s * KB + r, c] = rows[r, s * MR + c]; beyond the last column stand copies of it."""
+    R, C = rows.shape
+    for s in range((C + MR - 1) // MR):
         for r in range(R):
-            row = dout[r, p * NR : p * NR + NR]
-            for c in range(row.shape[0]):
-                total[c] += row[c]
+            for c in range(MR):
+                strips[s * KB + r, c] = rows[r, min(s * MR + c, C - 1)]
+
+
+@njit(**TASK)
+def add_rows(total, rows, accumulate):
+    """total[c] = (+= where accumulate) sum_r rows[r, c], in the order of r."""
+    if not accumulate:
+        total[:] = ZERO
+    for r in range(rows.shape[0]):
+        row = rows[r]
+        for c in range(row.shape[0]):
+            total[c] += row[c]

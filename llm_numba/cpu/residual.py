@@ -1,26 +1,31 @@
-"""The residual stream: what a block computes is added to what came in."""
+"""The residual stream: what a block computes is added to what came in, and normalised for the next block."""
 
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL
+from llm_numba.cpu.layernorm import normalise
 
 
 @njit(**PARALLEL)
-def residual_forward(out, inp1, inp2):
-    """Add two activations.
+def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """Add two activations, and normalise the sum: a row is still in the cache when it is needed again.
 
-    out (B, T, C) <- inp1 (B, T, C), inp2 (B, T, C)
-    Writes:   out = inp1 + inp2
+    residual (B, T, C), out (B, T, C), mean (B, T), rstd (B, T)
+        <- inp1 (B, T, C), inp2 (B, T, C), weight (C,), bias (C,)
+    Writes:   residual = inp1 + inp2; out =, mean =, rstd = as `layernorm_forward` makes them of residual
     Parallel: over the B*T rows; each thread owns its rows, so nothing races
-    Moves:    3*B*T*C floats
-    Source:   He et al. 2015, arXiv:1512.03385
+    Moves:    4*B*T*C floats, one less than the two steps on their own
+    Source:   He et al. 2015, arXiv:1512.03385; Ba et al. 2016, arXiv:1607.06450
     """
-    B, T, C = out.shape
-    rows, rows1, rows2 = out.reshape(B * T, C), inp1.reshape(B * T, C), inp2.reshape(B * T, C)
+    B, T, C = residual.shape
+    rows, y_rows = residual.reshape(B * T, C), out.reshape(B * T, C)
+    rows1, rows2 = inp1.reshape(B * T, C), inp2.reshape(B * T, C)
+    means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
     for i in prange(B * T):
         row, row1, row2 = rows[i], rows1[i], rows2[i]
         for c in range(C):
             row[c] = row1[c] + row2[c]
+        means[i], rstds[i] = normalise(y_rows[i], row, weight, bias)
 
 
 @njit(**PARALLEL)

@@ -4,7 +4,9 @@ Each step of the inner loop multiplies MR numbers of `a` with a row of NR number
 MR + NR loads. That ratio is what makes a matmul fast; matmul.py and attention.py are loops around this one.
 
 The tile lives on the stack, in an array of constant size. LLVM sees that nobody else can reach it and keeps it in
-registers, provided that `multiply` is inlined where the tile was made.
+registers, provided that `multiply` is inlined where the tile was made. A row of the tile is one vector to LLVM, as wide
+as it is: it is split into as many registers as that takes, on any machine, where a loop over the row is at the mercy
+of the loop vectoriser.
 """
 
 import numpy as np
@@ -13,10 +15,12 @@ from numba import carray, config, njit, types
 from numba.extending import intrinsic, overload
 
 from llm_numba.cpu.jit import INLINE
+from llm_numba.cpu.vectors import vector_bits
 
-# With AVX-512 the tile takes 24 of the 32 vector registers. Where nothing is compiled a small one is quicker to walk
-# through, as a tile at the edge of a matrix is computed whole.
-MR, NR = (2, 8) if config.DISABLE_JIT else (6, 64)
+# 24 of the 32 registers of 16 numbers (AVX-512), 12 of the 16 of 8 numbers (AVX2), 24 of the 32 of 4 numbers (NEON).
+# Where nothing is compiled a small tile is quicker to walk through, as a tile at a matrix's edge is computed whole.
+MR, NR = (2, 8) if config.DISABLE_JIT else (6, 64 if vector_bits() == 512 else 16)
+CACHE_LINE = 16  # floats
 
 
 @intrinsic(prefer_literal=True)
@@ -54,11 +58,75 @@ def stack_array(rows, columns):
 new_tile = stack_array(MR, NR)
 
 
+def start_of(context, builder, kind, array):
+    """The address of an array's first number."""
+    return context.make_array(kind)(context, builder, array).data
+
+
+@intrinsic
+def _add_scaled(typing_context, sums, x, numbers):
+    """The three arguments of `add_scaled`, as one operation on vectors of NR float32."""
+
+    def generate(context, builder, signature, arguments):
+        vector, fused = ir.VectorType(ir.FloatType(), NR), ("contract",)
+        to, of = (
+            builder.bitcast(start_of(context, builder, signature.args[i], arguments[i]), vector.as_pointer())
+            for i in (0, 2)
+        )
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[1], ir.IntType(32)(0))
+        factor = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), NR), [0] * NR))
+        product = builder.fmul(factor, builder.load(of, align=4), fused)
+        builder.store(builder.fadd(builder.load(to, align=4), product, fused), to, align=4)
+        return context.get_dummy_value()
+
+    return types.none(sums, x, numbers), generate
+
+
+@intrinsic
+def _prefetch(typing_context, numbers):
+    """Fetch the cache line of numbers[0], to be read and written."""
+
+    def generate(context, builder, signature, arguments):
+        word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        place = builder.bitcast(start_of(context, builder, signature.args[0], arguments[0]), byte)
+        builder.call(fetch, [place, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(numbers), generate
+
+
+def add_scaled(sums, x, numbers):
+    """sums += x * numbers, two contiguous rows of NR."""
+    sums += x * numbers
+
+
+def prefetch(rows):
+    """Ask for all of rows (n, m), whose rows are contiguous: nothing waits, and they are in the cache when they are
+    needed."""
+
+
+@overload(add_scaled, inline="always")
+def _add_scaled_compiled(sums, x, numbers):
+    return lambda sums, x, numbers: _add_scaled(sums, x, numbers)
+
+
+@overload(prefetch, inline="always")
+def _prefetch_compiled(rows):
+    def ask(rows):
+        for r in range(rows.shape[0]):
+            for c in range(0, rows.shape[1], CACHE_LINE):
+                _prefetch(rows[r, c:])
+
+    return ask
+
+
 @njit(**INLINE)
 def multiply(tile, a, b):
     """tile[r, c] = sum over k of a[r, k] * b[k, c].
 
-    tile (MR, NR) = ; a (1 to MR, K); b (K, NR), both of any strides, best when the rows of b are contiguous.
+    tile (MR, NR) = ; a (1 to MR, K), of any strides; b (K, NR), its rows contiguous.
     Where a has fewer rows than the tile, the tile's last rows repeat a's last one and mean nothing.
     """
     last = np.uintp(a.shape[0] - 1)
@@ -67,9 +135,7 @@ def multiply(tile, a, b):
             tile[r, c] = 0
     for k in range(a.shape[1]):
         for r in range(MR):
-            x = a[min(np.uintp(r), last), k]
-            for c in range(NR):
-                tile[r, c] += x * b[k, c]
+            add_scaled(tile[r], a[min(np.uintp(r), last), k], b[k])
 
 
 @njit(**INLINE)

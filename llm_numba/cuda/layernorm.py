@@ -29,16 +29,18 @@ def row_threads(C: int, each: int) -> int:
 
 
 @functools.cache
-def forward_kernel(C: int):
-    """The kernel of `layernorm_forward` for C channels."""
+def forward_kernel(C: int, adds: bool):
+    """The kernel of `layernorm_forward` for C channels; where it adds, of `residual_layernorm_forward`."""
     threads = row_threads(C, FORWARD_EACH)
     each = blocks_for(C, threads)
 
     @kernel
-    def layernorm_forward_kernel(out, mean, rstd, inp, weight, bias):
-        """out (n, C), mean (n,), rstd (n,) <- inp (n, C), weight (C,), bias (C,).
+    def layernorm_forward_kernel(residual, out, mean, rstd, inp, more, weight, bias):
+        """out (n, C), mean (n,), rstd (n,) <- inp (n, C), weight (C,), bias (C,); where it adds, residual (n, C) = inp
+        + more (n, C), which it normalises as stored, else these two are not looked at.
 
-        Grid: n; block: threads; a block owns a row, a thread every threads-th of its channels. Moves: 2*n*C numbers.
+        Grid: n; block: threads; a block owns a row, a thread every threads-th of its channels. Moves: 2*n*C numbers, 4
+        where it adds.
         """
         row, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x) % threads  # % tells the compiler a bound
         shared = cuda.shared.array(SHARED, float32)
@@ -49,6 +51,14 @@ def forward_kernel(C: int):
         for k in range(each):
             c = thread + k * threads
             x[k] = widen(inp[row, c]) if c < C else ZERO
+            if adds and c < C:
+                x[k] += widen(more[row, c])
+        for k in range(each):
+            c = thread + k * threads
+            if adds and c < C:
+                rounded = narrow(x[k], residual)
+                residual[row, c] = rounded
+                x[k] = widen(rounded)
             total += x[k]
         # reduce: the variance as an average of squares, since that of inp**2 - mean**2 would cancel
         m = block_sum(total, shared) / float32(C)
@@ -135,8 +145,8 @@ def backward_kernel(C: int):
 
 
 @kernel
-def add_shares_kernel(dweight, dbias, shares):
-    """dweight (C,), dbias (C,) += the sums of the columns of shares (pieces, 2*C), in a fixed order.
+def add_shares_kernel(dweight, dbias, shares, accumulate):
+    """dweight (C,), dbias (C,) = (+= where accumulate) the sums of the columns of shares (pieces, 2*C), in one order.
 
     Grid: a block for COLUMNS of the 2*C columns; block: (COLUMNS, SLICES); a thread adds up every SLICES-th share of
     its column, and the first thread of a column then what all of the column's have. Moves: 2*pieces*C floats.
@@ -155,9 +165,9 @@ def add_shares_kernel(dweight, dbias, shares):
         for other in range(1, SLICES):
             total += slices[other, x]
         if column < C:
-            dweight[column] += total
+            dweight[column] = dweight[column] + total if accumulate else total
         else:
-            dbias[column - C] += total
+            dbias[column - C] = dbias[column - C] + total if accumulate else total
 
 
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
@@ -170,19 +180,19 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     Source:   Ba et al. 2016, arXiv:1607.06450
     """
     C = weight.size
-    forward_kernel(C)[mean.size, row_threads(C, FORWARD_EACH), stream()](
-        out.reshape(-1, C), mean.reshape(-1), rstd.reshape(-1), inp.reshape(-1, C), weight, bias
-    )
+    y, x = out.reshape(-1, C), inp.reshape(-1, C)
+    launch = forward_kernel(C, False)[mean.size, row_threads(C, FORWARD_EACH), stream()]
+    launch(x, y, mean.reshape(-1), rstd.reshape(-1), x, x, weight, bias)
 
 
-def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch):
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
     """The gradients of `layernorm_forward`, in one pass over the rows.
 
     dinp (B, T, C), dweight (C,), dbias (C,)
         <- dout (B, T, C), inp (B, T, C), weight (C,), mean (B, T), rstd (B, T), scratch
     With norm = (inp - mean) * rstd and dnorm = weight * dout, both (B, T, C), and averages over a row's channels:
     Writes:   dinp += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)),
-              dweight += sum over b, t of dout * norm, dbias += sum over b, t of dout
+              dweight: sum over b, t of dout * norm, dbias: sum over b, t of dout; both += where accumulate, else =
     Parallel: over pieces of the rows, each of which sums its share of dweight and dbias in its own part of scratch;
               then over the channels, whose shares are added up in order. The cut depends on the shape alone, so the
               sums do not change from card to card
@@ -195,7 +205,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
     backward_kernel(C)[pieces, row_threads(C, BACKWARD_EACH), stream()](
         dinp.reshape(-1, C), shares, dout.reshape(-1, C), inp.reshape(-1, C), weight, mean.reshape(-1), rstd.reshape(-1)
     )
-    add_shares_kernel[blocks_for(2 * C, COLUMNS), (COLUMNS, SLICES), stream()](dweight, dbias, shares)
+    add_shares_kernel[blocks_for(2 * C, COLUMNS), (COLUMNS, SLICES), stream()](dweight, dbias, shares, accumulate)
 
 
 def most_pieces(C: int) -> int:

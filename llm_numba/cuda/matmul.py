@@ -10,6 +10,7 @@ import functools
 from numba import cuda
 
 from llm_numba.cuda import matmul_plain
+from llm_numba.cuda.gelu import gelu_forward
 from llm_numba.cuda.jit import (
     SIMULATED,
     THREADS,
@@ -93,11 +94,24 @@ def matmul_forward(out, inp, weight, bias, scratch):
     multiply(out.reshape(-1, OC), inp.reshape(-1, C), weight, scratch, bias=bias)
 
 
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch):
+def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
+    """A linear layer with a GELU behind it.
+
+    out (B, T, OC), pre (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,)
+    Writes:   pre = as `matmul_forward`, out = gelu(pre), as `gelu_forward`
+    Scratch:  matmul_scratch_size(B*T, C, OC)
+    Parallel: over tiles of pre, then over all numbers of out
+    Flops:    2*B*T*C*OC, those of the GELU not counted
+    """
+    matmul_forward(pre, inp, weight, bias, scratch)
+    gelu_forward(out, pre)
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
     """The gradients of a linear layer.
 
     dinp (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp (B, T, C), weight (OC, C)
-    Writes:   dinp =, dweight +=, dbias +=; dweight and dbias are float32 whatever the others are
+    Writes:   dinp =; dweight, dbias += where accumulate, else =; they are float32 whatever the others are
     Scratch:  matmul_scratch_size(B*T, C, OC)
     Parallel: over tiles of dinp, then of dweight; see `multiply`
     Flops:    4*B*T*C*OC
@@ -105,9 +119,9 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch):
     OC, C = weight.shape
     dinp, dout, inp = dinp.reshape(-1, C), dout.reshape(-1, OC), inp.reshape(-1, C)
     multiply(dinp, dout, weight, scratch, b_by_columns=True)
-    multiply(dweight, dout, inp, scratch, a_by_columns=True, b_by_columns=True, accumulate=True)
+    multiply(dweight, dout, inp, scratch, a_by_columns=True, b_by_columns=True, accumulate=accumulate)
     if dbias is not None:
-        add_column_sums(dbias, dout, scratch)
+        add_column_sums(dbias, dout, scratch, accumulate)
 
 
 def multiply(out, a, b, scratch, bias=None, a_by_columns=False, b_by_columns=False, accumulate=False):
@@ -129,14 +143,15 @@ def multiply(out, a, b, scratch, bias=None, a_by_columns=False, b_by_columns=Fal
         add_parts[(blocks_for(N), min(M, ROWS)), THREADS, stream()](out, result, bias, with_bias, accumulate)
 
 
-def add_column_sums(out, x, scratch):
-    """out[c] += sum_r x[r, c]. out (C,) float32 <- x (R, C)"""
+def add_column_sums(out, x, scratch, accumulate):
+    """out[c] = (+= where accumulate) sum_r x[r, c]. out (C,) float32 <- x (R, C)"""
     R, C = x.shape
     rows = blocks_for(R, PIECES)
     pieces = blocks_for(R, rows)
     sums = scratch[: pieces * C].reshape(pieces, C)
     column_sums[(blocks_for(C, COLUMNS), pieces), (COLUMNS, LANES), stream()](sums, x, rows)
-    add_parts[(blocks_for(C), 1), THREADS, stream()](out.reshape(1, C), sums.reshape(pieces, 1, C), out, False, True)
+    sums, total = sums.reshape(pieces, 1, C), out.reshape(1, C)
+    add_parts[(blocks_for(C), 1), THREADS, stream()](total, sums, out, False, accumulate)
 
 
 def best_way(*matrices):
