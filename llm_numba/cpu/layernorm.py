@@ -6,7 +6,8 @@ from numba import njit, prange
 from llm_numba.cpu.jit import INLINE, ONE, PARALLEL, REDUCTION, ZERO, dot, sum_of
 
 EPSILON = np.float32(1e-5)
-PIECES = 64  # the backward cuts the rows in so many pieces, whatever the number of threads
+PIECES = 64  # the backward cuts the rows in so many pieces at most, whatever the number of threads
+PIECE = 16  # rows of a piece at least, so that its sums are worth their own memory
 BLOCK = 64  # channels that one task adds up over the pieces
 
 
@@ -65,7 +66,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
     With norm = (inp - mean) * rstd and dnorm = weight * dout, both (B, T, C), and averages over a row's channels:
     Writes:   dinp += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)),
               dweight: sum over b, t of dout * norm, dbias: sum over b, t of dout; both += where accumulate, else =
-    Parallel: over PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of scratch;
+    Parallel: over at most PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of scratch;
               then over blocks of channels, each of which adds its shares up in order. Neither cut depends on the number
               of threads, so the sums do not either
     Moves:    4*B*T*C floats
@@ -74,7 +75,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
     B, T, C = inp.shape
     dx_rows, dy_rows, x_rows = dinp.reshape(B * T, C), dout.reshape(B * T, C), inp.reshape(B * T, C)
     means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
-    pieces = min(PIECES, B * T)
+    pieces = min(PIECES, (B * T + PIECE - 1) // PIECE)
     shares = scratch[: pieces * 2 * C].reshape(pieces, 2, C)
 
     for piece in prange(pieces):
