@@ -271,7 +271,8 @@ class Arena:
         """The tensors of these groups by name, and `layers`: for each layer its own views by the same names.
 
         A layer also has `inp` and `dinp`, the residual stream as it comes in and its gradient, and `next`, the
-        LayerNorm behind it: out, mean, rstd, weight and bias of the next layer's ln1, or of lnf.
+        LayerNorm behind it: out, mean, rstd, weight and bias of the next layer's ln1, or of lnf. `blocks` are the rows
+        whose logits are in memory together.
         """
         places = [p for p in self.places if p.group in groups]
         whole = {p.spec.name: self.tensors[p.group, p.spec.name] for p in places}
@@ -289,39 +290,36 @@ class Arena:
             name, owner = ("ln1", vars(layers[l + 1])) if l + 1 < len(layers) else ("lnf", whole)
             parts = {"out": "", "mean": "_mean", "rstd": "_rstd", "weight": "w", "bias": "b"}
             layer.next = SimpleNamespace(**{part: owner.get(name + end) for part, end in parts.items()})
-        return SimpleNamespace(**whole, layers=layers, num_heads=self.config.num_heads)
+        m = SimpleNamespace(**whole, layers=layers, num_heads=self.config.num_heads)
+        m.blocks = self._blocks(m, {p.spec.name: p for p in places})
+        return m
 
     def training(self, recompute: str = "none") -> SimpleNamespace:
         """The namespace of a training step: with the groups of `training_groups`, `flat` views of those that belong to
-        the parameters, `micro_batches` (the (tokens, targets) of each), `blocks` (the rows whose logits are in memory
-        together), and what the backward pass is to recompute."""
+        the parameters, `micro_batches` (the (tokens, targets) of each), and what the backward pass is to recompute."""
         m = self.namespace("parameters", "gradients", "activations", "activation gradients", "inputs", "scratch")
         m.flat = SimpleNamespace(**{name: self.flat(name) for name in ("parameters", "master", "gradients", "m", "v")})
         m.micro_batches = [(m.batches[i, 0], m.batches[i, 1]) for i in range(m.batches.shape[0])]
-        m.blocks = self._blocks(m)
         m.recompute = recompute
         places = [p for p in self.places if p.group == "parameters"]
         decays = np.repeat([p.spec.decays for p in places], [padded(math.prod(p.shape)) // RUN for p in places])
         self.backend.to_device(m.decays, decays)
         return m
 
-    def _blocks(self, m) -> list[SimpleNamespace]:
-        """For each run of rows whose logits are computed together, their views of logits, losses, targets, lnf, dlnf:
-        m itself where all rows are one run."""
-        groups = "activations", "activation gradients", "inputs"
-        places = {p.spec.name: p for p in self.places if p.group in groups}
-        rows, step = m.tokens.size, places["logits"].spec.rows
+    def _blocks(self, m: SimpleNamespace, places: dict[str, Place]) -> list[SimpleNamespace]:
+        """For each run of rows whose logits are computed together, their views of logits, losses, targets, lnf, dlnf,
+        those that m has: m itself where all rows are one run."""
+        rows, step = (m.tokens.size, places["logits"].spec.rows) if "logits" in places and "tokens" in places else (0, 0)
         if rows == step:
             return [m]
 
         def view(name, first, last):
             p = places[name]
-            row = math.prod(p.spec.shape[2:])
             skipped = 0 if p.spec.rows and self.plan == "reuse" else first
-            offset = p.offset + skipped * row * np.dtype(p.spec.dtype).itemsize
+            offset = p.offset + skipped * math.prod(p.spec.shape[2:]) * np.dtype(p.spec.dtype).itemsize
             return self._view(offset, (1, last - first, *p.spec.shape[2:]), p.spec.dtype)
 
-        names = "logits", "losses", "targets", "lnf", "dlnf"
+        names = places.keys() & {"logits", "losses", "targets", "lnf", "dlnf"}
         runs = [(first, min(first + step, rows)) for first in range(0, rows, step)]
         return [SimpleNamespace(**{name: view(name, *run) for name in names}) for run in runs]
 
