@@ -100,6 +100,8 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
         raise UserError(
             f"{path}: {len(tokens)} tokens and {len(data)} bytes behind them, but its header says {V} tokens"
         )
+    if not 0 <= end < V:
+        raise UserError(f"{path}: the end of a text is token {end}, but there are {V}")
     try:
         ranks = {token: id for id, token in enumerate(tokens) if id != end}
         return checked_encoding("bpe", ranks, {END_OF_TEXT: end})
