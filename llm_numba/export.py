@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tqdm import tqdm
+
 from llm_numba import huggingface, llmc
 from llm_numba.errors import Parser, UserError, exit_with
 from llm_numba.weights import LLMC_MODEL, LLMC_TOKENIZER, PUBLISHED, Weights, open_weights, pad
@@ -23,14 +25,14 @@ def export(weights: Weights, format: str, dtype: str, folder: Path) -> None:
             f"the model's vocabulary has {config.vocab_size} tokens, its tokenizer {encoding.n_vocab}: other programs "
             "would not know what to do with them"
         )
+    if encoding and format == "hf":
+        huggingface.write_tokenizer(folder, encoding, config.max_seq_len)
+    elif encoding:
+        llmc.write_tokenizer(folder / LLMC_TOKENIZER, encoding)
+    parameters = dict(tqdm(weights.parameters, desc="weights", leave=False, disable=None))
     if format == "hf":
-        if encoding:
-            huggingface.write_tokenizer(folder, encoding, config.max_seq_len)
-        huggingface.write_model(folder, config, dict(weights.parameters), dtype, encoding and encoding.eot_token)
+        huggingface.write_model(folder, config, parameters, dtype, encoding and encoding.eot_token)
     else:
-        if encoding:
-            llmc.write_tokenizer(folder / LLMC_TOKENIZER, encoding)
-        parameters = dict(weights.parameters)
         parameters["wte"] = pad(parameters["wte"], config)
         llmc.write_model(folder / LLMC_MODEL, config, parameters, LLMC_VERSIONS[dtype])
 

@@ -46,6 +46,7 @@ NAMES = {
 }
 TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}
 NO_PARAMETER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # attention's mask, which older versions wrote too
+SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 CLASSIFIER = "lm_head.weight"
 SIZES = {"max_seq_len": "n_positions", "vocab_size": "vocab_size", "num_layers": "n_layer", "num_heads": "n_head",
          "channels": "n_embd"}  # fmt: skip
@@ -114,10 +115,11 @@ def read_parameters(folder: Path, config: GPT2Config) -> Iterator[tuple[str, np.
                 for name in file.keys():
                     short_name = name.removeprefix("transformer.")
                     if short_name in tensors:
-                        raise UserError(f"{path}: {name} is there twice")
+                        raise UserError(f"{path}: {short(name)} is there twice")
                     tensors[short_name] = file, name
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: truncated, damaged or no safetensors file ({error})") from error
+                reason = " ".join(str(error).split())  # names that a file gives may hold anything
+                raise UserError(f"{path}: truncated, damaged or no safetensors file ({reason})") from error
         check_tensors(folder, config, tensors)
         files = stack.pop_all()
 
@@ -147,7 +149,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         map_of = read_json(folder / INDEX).get("weight_map")
         names = list(map_of.values()) if isinstance(map_of, dict) else []
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
             raise UserError(f"{folder / INDEX}: its weight_map does not say which files here hold the tensors")
         return [folder / name for name in sorted(set(names))]
     if any(folder.glob("pytorch_model*")):
@@ -171,7 +173,7 @@ def check_tensors(folder: Path, config: GPT2Config, tensors: dict) -> None:
     if missing:
         raise UserError(f"{folder}: lacks tensors that its {CONFIG} asks for, such as {min(missing)}")
     if unknown:
-        raise UserError(f"{folder}: holds tensors that a GPT-2 of its {CONFIG} has not, such as {min(unknown)}")
+        raise UserError(f"{folder}: holds tensors that a GPT-2 of its {CONFIG} has not, such as {short(min(unknown))}")
     if CLASSIFIER in tensors:
         found[CLASSIFIER] = found[NAMES["wte"]]
     for name, shape in found.items():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 from llm_numba import checkpoint, huggingface, llmc, model
 from llm_numba.arena import Arena, parameter_specs
@@ -93,7 +94,7 @@ def fetch(name: str, files: list[str], revision: str | None = None) -> Path:
 
 def set_parameters(ops, arena: Arena, parameters: Iterator[tuple[str, np.ndarray]]) -> None:
     """The arena's parameters = these; wte may be padded by any number of rows."""
-    for name, values in parameters:
+    for name, values in tqdm(parameters, desc="weights", leave=False, disable=None):
         model.set_parameter(ops, arena, name, pad(values, arena.config) if name == "wte" else values)
 
 

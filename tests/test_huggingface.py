@@ -286,8 +286,9 @@ def a_shard_is_missing(folder):
 
 
 def index_points_elsewhere(folder):
-    (folder / "model.safetensors").rename(folder / "elsewhere")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../elsewhere"}}')
+    (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    index = {"weight_map": {"wte.weight": f"../{folder.name}/elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 WTE = "transformer.wte.weight"
@@ -308,7 +309,7 @@ WTE = "transformer.wte.weight"
         (config_with(n_head=4), ["config.json", "channels (15)", "num_heads (4)"]),
         (config_with(n_layer="3"), ["config.json", "n_layer", '"3"', "whole number"]),
         (config_with(n_layer=0), ["config.json", "num_layers is 0"]),
-        (config_with(n_layer=2), ["tensors that a GPT-2", "such as h.2."]),
+        (config_with(n_layer=2), ["tensors that a GPT-2", 'such as "h.2.']),
         (config_with(n_layer=4), ["lacks tensors", "such as h.3."]),
         (config_with(n_layer=2**31 - 1), ["lacks tensors"]),
         (config_with(vocab_size=98), [WTE, "97 x 15", "98 x 15"]),

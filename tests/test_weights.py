@@ -467,7 +467,7 @@ HEADER = st.dictionaries(st.integers(0, 8), INT, max_size=4)
 DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=4)
 CUT = st.one_of(st.just(1.0), st.floats(0, 1.2))
 JSON = st.recursive(
-    st.none() | st.booleans() | INT | st.floats() | st.text(max_size=5) | st.just(10**300),
+    st.none() | st.booleans() | INT | st.floats() | st.text(max_size=5) | st.sampled_from([10**300, "\n", "\0"]),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
     max_leaves=6,
 )
@@ -566,7 +566,7 @@ def test_any_safetensors_header(whole, tmp_path, draws):
         name = draws.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))
         key = draws.draw(st.sampled_from(["shape", "dtype", "data_offsets", "name"]))
         if key == "name":
-            header[draws.draw(st.text(max_size=9))] = header.pop(name)
+            header[draws.draw(st.text("\n\0aé", max_size=3))] = header.pop(name)
         elif isinstance(header[name], dict):
             value = JSON | st.lists(INT, max_size=3) | st.sampled_from(["F64", "BF16", "I64", "F8_E4M3", "BOOL", "F4"])
             header[name][key] = draws.draw(value)
@@ -590,6 +590,8 @@ def test_any_tokenizer(whole, tmp_path, part, key, value):
 
 
 @fuzz
+@example(vocabulary={}, merges="", index={"": "\n"})
+@example(vocabulary={}, merges="", index={"": "\0.safetensors"})
 @given(vocabulary=JSON, merges=st.text(max_size=20), index=JSON | st.dictionaries(st.text(max_size=3), JSON))
 def test_any_of_the_other_files(whole, tmp_path, vocabulary, merges, index):
     known = json.loads(whole["tokenizer.json"])["model"]["vocab"]
