@@ -15,6 +15,7 @@ from llm_numba.arena import Arena, training_groups
 from llm_numba.errors import Parser, UserError, exit_with
 from llm_numba.llmc import read_model, read_state
 from llm_numba.ops import DEVICES, choose_device, get_ops
+from llm_numba.weights import set_parameters
 
 TOLERANCE = 1e-4  # |ours - theirs| / |theirs| of a tensor: float32 leaves some 1e-6, another precision of theirs more
 LOSS_TOLERANCE = 1e-3  # of a loss, absolute: ten steps of Adam make more of what rounding left
@@ -39,11 +40,7 @@ def compare(ops, config, parameters, state, losses) -> list[tuple[str, float, fl
     V = config.vocab_size
     arena = Arena(training_groups(config, B, T, ops, "reuse"), config, "reuse", ops)
     m = arena.training()
-    for name, values in parameters.items():
-        padded = np.zeros(arena.tensors["parameters", name].shape, np.float32)
-        rows = V if name == "wte" else len(values)  # a file may pad the vocabulary otherwise
-        padded[:rows] = values[:rows]
-        model.set_parameter(ops, arena, name, padded)
+    set_parameters(ops, arena, parameters.items())
     ops.to_device(m.decays, 1)  # of every tensor, as llm.c's test has it
     ops.to_device(m.batches, np.stack([state.tokens, state.targets])[None])
     ops.to_device(m.learning_rate, LEARNING_RATE)

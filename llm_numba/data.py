@@ -43,13 +43,18 @@ class Corpus(NamedTuple):
 
 
 def prepare(
-    data: Sequence[str], val_data: Sequence[str], tokenizer: str, vocab_size: int | None, val_fraction: float
+    data: Sequence[str],
+    val_data: Sequence[str],
+    tokenizer: str | tiktoken.Encoding,
+    vocab_size: int | None,
+    val_fraction: float,
 ) -> Corpus:
     """Find the data, tokenise it if it is text and this was not done before, hold out the validation part.
 
     data          files, folders and globs (see `find_files`); none of them: Python's own standard library
     val_data      likewise, for validation; none of them: the last `val_fraction` of all tokens of `data`
-    tokenizer     gpt2, bytes, bpe (learned from `data`), or none for shards whose tokens cannot be turned into text
+    tokenizer     gpt2, bytes, bpe (learned from `data`), or none for shards whose tokens cannot be turned into text; or
+                  an encoding itself
     vocab_size    for bpe and none, 65536 at most, which is what a shard's uint16 holds; the others have their own
 
     A text file is a document; documents come in a fixed shuffled order, so that the held-out end is like the rest,
@@ -64,18 +69,21 @@ def prepare(
     val_files = find_files(val_data, "--val-data") if val_data else []
     _check_tokenizer(tokenizer, vocab_size, [*files, *val_files])
 
-    identity = [tokenizer, platform.python_version() if not data else None]
+    given = isinstance(tokenizer, tiktoken.Encoding)
+    identity = [_fingerprint(tokenizer) if given else tokenizer, platform.python_version() if not data else None]
     if tokenizer == "bpe":  # then validation text too is tokenised with what these files taught
         identity += [vocab_size, _stamps(files)]
+
+    def load(texts=()):
+        return tokenizer if given else load_tokenizer(tokenizer, texts, vocab_size)
+
     if _is_shard(files[0]):
-        encoding = None if tokenizer == "none" else load_tokenizer(tokenizer, (), vocab_size)
+        encoding = None if tokenizer == "none" else load()
         vocab_size = encoding.n_vocab if encoding else vocab_size
         train = [_whole(path, vocab_size) for path in files]
     else:
         files = _shuffled(files)
-        encoding, train = _tokenised(
-            files, identity, lambda: load_tokenizer(tokenizer, _text_to_learn_from(files), vocab_size)
-        )
+        encoding, train = _tokenised(files, identity, lambda: load(_text_to_learn_from(files)))
         vocab_size = encoding.n_vocab
 
     if not val_files:
@@ -191,7 +199,13 @@ def _split(spans: list[Span], val_fraction: float) -> tuple[list[Span], list[Spa
 # Text -> shards
 
 
-def _check_tokenizer(tokenizer: str, vocab_size: int | None, files: list[Path]) -> None:
+def _fingerprint(encoding: tiktoken.Encoding) -> str:
+    """Changes when the tokens do."""
+    state, ranks = tokenizer_state(encoding)
+    return hashlib.sha256(json.dumps([state["pat_str"], state["special_tokens"]]).encode() + ranks).hexdigest()
+
+
+def _check_tokenizer(tokenizer: str | tiktoken.Encoding, vocab_size: int | None, files: list[Path]) -> None:
     """Errors: a tokenizer that cannot be used with these files, or a vocabulary that a shard cannot hold."""
     if tokenizer == "bpe" and any(map(_is_shard, files)):
         raise UserError("--tokenizer bpe: it is learned from text, not from .bin shards: use gpt2, bytes or none")

@@ -20,6 +20,7 @@ from llm_numba.loader import Loader
 from llm_numba.ops import DEVICES, choose_device, get_ops
 from llm_numba.plan import check_memory
 from llm_numba.train import MOMENTS, read_data
+from llm_numba.weights import of_checkpoint
 
 HEADER = (
     f"{'tensor':<16} {'shape':<20} {'mean':>11} {'std':>10} {'min':>11} {'max':>11} {'zeros':>7} {'not finite':>11}"
@@ -132,16 +133,17 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
     if not path.exists():
         raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
     path = checkpoint.newest(path) if path.is_dir() else path
-    tensors, record, _ = checkpoint.load(path)
-    s = settings.from_record(record["settings"], path)
-    config = GPT2Config(**record["config"])
+    stored = checkpoint.load(path)
+    s = settings.from_record(stored[1]["settings"], path)
+    weights = of_checkpoint(*stored)
+    config, tensors = weights.config, stored[0]
     T = length(T, s.sequence_length or config.max_seq_len)
 
     def fill(ops, arena, m):
         for name in arena.named("parameters"):
             model.set_parameter(ops, arena, name, tensors[name])
         batch = np.empty((2, B, T), np.int32)
-        Loader(read_data(s).train, B, T, seed, True).next_batch(*batch)
+        Loader(read_data(s, config, weights).train, B, T, seed, True).next_batch(*batch)
         ops.to_device(m.tokens, batch[0])
         ops.to_device(m.targets, batch[1])
 

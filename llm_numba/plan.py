@@ -3,13 +3,12 @@
 from bisect import bisect_right
 from dataclasses import replace
 
-from llm_numba import sample, settings
+from llm_numba import sample
 from llm_numba.arena import DTYPES, Groups, format_bytes, format_map, layout, training_groups
-from llm_numba.config import GPT2Config, preset
+from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError
 from llm_numba.settings import Settings
 
-VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 MOST_SEQUENCES = 1 << 16  # of a batch that is proposed
 
 
@@ -45,10 +44,8 @@ def micro_batches(s: Settings, T: int) -> int:
     return (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
 
 
-def plan_memory(s: Settings, ops) -> None:
+def plan_memory(s: Settings, config: GPT2Config, ops) -> None:
     """Print the arena's map and what the machine has; nothing is allocated."""
-    kind = settings.tokenizer_kind(s)
-    config = preset(s.preset, vocab_size=VOCABULARIES.get(kind) or s.vocab_size or preset(s.preset).vocab_size)
     groups = all_groups(s, config, s.sequence_length or config.max_seq_len, ops)
     print(format_map(*layout(groups, config.num_layers, plan_of(s))))
     check_memory(groups, s, config, ops)
@@ -65,7 +62,11 @@ def check_memory(groups: Groups, s: Settings, config: GPT2Config, ops) -> None:
     if needed <= available:
         return
     fits = largest_batch(range(1, s.batch_size), s, config, s.sequence_length or config.max_seq_len, ops)
-    hint = f"--batch-size {fits} would fit" if fits else "no batch size fits: choose a smaller --preset"
+    hint = (
+        f"--batch-size {fits} would fit"
+        if fits
+        else "no batch size fits: choose a smaller {'model' if s.init else '--preset'}"
+    )
     raise UserError(
         f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
         f"memory are available; {hint}"

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from llm_numba.config import PRESETS
+from llm_numba.config import PRESETS, GPT2Config, preset
 from llm_numba.errors import Parser, UserError
 from llm_numba.limits import usable_cpus
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
@@ -22,7 +22,9 @@ PRESET_DEFAULTS = {
     "nano": {"sequence_length": 16, "batch_size": 1, "learning_rate": 3e-3},
     "tiny": {"batch_size": 16, "steps": 600, "learning_rate": 3e-3, "warmup": 40, "val_every": 100},
 }
-AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2
+INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: its sizes, and weights that know something
+AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2; with --init: its own
+FIXED_VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
 
 RANGES = {
@@ -54,7 +56,7 @@ class Settings:
     out: str = option(
         "run",
         "",
-        "where the run's settings, log and checkpoints go; without it: the next free runs/PRESET-NNN",
+        "where the run's settings, log and checkpoints go; without it: the next free runs/PRESET-NNN, or runs/init-NNN",
         "FOLDER",
     )
     resume: str = option(
@@ -109,8 +111,16 @@ class Settings:
     )
 
     preset: str = option("model", "tiny", "the model's sizes", choices=PRESETS)
+    init: str = option(
+        "model",
+        "",
+        "start from these weights, with their sizes and tokenizer, instead of a --preset and random numbers: gpt2, "
+        "gpt2-medium, gpt2-large or gpt2-xl (downloaded), a folder of Hugging Face's, an llm.c .bin, a run or a "
+        "checkpoint",
+        "SOURCE",
+    )
     sequence_length: int = option(
-        "model", 0, "T, how many tokens the model sees at once; 0: the preset's context", "TOKENS", must="at least 0"
+        "model", 0, "T, how many tokens the model sees at once; 0: the model's context", "TOKENS", must="at least 0"
     )
 
     data: tuple = option(
@@ -126,13 +136,13 @@ class Settings:
         "data",
         "auto",
         "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's own, bytes makes each byte a token, "
-        "none is for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger",
+        "none is for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init its own",
         choices=("auto", "bpe", "gpt2", "bytes", "none"),
     )
     vocab_size: int = option(
         "data",
         0,
-        "V, the tokens of a bpe tokenizer or of your token shards; 0: the preset's",
+        "V, the tokens of a bpe tokenizer or of your token shards; 0: the model's",
         "TOKENS",
         must="at least 0",
     )
@@ -301,7 +311,7 @@ def parse(argv: list[str]) -> tuple[Settings, set[str]]:
         hint = f": did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown argument {shlex.quote(unknown[0])}{hint} (--help lists them all)")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    presets = PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
+    presets = INIT_DEFAULTS if given.get("init") else PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
     asked = _change(Settings(**presets), given)
     if "warmup" not in given and asked.steps:  # a preset's warm-up gives way to a run that is shorter than the preset's
         asked = replace(asked, warmup=min(asked.warmup, asked.steps // 10))
@@ -310,23 +320,25 @@ def parse(argv: list[str]) -> tuple[Settings, set[str]]:
 
 def check(settings: Settings) -> None:
     """Raise a UserError that names the flag, its value and what was expected, unless every value makes sense."""
+    if settings.init and settings.preset:
+        raise UserError(
+            f"--preset {settings.preset}: the model's sizes come with --init {settings.init}; leave --preset out"
+        )
     for name, value in asdict(settings).items():
         choices, must = FIELDS[name].metadata["choices"], FIELDS[name].metadata["must"]
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_typed(name, value)}: must be a finite number")
         if must and not RANGES[must](value):
             raise UserError(f"{_typed(name, value)}: must be {must}")
-        if choices and value not in choices:
+        if choices and value not in choices and not (name == "preset" and settings.init):
             raise UserError(f"{_typed(name, value)}: choose one of {', '.join(choices)}")
 
     cores = len(usable_cpus())
     if settings.threads > cores:
         raise UserError(f"--threads {settings.threads}: this process may use {cores} cores; give 1 to {cores}, or 0")
 
-    context = PRESETS[settings.preset].max_seq_len
-    if settings.sequence_length > context:
-        flag = f"--sequence-length {settings.sequence_length}"
-        raise UserError(f"{flag}: the context of --preset {settings.preset} is {context}; give 1 to {context}")
+    if not settings.init:
+        check_lengths(settings, PRESETS[settings.preset].max_seq_len)
 
     if settings.device.startswith("cuda") and (settings.no_jit or settings.interpret):
         flag = "--no-jit" if settings.no_jit else "--interpret"
@@ -336,22 +348,18 @@ def check(settings: Settings) -> None:
     if settings.stochastic_rounding and settings.dtype != "bf16":
         raise UserError("--stochastic-rounding: is for --dtype bf16; with fp32 nothing is rounded to it")
 
-    micro_batch = settings.batch_size * (settings.sequence_length or context)
-    if settings.tokens_per_step % micro_batch:
-        below = settings.tokens_per_step // micro_batch * micro_batch
-        nearest = f"{below} or {below + micro_batch}" if below else micro_batch
-        raise UserError(
-            f"--tokens-per-step {settings.tokens_per_step}: must be a multiple of B T, batch size times sequence "
-            f"length ({settings.batch_size} x {micro_batch // settings.batch_size} = {micro_batch}), such as {nearest}"
-        )
-
     if settings.steps and settings.warmup > settings.steps:
         raise UserError(f"--warmup {settings.warmup}: must be at most --steps, which is {settings.steps}")
 
     kind = tokenizer_kind(settings)
+    if settings.init and kind == "bpe":
+        raise UserError(
+            f"--tokenizer bpe: learns tokens that the weights of --init {settings.init} do not know; leave it out"
+        )
     if settings.vocab_size and kind not in VOCAB_SIZES:
         raise UserError(
-            f"--vocab-size {settings.vocab_size}: is for --tokenizer bpe or none; the vocabulary of {kind} is fixed"
+            f"--vocab-size {settings.vocab_size}: is for --tokenizer bpe or none; the vocabulary of "
+            f"{settings.init or kind} is fixed"
         )
     if settings.vocab_size:
         low, high = VOCAB_SIZES[kind]
@@ -366,11 +374,37 @@ def check(settings: Settings) -> None:
             )
 
 
+def check_lengths(settings: Settings, context: int) -> None:
+    """The part of `check` that depends on the model's context; with `--init` that is known once the source is open."""
+    if settings.sequence_length > context:
+        flag = f"--sequence-length {settings.sequence_length}"
+        whose = f"--init {settings.init}" if settings.init else f"--preset {settings.preset}"
+        raise UserError(f"{flag}: the context of {whose} is {context}; give 1 to {context}")
+
+    micro_batch = settings.batch_size * (settings.sequence_length or context)
+    if settings.tokens_per_step % micro_batch:
+        below = settings.tokens_per_step // micro_batch * micro_batch
+        nearest = f"{below} or {below + micro_batch}" if below else micro_batch
+        raise UserError(
+            f"--tokens-per-step {settings.tokens_per_step}: must be a multiple of B T, batch size times sequence "
+            f"length ({settings.batch_size} x {micro_batch // settings.batch_size} = {micro_batch}), such as {nearest}"
+        )
+
+
 def tokenizer_kind(settings: Settings) -> str:
-    """The tokenizer that `--tokenizer` means: bpe, gpt2, bytes or none; auto goes by the preset."""
+    """The tokenizer that `--tokenizer` means: bpe, gpt2, bytes or none; auto goes by the preset; with `--init` it is
+    init, the one that comes with the weights."""
     if settings.tokenizer != "auto":
         return settings.tokenizer
+    if settings.init:
+        return "init"
     return AUTO_TOKENIZER.get(settings.preset, "gpt2")
+
+
+def preset_config(settings: Settings) -> GPT2Config:
+    """The sizes that `--preset`, `--tokenizer` and `--vocab-size` ask for, where there is no `--init`."""
+    known = FIXED_VOCABULARIES.get(tokenizer_kind(settings)) or settings.vocab_size
+    return preset(settings.preset, **({"vocab_size": known} if known else {}))
 
 
 def resume_with(recorded: Settings, given: Settings, explicit: set[str]) -> Settings:
@@ -485,5 +519,6 @@ def _help(name: str) -> str:
     else:
         own = "none" if f.default in ("", ()) else f.default
     defaults = [str(own)] + [f"{preset} {d[name]}" for preset, d in PRESET_DEFAULTS.items() if name in d]
+    defaults += [f"--init {INIT_DEFAULTS[name] or 'none'}"] if name in INIT_DEFAULTS else []
     free = "; may change on resume" if f.metadata["free"] and not f.metadata["once"] else ""
     return f"{f.metadata['help']} (default: {', '.join(defaults)}{free})"

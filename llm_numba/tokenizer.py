@@ -52,17 +52,24 @@ def tokenizer_from_state(state: dict, ranks: bytes) -> tiktoken.Encoding:
         for line in ranks.splitlines():
             token, rank = line.split()
             tokens[base64.b64decode(token, validate=True)] = int(rank)
-        special = state["special_tokens"]
-        ids = [*tokens.values(), *special.values()]
-        if sorted(ids) != list(range(len(ids))):
-            raise ValueError("the ids are not 0, 1, 2, ... without a gap")
-        if END_OF_TEXT not in special or any(bytes([byte]) not in tokens for byte in range(256)):
-            raise ValueError(f"a byte or {END_OF_TEXT} has no id")
-        return tiktoken.Encoding(
-            state["name"], pat_str=state["pat_str"], mergeable_ranks=tokens, special_tokens=special
-        )
+        return checked_encoding(state["name"], tokens, state["special_tokens"], state["pat_str"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the stored tokenizer is damaged ({error}): take the files from a good copy") from error
+
+
+def checked_encoding(
+    name: str, tokens: dict[bytes, int], special: dict[str, int], pattern: str = PATTERN
+) -> tiktoken.Encoding:
+    """The encoding of these ids; a token's id is the priority of its merge too.
+
+    Errors: ValueError or TypeError where an id is missing or there twice, or a byte or `<|endoftext|>` has none.
+    """
+    ids = [*tokens.values(), *special.values()]
+    if sorted(ids) != list(range(len(ids))):
+        raise ValueError("the ids are not 0, 1, 2, ... without a gap")
+    if END_OF_TEXT not in special or b"" in tokens or any(bytes([byte]) not in tokens for byte in range(256)):
+        raise ValueError(f"a byte or {END_OF_TEXT} has no id, or nothing has one")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=tokens, special_tokens=special)
 
 
 def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:

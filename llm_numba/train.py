@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import tiktoken
 
 from llm_numba import checkpoint, data, model, outliers, sample, settings
 from llm_numba.arena import DTYPES, Arena, format_bytes
-from llm_numba.config import GPT2Config, preset
+from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError, exit_with
 from llm_numba.finite import checked, without_graphs
 from llm_numba.loader import Loader
@@ -29,6 +30,7 @@ from llm_numba.settings import Settings
 from llm_numba.shards import BLOCK_TOKENS, open_shard
 from llm_numba.tokenizer import tokenizer_state
 from llm_numba.warmup import warm_up
+from llm_numba.weights import Weights, of_checkpoint, open_weights, set_parameters
 
 MOMENTS = ("m", "v")  # groups of the arena that a checkpoint holds beside the parameters; they prefix the names there
 FIRST = {"epoch": 0, "window": 0}  # a loader's first position
@@ -50,23 +52,26 @@ def main(argv: list[str] | None = None) -> int | None:
         recorded = settings.from_record(stored[1]["settings"], path)
         given = settings.resume_with(recorded, given, explicit)
     settings.check(given)
+    weights = of_checkpoint(*stored) if stored else open_weights(given.init) if given.init else None
+    config = weights.config if weights else settings.preset_config(given)
+    settings.check_lengths(given, config.max_seq_len)
     device = "cpu" if given.no_jit or given.interpret else choose_device(given.device)
     ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
     ops.set_threads(given.threads)
     if given.plan_memory:
-        return plan_memory(given, ops)
-    folder = path.parent.parent if stored else Path(given.out) if given.out else next_folder(given.preset)
-    return train(given, ops, folder, stored, started)
+        return plan_memory(given, config, ops)
+    folder = path.parent.parent if stored else Path(given.out) if given.out else next_folder(given.preset or "init")
+    return train(given, ops, folder, config, weights, stored, started)
 
 
-def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
-    """Run the whole training, from data to the last checkpoint; stored: a checkpoint's content to go on from.
+def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights | None, stored, started: float) -> int:
+    """Run the whole training, from data to the last checkpoint.
 
+    weights: those to start from, or None for random ones; stored: a checkpoint's content to go on from, or None.
     Returns the exit status: 0, or 128 + a signal's number when that signal ended the run early.
     """
-    T = s.sequence_length or preset(s.preset).max_seq_len
-    corpus = read_data(s)
-    config = preset(s.preset, vocab_size=corpus.vocab_size)
+    T = s.sequence_length or config.max_seq_len
+    corpus = read_data(s, config, weights)
     train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
     val_loader = Loader(corpus.val, s.batch_size, T, s.seed, True, "--val-data or --val-fraction")
     windows_per_step = micro_batches(s, T) * s.batch_size
@@ -86,6 +91,8 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     state = SimpleNamespace(step=0, loss_history=[], norm_history=[])
     if stored:
         restore(ops, arena, state, train_loader, stored)
+    elif weights:
+        set_parameters(ops, arena, weights.parameters)
     else:
         model.initialise(ops, arena, s.seed)
 
@@ -243,10 +250,29 @@ def restore(ops, arena: Arena, state: SimpleNamespace, loader: Loader, stored) -
     loader.restore(record["loader"])
 
 
-def read_data(s: Settings) -> data.Corpus:
-    kind = settings.tokenizer_kind(s)
-    vocab_size = s.vocab_size or preset(s.preset).vocab_size
-    return data.prepare(s.data, s.val_data, kind, vocab_size, s.val_fraction)
+def read_data(s: Settings, config: GPT2Config, weights: Weights | None) -> data.Corpus:
+    """The data, as tokens of the model; weights: what the run starts from or goes on from, with their tokenizer.
+
+    Errors: UserError for a tokenizer, or token shards, of another vocabulary than the model's.
+    """
+    tokenizer = settings.tokenizer_kind(s)
+    if tokenizer == "init":
+        known = "gpt2" if config.vocab_size == settings.FIXED_VOCABULARIES["gpt2"] else "none"
+        tokenizer = weights.tokenizer() or known
+    if isinstance(tokenizer, tiktoken.Encoding):
+        V, whose = tokenizer.n_vocab, "that of its tokenizer"
+    else:
+        V = settings.FIXED_VOCABULARIES.get(tokenizer) or s.vocab_size or config.vocab_size
+        whose = f"--tokenizer {tokenizer}"
+    most = settings.VOCAB_SIZES["none"][1]
+    if V != config.vocab_size:
+        raise UserError(
+            f"--init {s.init}: the model's vocabulary has {config.vocab_size} tokens, {whose} {V}; they must be the "
+            "same: choose another --tokenizer, or none, for token shards of the model's vocabulary"
+        )
+    if V > most:
+        raise UserError(f"--init {s.init}: its vocabulary has {V} tokens; a token shard's uint16 holds {most} at most")
+    return data.prepare(s.data, s.val_data, tokenizer, V, s.val_fraction)
 
 
 def data_fingerprint(corpus: data.Corpus) -> list:

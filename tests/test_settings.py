@@ -17,8 +17,10 @@ from llm_numba.settings import (
     RANGES,
     Settings,
     check,
+    check_lengths,
     from_record,
     parse,
+    preset_config,
     resume_with,
     to_record,
     tokenizer_kind,
@@ -27,13 +29,13 @@ from llm_numba.settings import (
 FLAGS = {name: "--" + name.replace("_", "-") for name in FIELDS}
 # a command line that gives every setting, none its default
 EVERYTHING = (
-    "--out a/b --resume old --seed 7 --threads 1 --plan-memory --preset nano --sequence-length 16 --data x.txt y "
-    "--val-data z --tokenizer bpe --vocab-size 300 --val-fraction 0.1 --no-shuffle --batch-size 3 --tokens-per-step 96 "
-    "--steps 97 --epochs 2.5 --overfit --learning-rate 1e-2 --schedule wsd --warmup 3 --final-fraction 0 --beta1 0.8 "
-    "--beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 --skip-norm-z 6 --val-every 1 "
-    "--val-batches 3 --sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 --keep-every 8 --no-jit "
-    "--interpret layernorm matmul_backward --check-finite --device cpu --dtype bf16 --stochastic-rounding "
-    "--recompute gelu --no-graph"
+    "--out a/b --resume old --seed 7 --threads 1 --plan-memory --preset nano --init gpt2 --sequence-length 16 --data "
+    "x.txt y --val-data z --tokenizer bpe --vocab-size 300 --val-fraction 0.1 --no-shuffle --batch-size 3 "
+    "--tokens-per-step 96 --steps 97 --epochs 2.5 --overfit --learning-rate 1e-2 --schedule wsd --warmup 3 "
+    "--final-fraction 0 --beta1 0.8 --beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 "
+    "--skip-norm-z 6 --val-every 1 --val-batches 3 --sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 "
+    "--keep-every 8 --no-jit --interpret layernorm matmul_backward --check-finite --device cpu --dtype bf16 "
+    "--stochastic-rounding --recompute gelu --no-graph"
 ).split()
 
 
@@ -106,7 +108,8 @@ def test_every_flag_reaches_its_field():
     assert all(getattr(settings, name) != FIELDS[name].default for name in explicit)
     assert settings.data == ("x.txt", "y") and settings.interpret == ("layernorm", "matmul_backward")
     assert (settings.learning_rate, settings.epochs, settings.shuffle, settings.out) == (1e-2, 2.5, False, "a/b")
-    check(replace(settings, dtype="fp32", stochastic_rounding=False))  # which --no-jit does not go with
+    # bf16 does not go with --no-jit, nor --init with --preset
+    check(replace(settings, dtype="fp32", stochastic_rounding=False, init=""))
 
 
 def test_a_flag_with_its_default_is_explicit():
@@ -180,6 +183,9 @@ def test_parse_errors(line, words):
         ("--device cudasim --interpret gelu", ["--interpret", "--device cpu", "cudasim"]),
         ("--device cpu --dtype bf16", ["--dtype bf16", "float32", "--device cuda"]),
         ("--stochastic-rounding", ["--stochastic-rounding", "--dtype bf16"]),
+        ("--init gpt2 --preset d12", ["--preset d12", "--init gpt2", "leave --preset out"]),
+        ("--init gpt2 --vocab-size 300", ["--vocab-size 300", "gpt2"]),
+        ("--init x.bin --tokenizer bpe", ["--tokenizer bpe", "--init x.bin"]),
         ("--interpret matmul layernrm", ["--interpret layernrm", "encoder", "adamw", "such as layernorm"]),
     ],
 )
@@ -215,6 +221,39 @@ def test_auto_tokenizer():
     kinds = {preset: tokenizer_kind(Settings(preset=preset)) for preset in PRESETS}
     assert kinds == dict(nano="bytes", tiny="bpe", d12="gpt2", d24="gpt2", d36="gpt2", d48="gpt2")
     assert tokenizer_kind(Settings(preset="d12", tokenizer="bpe")) == "bpe"
+    assert tokenizer_kind(Settings(preset="", init="x")) == "init"
+
+
+def test_init_takes_the_place_of_the_preset():
+    settings, explicit = parse("--init gpt2 --steps 20".split())
+    check(settings)
+    assert (settings.preset, settings.learning_rate, settings.warmup, explicit) == ("", 3e-5, 0, {"init", "steps"})
+    assert settings.batch_size == FIELDS["batch_size"].default  # tiny's is another
+    assert parse("--init gpt2 --learning-rate 1e-4".split())[0].learning_rate == 1e-4
+    assert from_record(to_record(settings), "settings.json") == settings
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--init x --sequence-length 65", ["--sequence-length 65", "--init x", "1 to 64"]),
+        ("--init x --tokens-per-step 1000", ["--tokens-per-step 1000", "8 x 64 = 512", "512 or 1024"]),
+    ],
+)
+def test_lengths_are_those_of_the_source(line, words):
+    settings = parse(line.split())[0]
+    check(settings)
+    message = error_of(check_lengths, settings, 64)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "line, vocab_size",
+    [("", 2048), ("--vocab-size 300", 300), ("--tokenizer bytes", 257), ("--preset d12 --tokenizer none", 50257)],
+)
+def test_the_config_of_a_preset(line, vocab_size):
+    settings = parse(line.split())[0]
+    assert preset_config(settings) == replace(PRESETS[settings.preset], vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("argv", [[], EVERYTHING])
