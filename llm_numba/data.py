@@ -88,6 +88,18 @@ def prepare(
     return Corpus(train, val, encoding, vocab_size)
 
 
+def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_size: int) -> list[Span]:
+    """All tokens of the files that `patterns` mean, in a tokenizer that is there already. Errors: as of `prepare`; text
+    where `encoding` is None."""
+    files = find_files(patterns)
+    if _is_shard(files[0]):
+        return [_whole(path, vocab_size) for path in files]
+    if encoding is None:
+        raise UserError(f"--data {files[0]}: a model trained with --tokenizer none takes .bin shards only")
+    state, ranks = tokenizer_state(encoding)
+    return _tokenised(_shuffled(files), [state, hashlib.sha256(ranks).hexdigest()], lambda: encoding)[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
