@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from programs import environment, error_line, files_in
 
-from llm_numba import datasets, download, shards
+from llm_numba import data, datasets, download, settings, shards
 from llm_numba.errors import UserError, exit_with
 
 CONTENT = np.random.default_rng(0).bytes(1_000_003)  # several blocks, and a rest
@@ -192,12 +193,14 @@ def test_what_was_left(server, remote, tmp_path, left):
     assert ranges(server)[-1] == ("bytes=70000-" if CONTENT.startswith(left) else None)
 
 
-@pytest.mark.parametrize("fault", ["ignores range", "another range", "416"])
-def test_a_server_that_does_not_go_on(server, remote, tmp_path, fault):
+@pytest.mark.parametrize(("fault", "requests"), [("ignores range", 1), ("another range", 2), ("416", 2)])
+def test_a_server_that_does_not_go_on(server, remote, tmp_path, fault, requests):
+    """What it sends counts from the start, or nothing of it does."""
     (tmp_path / "file.incomplete").write_bytes(CONTENT[:70_000])
     server.faults[:] = [fault]
     download.fetch(tmp_path / "file", remote)
     assert files_in(tmp_path) == {"file": CONTENT}
+    assert ranges(server) == ["bytes=70000-", None][:requests]
 
 
 def command_to_fetch(path, remote):
@@ -293,6 +296,17 @@ def test_shards(hub, tmp_path, capsys):
     if shutil.which("sha256sum"):
         sums = subprocess.run(["sha256sum", "-c", ".SHA256SUMS"], cwd=folder, capture_output=True, text=True)
         assert sums.returncode == 0 and sums.stdout.count(": OK\n") == 4
+
+
+def test_the_command_that_is_said_finds_the_shards(hub, tmp_path):
+    """In a folder whose name is one a shell, or a glob, takes for something else."""
+    folder = tmp_path / "my [data] *"
+    fetch("fineweb", folder)
+    words = shlex.split(datasets.command("fineweb", folder / "data"))
+    assert words[:3] == ["python", "-m", "llm_numba.train"]
+    given, _ = settings.parse(words[3:])
+    assert [path.name for path in data.find_files(given.data)] == ["fineweb_train_000001.bin"]
+    assert data.find_files(given.val_data) == [folder / "data" / "fineweb_val_000000.bin"]
 
 
 def test_the_hub_and_its_files_disagree(hub, tmp_path):
