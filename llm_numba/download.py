@@ -77,7 +77,9 @@ def _download(part: Path, remote: Remote) -> bool:
                     "run the command again to go on from there"
                 )
             if failures:
+                progress.set_postfix_str(f"{reason}: trying again")
                 time.sleep(PAUSE * 2 ** (failures - 1))
+                progress.set_postfix_str("")
             try:
                 reason = _append(requests, part, remote, progress)
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -143,7 +145,8 @@ def on_the_hub(repository: str, name: str) -> Remote:
             status = getattr(getattr(error, "response", None), "status_code", None)
             lasting = isinstance(error, hub.errors.OfflineModeIsEnabled) or (status and status not in TRANSIENT)
             if lasting or failures == ATTEMPTS - 1:
-                raise UserError(f"{url}: {reason_of(error)}") from error
+                reason = f"the hub answers {status}" if status else reason_of(error)
+                raise UserError(f"{url}: {reason}") from error
             time.sleep(PAUSE * 2**failures)
     if not found.size or len(found.etag or "") != 64:
         raise UserError(f"{url}: the hub gives no SHA-256 and size for it: is HF_ENDPOINT a whole mirror?")
@@ -193,7 +196,7 @@ def reason_of(error: Exception) -> str:
         inner = inner.args[0]
     text = str(getattr(inner, "reason", None) or (inner.args or [inner])[0])
     text = " ".join(text.split())
-    return text[:160].rstrip(".") or type(error).__name__
+    return text[:300].rstrip(".") or type(error).__name__
 
 
 def _check_space(part: Path, size: int) -> None:

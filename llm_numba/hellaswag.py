@@ -56,7 +56,7 @@ def read_examples(
     Errors: UserError that names the flag, the file and the line; a model without a tokenizer.
     """
     if encoding is None:
-        raise UserError(f"{flag}: hellaswag is text, but the model was trained with --tokenizer none")
+        raise UserError("HellaSwag is text, but the model was trained with --tokenizer none: its tokens have none")
     path = Path(file).expanduser() if file else datasets.folder_of("hellaswag") / datasets.HELLASWAG
     where = f"{flag} {path}" if file else str(path)
     rows, labels, cut = [], [], 0
