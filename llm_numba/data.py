@@ -1,7 +1,7 @@
 """Text or token shards on disk -> spans of tokens to train and to validate on.
 
 `prepare` finds the files, tokenises text once into shards in the cache folder, and says which tokens are for training
-and which are held out; loader.py makes batches of them.
+and which are held out; loader.py makes batches of them. The command line, python -m llm_numba.data, is datasets.py's.
 """
 
 import codecs

@@ -53,7 +53,7 @@ def fetch(path: Path, remote: Remote) -> None:
                 f"{remote.url}: wrong bytes (sha256 {found[:12]}..., expected {remote.sha256[:12]}...), now thrown "
                 "away: run the command again; if it stays so, the file or the way to it was tampered with"
             )
-        with part.open("rb") as file:
+        with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
@@ -174,9 +174,14 @@ def record(path: Path, sha256: str) -> None:
 
 
 def is_there(path: Path, expected: str | None) -> bool:
-    """Whether the file is there, with the expected SHA-256. Errors: UserError where it has another one."""
+    """Whether the file is there, with the expected SHA-256. Errors: UserError where it has another one, or None is
+    known."""
     if not path.exists():
         return False
+    if expected is None:
+        raise UserError(
+            f"{path}: in the way, and nothing says whether it is right: move it away, or give another --out"
+        )
     if sha256_of(path) != expected:
         raise UserError(f"{path}: damaged or changed (its SHA-256 is not {expected[:12]}...): delete it and run again")
     return True

@@ -24,7 +24,7 @@ from llm_numba.shards import Span
 from llm_numba.tokenizer import tokenizer_from_state
 
 BATCH_TOKENS = 4096  # of a batch, unless --batch-size says otherwise or memory is short
-KEPT = ("parameters", "activations", "inputs", "scratch")  # groups of training that a forward pass needs
+UNUSED = ("master", "gradients", "m", "v", "activation gradients")  # groups of training, by a forward pass
 
 
 class Trained(NamedTuple):
@@ -51,7 +51,7 @@ def forward_groups(config: GPT2Config, B: int, T: int, ops, dtype: str = "float3
     """What a forward pass and its losses need; all layers share one set of activations."""
     groups = training_groups(config, B, T, ops, "reuse", dtype)
     shared = [spec._replace(shares=spec.name) if spec.per_layer else spec for spec in groups["activations"]]
-    return {group: shared if group == "activations" else groups[group] for group in KEPT}
+    return {group: specs for group, specs in groups.items() if group not in UNUSED} | {"activations": shared}
 
 
 def batch_size(config: GPT2Config, T: int, most: int, ops, dtype: str, wanted: int = 0) -> int:
@@ -73,10 +73,11 @@ def batch_size(config: GPT2Config, T: int, most: int, ops, dtype: str, wanted: i
 
 def on_device(trained: Trained, B: int, T: int, ops, dtype: str) -> Callable:
     """The model in memory of its own: a function of (tokens, targets), both (B, T), that returns the loss of each."""
-    arena = Arena(forward_groups(trained.config, B, T, ops, dtype), trained.config, "reuse", ops)
+    groups = forward_groups(trained.config, B, T, ops, dtype)
+    arena = Arena(groups, trained.config, "reuse", ops)
     for name in arena.named("parameters"):
         model.set_parameter(ops, arena, name, trained.tensors[name])
-    return scorer(ops, arena.namespace(*KEPT), trained.config.vocab_size)
+    return scorer(ops, arena.namespace(*groups), trained.config.vocab_size)
 
 
 def scorer(ops, m: SimpleNamespace, vocab_size: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -379,6 +379,15 @@ def test_stories(hub, tmp_path, monkeypatch):
         assert texts == ["One day.", 'A café "said" <|end\nof text.', "Lasttrain"]
 
 
+def test_a_file_in_the_way(hub, tmp_path):
+    """One that nobody fetched, under the name of one that is made here."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="train.jsonl: in the way, .* move it away, or give another --out"):
+        fetch("tinystories", tmp_path)
+    assert (tmp_path / "data" / "train.jsonl").read_text() == "mine"
+
+
 def test_as_a_user(hub, tmp_path):
     """The command in a process of its own: HF_ENDPOINT and HF_HUB_OFFLINE, and nothing written outside the cache."""
     home, cache = tmp_path / "home", tmp_path / "cache"
