@@ -309,7 +309,9 @@ class Arena:
     def _blocks(self, m: SimpleNamespace, places: dict[str, Place]) -> list[SimpleNamespace]:
         """For each run of rows whose logits are computed together, their views of logits, losses, targets, lnf, dlnf,
         those that m has: m itself where all rows are one run."""
-        rows, step = (m.tokens.size, places["logits"].spec.rows) if "logits" in places and "tokens" in places else (0, 0)
+        if not {"logits", "tokens"} <= places.keys():
+            return []
+        rows, step = m.tokens.size, places["logits"].spec.rows
         if rows == step:
             return [m]
 

@@ -1,7 +1,7 @@
 """Text or token shards on disk -> spans of tokens to train and to validate on.
 
 `prepare` finds the files, tokenises text once into shards in the cache folder, and says which tokens are for training
-and which are held out; loader.py makes batches of them.
+and which are held out; loader.py makes batches of them. The command line, python -m llm_numba.data, is datasets.py's.
 """
 
 import codecs
@@ -15,19 +15,19 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
-from llm_numba.errors import UserError
+from llm_numba.errors import UserError, exit_with
 from llm_numba.folders import cache_folder
 from llm_numba.shards import Span, open_shard, write_shard, write_whole
 from llm_numba.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state
 
-CACHE_FORMAT = 1  # raise it when the same text must be tokenised anew
+CACHE_FORMAT = 2  # raise it when the same text must be tokenised anew
 SHARD_TOKENS = 100_000_000
 LEARN_CHARACTERS = 64_000_000
 PIECE_BYTES = 1 << 18  # a few pieces in a row must stay below 10^6 white spaces, where tiktoken and rustbpe panic
@@ -57,10 +57,11 @@ def prepare(
                   an encoding itself
     vocab_size    for bpe and none, 65536 at most, which is what a shard's uint16 holds; the others have their own
 
-    A text file is a document; documents come in a fixed shuffled order, so that the held-out end is like the rest,
-    each behind an end-of-text token. Special tokens' names inside a text are plain text. bpe learns from the first
-    64 million characters in that order. The shards lie in `cache_folder()`, under a name that changes with the files'
-    paths, sizes and times, the tokenizer and its size; the tokenizer is kept beside them.
+    A text file is a document, and so is each line of JSON lines that have a "text" (.jsonl). Files come in a fixed
+    shuffled order, so that the held-out end is like the rest; each document stands behind an end-of-text token. Special
+    tokens' names inside a text are plain text. bpe learns from the first 64 million characters in that order. The
+    shards lie in `cache_folder()`, under a name that changes with the files' paths, sizes and times, the tokenizer and
+    its size; the tokenizer is kept beside them.
     Errors: a file that is missing, empty, not UTF-8 or a damaged shard; a tokenizer that does not fit the data.
     """
     if not 0 <= val_fraction < 1:
@@ -93,6 +94,18 @@ def prepare(
     else:
         _, val = _tokenised(_shuffled(val_files), identity, lambda: encoding)
     return Corpus(train, val, encoding, vocab_size)
+
+
+def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_size: int) -> list[Span]:
+    """All tokens of the files that `patterns` mean, in a tokenizer that is there already. Errors: as of `prepare`; text
+    where `encoding` is None."""
+    files = find_files(patterns)
+    if _is_shard(files[0]):
+        return [_whole(path, vocab_size) for path in files]
+    if encoding is None:
+        raise UserError(f"--data {files[0]}: a model trained with --tokenizer none takes .bin shards only")
+    state, ranks = tokenizer_state(encoding)
+    return _tokenised(_shuffled(files), [state, hashlib.sha256(ranks).hexdigest()], lambda: encoding)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +307,8 @@ def _encode(files: list[Path], encoding: tiktoken.Encoding) -> Iterator[np.ndarr
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
         return np.concatenate(([encoding.eot_token], tokens)) if first else tokens
 
-    pieces = ((number == 0, text) for file in files for number, text in enumerate(_pieces(file)))
+    documents = chain.from_iterable(map(_documents, files))
+    pieces = ((number == 0, text) for document in documents for number, text in enumerate(document))
     size = sum(file.stat().st_size for file in files)
     with (
         tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None) as progress,
@@ -307,35 +321,62 @@ def _encode(files: list[Path], encoding: tiktoken.Encoding) -> Iterator[np.ndarr
 
 def _text_to_learn_from(files: list[Path]) -> Iterator[str]:
     size = 0
-    for file in files:
-        for text in _pieces(file):
-            yield text
-            size += len(text)
-            if size >= LEARN_CHARACTERS:
-                return
+    for text in chain.from_iterable(chain.from_iterable(map(_documents, files))):
+        yield text
+        size += len(text)
+        if size >= LEARN_CHARACTERS:
+            return
 
 
-# the last white space behind something else: GPT-2's pattern never puts both into one word
-LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+def _documents(path: Path) -> Iterator[Iterator[str]]:
+    """The documents of a file, each in pieces: every line of JSON lines, or the whole text.
+
+    JSON lines are a .jsonl file whose first line is an object with a "text", which is what counts of each line.
+    """
+    if not _is_json_lines(path):
+        yield _pieces(path)
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                text = _text_of(line)
+                if text is None:
+                    raise UserError(
+                        f'{path}: line {number}: expected a JSON object with a "text": mend or leave it out'
+                    )
+                yield _cut(text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+
+
+def _is_json_lines(path: Path) -> bool:
+    if path.suffix != ".jsonl":
+        return False
+    with path.open("rb") as file:
+        return _text_of(file.readline()) is not None
+
+
+def _text_of(line: bytes) -> str | None:
+    try:
+        text = json.loads(line)["text"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces whose tokens, one after the other, are the tokens of the whole text.
+    """The text of a UTF-8 file in pieces whose tokens, one after the other, are the tokens of the whole text."""
+    return _cut(_decoded(path))
 
-    A stretch of PIECE_BYTES without a place to cut is cut where it ends: there a word may fall in two.
-    """
+
+def _decoded(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file, block after block."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, offset = "", 0
+    offset = 0
     try:
         with path.open("rb") as file:
             while block := file.read(PIECE_BYTES):
                 offset -= len(decoder.getstate()[0])
-                text = rest + decoder.decode(block)
+                yield decoder.decode(block)
                 offset = file.tell()
-                cut = LAST_CUT.match(text)
-                end = cut.end() if cut else len(text)
-                yield text[:end]
-                rest = text[end:]
             offset -= len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
@@ -344,5 +385,27 @@ def _pieces(path: Path) -> Iterator[str]:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+# the last white space behind something else: GPT-2's pattern never puts both into one word
+LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+def _cut(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text, cut where no word is cut in two. A block without such a place is cut where it ends: there a word
+    may fall in two."""
+    rest = ""
+    for block in blocks:
+        text = rest + block
+        cut = LAST_CUT.match(text)
+        end = cut.end() if cut else len(text)
+        yield text[:end]
+        rest = text[end:]
     if rest:
         yield rest
+
+
+if __name__ == "__main__":
+    from llm_numba import datasets  # its command line
+
+    exit_with(datasets.main)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from llm_numba.errors import UserError
+from llm_numba.hellaswag import Score
 from llm_numba.shards import write_whole
 
 SMOOTH = 20  # steps that are averaged before a loss is drawn
@@ -80,6 +81,10 @@ class RunLog:
     def validation(self, step: int, loss: float) -> None:
         self.say(f"validation at step {step}: loss {loss:.4f}")
         self.record(step=step, val_loss=loss)
+
+    def hellaswag(self, step: int, score: Score) -> None:
+        self.say(f"hellaswag at step {step}: {score}")
+        self.record(step=step, **{f"hellaswag_{name}": value for name, value in score._asdict().items()})
 
     def sample(self, step: int, text: str) -> None:
         self.say(f"--- sample at step {step} ---\n{text}\n---")

@@ -248,6 +248,21 @@ class Settings:
     val_batches: int = option(
         "looking", 20, "batches over which a validation averages the loss", "BATCHES", must="at least 1", free=True
     )
+    eval_every: int = option(
+        "looking",
+        0,
+        "steps from one test on HellaSwag, all of it, to the next; 0: no test",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+    eval_data: str = option(
+        "looking",
+        "",
+        "HellaSwag's examples, as JSON lines; without it: those that python -m llm_numba.data hellaswag fetches",
+        "FILE",
+        free=True,
+    )
     sample_every: int = option(
         "looking",
         0,
@@ -365,6 +380,9 @@ def check(settings: Settings) -> None:
         low, high = VOCAB_SIZES[kind]
         if not low <= settings.vocab_size <= high:
             raise UserError(f"--vocab-size {settings.vocab_size}: with --tokenizer {kind} it must be {low} to {high}")
+
+    if settings.eval_every and kind == "none":
+        raise UserError(f"--eval-every {settings.eval_every}: HellaSwag is text, which --tokenizer none cannot read")
 
     for name in settings.interpret:
         if name not in CONTRACT and name not in WRITES:

@@ -2,8 +2,10 @@
 tokens as uint16, little endian."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,11 +25,18 @@ class Span(NamedTuple):
 
 def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
     """Write a file, all of its parts or not at all. Errors: the folder cannot be written, the disk is full."""
+    with writing_whole(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which gets its name once the block is through; errors as for write_whole."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

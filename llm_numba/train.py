@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import tiktoken
 
-from llm_numba import checkpoint, data, model, outliers, sample, settings
+from llm_numba import checkpoint, data, hellaswag, model, outliers, sample, settings
 from llm_numba.arena import DTYPES, Arena, format_bytes
 from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError, exit_with
+from llm_numba.eval import scorer
 from llm_numba.finite import checked, without_graphs
 from llm_numba.loader import Loader
 from llm_numba.ops import choose_device, get_ops
@@ -79,6 +80,10 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
     if s.warmup > steps:
         raise UserError(f"--warmup {s.warmup}: the run has only {steps} steps; give fewer, or more --steps or --epochs")
 
+    examples, note = None, None
+    if s.eval_every:
+        examples, note = hellaswag.read_examples(s.eval_data, corpus.encoding, T, 0, "--eval-data")
+
     groups = all_groups(s, config, T, ops)
     check_memory(groups, s, config, ops)
     fingerprint = data_fingerprint(corpus)
@@ -111,18 +116,23 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
             s=s, ops=ops, arena=arena, m=m, config=config, corpus=corpus, state=state, log=log, steps=steps,
             train_loader=train_loader, val_loader=val_loader, folder=folder, peak=peak, fingerprint=fingerprint,
             flops=flops_per_token(config, T), times=[], reference=Reference(s, log),
-            batches=np.empty(m.batches.shape, np.int32),
+            batches=np.empty(m.batches.shape, np.int32), examples=examples, stop=stop,
         )  # fmt: skip
+        if note:
+            log.say(note)
         if s.check_finite:
             run.ops = checked(ops, m, arena, state)
         elif not s.graph:
             run.ops = without_graphs(ops)
         run.update = run.ops.capture(partial(update, run.ops, m, config.vocab_size, s))
+        run.losses = scorer(run.ops, m, config.vocab_size)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
         while state.step < steps and not stop:
             one_step(run)
             if state.step == steps or is_time(state.step, s.val_every):
                 validate(run)
+            if s.eval_every and (state.step == steps or is_time(state.step, s.eval_every)):
+                test_on_hellaswag(run)
             if state.step == steps or is_time(state.step, s.sample_every):
                 show_sample(run)
             if is_time(state.step, s.checkpoint_every):
@@ -203,6 +213,13 @@ def validate(run) -> None:
         model.forward(ops, m)
         model.loss(ops, m, run.config.vocab_size, 1.0 / batches, write_dlogits=False)
     run.log.validation(run.state.step, float(ops.to_host(m.loss)[0]))
+
+
+def test_on_hellaswag(run) -> None:
+    """All examples, in rows of the training's batches; a signal cuts it short."""
+    found = hellaswag.losses_of(run.examples, run.losses, *run.m.tokens.shape, run.stop)
+    if found:
+        run.log.hellaswag(run.state.step, hellaswag.score(*found, run.examples.labels))
 
 
 def show_sample(run) -> None:

@@ -80,7 +80,7 @@ def fetch(name: str, files: list[str], revision: str | None = None) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(f'{name}: downloads need huggingface_hub: pip install "llm-numba[hf]"') from error
+        raise UserError(f'{name}: downloads need huggingface_hub: pip install "llm-numba[download]"') from error
     try:
         paths = [Path(hf_hub_download(PUBLISHED[name], file, revision=revision)) for file in files]
     except Exception as error:  # of the network, of the hub, of the disk: they share no class

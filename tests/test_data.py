@@ -399,6 +399,35 @@ def test_validation_text_is_tokenised_with_what_the_training_text_taught(text, t
         assert corpus.encoding.decode(read(corpus.val)[1:]) == "the mat sat on the cat"
 
 
+def test_json_lines_are_documents(tmp_path, monkeypatch):
+    """In their order: one longer than a piece, one with a special token's name; one without text is none."""
+    monkeypatch.setattr(data, "PIECE_BYTES", 50)
+    texts = ["A café.", "the cat sat " * 20, "", f"{END_OF_TEXT} as text", "x" * 120]
+    lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines[:2] + [""] + lines[2:]))
+    corpus = prepare([str(path)], [], "bytes", None, 0)
+    assert list(read(corpus.train)) == [t for text in texts if text for t in (256, *text.encode())]
+    learned = prepare([str(path)], [], "bpe", 262, 0).encoding._mergeable_ranks
+    assert all(len(token) == 1 or token in "\n".join(texts).encode() for token in learned) and len(learned) == 261
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"text": 1}', '{"story": "x"}', b"\xff"], ids=str)
+def test_a_bad_json_line_is_named(tmp_path, bad):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + (bad if isinstance(bad, bytes) else bad.encode()))
+    with pytest.raises(UserError, match=rf'{path}: line 3: expected a JSON object with a "text"'):
+        prepare([str(path)], [], "bytes", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"story": "x"}\n{"text": "y"}\n'), ("a.json", '{"text": "y"}\n')]
+)
+def test_other_json_is_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert list(read(prepare([str(tmp_path / name)], [], "bytes", None, 0).train)) == [256, *text.encode()]
+
+
 def no_work(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("tokenised or learned again")

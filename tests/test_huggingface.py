@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from training import new_run, random_parameters
+from training import logits_of, new_run, random_parameters
 
-from llm_numba import export, huggingface, model
+from llm_numba import export, huggingface
 from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError
 from llm_numba.ops import get_ops
@@ -55,9 +55,7 @@ def distance(ours, theirs):
 def our_logits(ops, weights, tokens):
     run = new_run(ops, weights.config, *tokens.shape, "reuse")
     set_parameters(ops, run.arena, weights.parameters)
-    ops.to_device(run.m.tokens, tokens)
-    model.forward(ops, run.m)
-    return np.array(ops.to_host(run.m.logits)[..., : weights.config.vocab_size])
+    return logits_of(run, (tokens, tokens))
 
 
 def their_logits(network, tokens):

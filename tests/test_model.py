@@ -19,11 +19,11 @@ from training import (
     bits_of,
     compute_gradients,
     copy_of,
+    logits_of,
     loss_of,
     new_run,
     random_batch,
     random_parameters,
-    set_batch,
     set_parameters,
     train_step,
 )
@@ -118,17 +118,6 @@ def parameter_gradients(run):
     V = run.arena.config.vocab_size
     assert not gradients["wte"][V:].any(), "the vocabulary's padding got a gradient"
     return gradients | {"wte": gradients["wte"][:V]}
-
-
-def logits_of(run, batch):
-    """(B, T, V)"""
-    set_batch(run, batch)
-    model.forward(run.ops, run.m)
-    blocks = []
-    for rows in run.m.blocks:
-        model.logits(run.ops, run.m, rows)
-        blocks.append(np.array(run.ops.to_host(rows.logits)).reshape(-1, run.arena.config.padded_vocab_size))
-    return np.concatenate(blocks).reshape(*batch[0].shape, -1)[..., : run.arena.config.vocab_size]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -58,6 +58,17 @@ def set_batch(run, batch):
     run.ops.to_device(run.m.targets, batch[1])
 
 
+def logits_of(run, batch):
+    """(B, T, V)"""
+    set_batch(run, batch)
+    model.forward(run.ops, run.m)
+    blocks = []
+    for rows in run.m.blocks:
+        model.logits(run.ops, run.m, rows)
+        blocks.append(np.array(run.ops.to_host(rows.logits)).reshape(-1, run.arena.config.padded_vocab_size))
+    return np.concatenate(blocks).reshape(*batch[0].shape, -1)[..., : run.arena.config.vocab_size]
+
+
 def loss_of(run, batch):
     """The mean loss of a batch."""
     set_batch(run, batch)

@@ -66,9 +66,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
     With norm = (inp - mean) * rstd and dnorm = weight * dout, both (B, T, C), and averages over a row's channels:
     Writes:   dinp += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)),
               dweight: sum over b, t of dout * norm, dbias: sum over b, t of dout; both += where accumulate, else =
-    Parallel: over at most PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of scratch;
-              then over blocks of channels, each of which adds its shares up in order. Neither cut depends on the number
-              of threads, so the sums do not either
+    Parallel: over at most PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of
+              scratch; then over blocks of channels, each of which adds its shares up in order. Neither cut depends on
+              the number of threads, so the sums do not either
     Moves:    4*B*T*C floats
     Scratch:  layernorm_scratch_size(C) floats
     """
