@@ -33,7 +33,7 @@ class TensorSpec(NamedTuple):
     dtype: str = "model"
     per_layer: bool = False
     shares: str = ""  # the slot it lives in under the plan "reuse"
-    rows: int = 0  # under the plan "reuse" there is memory for so many of its rows (b, t); 0: for all
+    rows: int = 0  # under the plan "reuse" there is memory for so many of its rows (b, t) at a time; 0: for all
     std: float = 0.0  # parameters: drawn from a normal distribution of this deviation ...
     fill: float = 0.0  # ... or, where that is 0, set to this value
     decays: bool = False  # parameters: weight decay applies
@@ -224,7 +224,7 @@ def layout(groups: Groups, L: int, plan: str) -> tuple[list[Place], int]:
             shares = spec.shares if plan == "reuse" else ""
             stacked = spec.per_layer and not shares
             shape = (L, *spec.shape) if stacked else spec.shape
-            if spec.rows and plan == "reuse":
+            if plan == "reuse" and 0 < spec.rows < math.prod(spec.shape[:2]):
                 shape = (1, spec.rows, *spec.shape[2:])
             nbytes = slot_sizes[shares] if shares else nbytes_of(shape, spec.dtype)
             if shares in slots:

@@ -18,8 +18,9 @@ def plan_of(s: Settings) -> str:
 
 
 def attention_of(s: Settings) -> str:
-    """Who steps through attention sees all its weights; --check-finite computes what the run did, bit for bit."""
-    return "keep" if s.no_jit or s.interpret else "reuse"
+    """Who steps through attention, or brings his own, has all its weights; --check-finite computes what the run did,
+    bit for bit."""
+    return "keep" if s.no_jit or s.interpret or any("attention" in value for value in s.use) else "reuse"
 
 
 def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:

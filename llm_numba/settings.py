@@ -10,6 +10,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from llm_numba.borrowed import split
 from llm_numba.config import PRESETS, GPT2Config, preset
 from llm_numba.errors import Parser, UserError
 from llm_numba.limits import usable_cpus
@@ -303,6 +304,15 @@ class Settings:
         "NAME",
         once=True,
     )
+    use: tuple = option(
+        "debugging",
+        (),
+        "put functions of your own in the place of ops: OP=MODULE:NAME, such as "
+        "matmul_forward=llm_numba.cpu.plain:matmul_forward_v1, or a .py file as MODULE; the first batch says how long "
+        "each takes and how far it is off",
+        "OP=MODULE:NAME",
+        once=True,
+    )
     check_finite: bool = option(
         "debugging",
         False,
@@ -383,6 +393,9 @@ def check(settings: Settings) -> None:
 
     if settings.eval_every and kind == "none":
         raise UserError(f"--eval-every {settings.eval_every}: HellaSwag is text, which --tokenizer none cannot read")
+
+    for value in settings.use:
+        split(value)
 
     for name in settings.interpret:
         if name not in CONTRACT and name not in WRITES:

@@ -17,6 +17,7 @@ import tiktoken
 
 from llm_numba import checkpoint, data, hellaswag, model, outliers, sample, settings
 from llm_numba.arena import DTYPES, Arena, format_bytes
+from llm_numba.borrowed import beside, borrow
 from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError, exit_with
 from llm_numba.eval import scorer
@@ -71,6 +72,7 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
     weights: those to start from, or None for random ones; stored: a checkpoint's content to go on from, or None.
     Returns the exit status: 0, or 128 + a signal's number when that signal ended the run early.
     """
+    production, ops = ops, borrow(ops, s.use, s.interpret)
     T = s.sequence_length or config.max_seq_len
     corpus = read_data(s, config, weights)
     train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
@@ -126,6 +128,8 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
             run.ops = without_graphs(ops)
         run.update = run.ops.capture(partial(update, run.ops, m, config.vocab_size, s))
         run.losses = scorer(run.ops, m, config.vocab_size)
+        if s.use:
+            compare_borrowed(run, production)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
         while state.step < steps and not stop:
             one_step(run)
@@ -197,6 +201,21 @@ def one_step(run) -> None:
         ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped,
     )  # fmt: skip
     run.reference.compare(state.step, loss)
+
+
+def compare_borrowed(run, production) -> None:
+    """What --use brought beside the ops of `production`, over the first batch, which the first step gets again."""
+    position = run.train_loader.state()
+    for batch in run.batches:
+        run.train_loader.next_batch(*batch)
+    run.train_loader.restore(position)
+    run.ops.to_device(run.m.batches, run.batches)
+
+    def step(ops):
+        model.gradients(ops, run.m, run.config.vocab_size)
+
+    for line in beside(production, run.ops, run.s.use, step):
+        run.log.say(line)
 
 
 def validate(run) -> None:

@@ -35,8 +35,8 @@ EVERYTHING = (
     "--final-fraction 0 --beta1 0.8 --beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 "
     "--skip-norm-z 6 --val-every 1 --val-batches 3 --eval-every 2 --eval-data h "
     "--sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 "
-    "--keep-every 8 --no-jit --interpret layernorm matmul_backward --check-finite --device cpu --dtype bf16 "
-    "--stochastic-rounding --recompute gelu --no-graph"
+    "--keep-every 8 --no-jit --interpret layernorm matmul_backward --use gelu_forward=a:b --check-finite --device cpu "
+    "--dtype bf16 --stochastic-rounding --recompute gelu --no-graph"
 ).split()
 
 
@@ -301,7 +301,7 @@ def test_resume_takes_over_what_was_recorded():
     settings = resume_with(recorded, *parse(["--resume", "runs/a"]))
     # what holds for one start only is back at its default
     assert settings == replace(
-        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), check_finite=False
+        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), use=(), check_finite=False
     )
     assert resume_with(recorded, *parse(EVERYTHING)) == recorded
 

@@ -1,0 +1,103 @@
+"""--use: somebody's own op in the place of one, and what is said of it."""
+
+import re
+
+import numpy as np
+import pytest
+from programs import QUICK, cache, losses_of, refused, run_here, write_text  # noqa: F401
+
+from llm_numba.borrowed import borrow, split
+from llm_numba.errors import UserError
+from llm_numba.ops import get_ops
+
+pytestmark = pytest.mark.compiled
+SMALL = (*QUICK, "--sequence-length", 8, "--batch-size", 2, "--tokens-per-step", 32, "--steps", 3, "--sample-tokens", 2)
+PLAIN = "llm_numba.cpu.plain"
+OWN = """
+from llm_numba.cpu.gelu import gelu_forward as right
+
+def own(pre, x):
+    right(pre, x)
+    pre *= {factor}
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 100)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("usual") / "run"
+    run_here(*SMALL, "--data", text, "--out", folder)
+    return folder
+
+
+def said(folder):
+    """(value of --use, its milliseconds, the op's, the difference) of each line in the log."""
+    pattern = r"--use (\S+): (\S+) ms a step, \w+ itself (\S+) ms; they differ by at most (\S+) of"
+    return [(v, *map(float, rest)) for v, *rest in re.findall(pattern, (folder / "train.log").read_text())]
+
+
+def test_plain_ops_train_as_the_fast_ones(tmp_path, text, usual):
+    ops = ("matmul_forward", "matmul_backward", "attention_forward", "attention_backward")
+    values = [f"{op}={PLAIN}:{op}_v1" for op in ops]
+    run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", *values)
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(usual), rtol=2e-6)
+    lines = said(tmp_path / "run")
+    assert [line[0] for line in lines] == values
+    assert all(mine > 0 and theirs > 0 for _, mine, theirs, _ in lines)
+    assert all(off < 2e-6 for *_, off in lines)  # sums of at most some hundred float32, in another order
+
+
+@pytest.mark.parametrize("factor, off", [(1.02, 0.02), (1.0, 0.0)])
+def test_a_file_of_one_s_own_and_how_wrong_it_is(tmp_path, text, usual, factor, off):
+    own = tmp_path / "own.py"
+    own.write_text(OWN.format(factor=factor))
+    run_here(
+        *SMALL, "--data", text, "--out", tmp_path / "run", "--recompute", "gelu", "--use", f"gelu_forward={own}:own"
+    )
+    ((_, _, _, difference),) = said(tmp_path / "run")
+    assert difference == pytest.approx(off, rel=1e-3)
+    # the forward pass does its GELU with the matmul: only what the backward pass makes again is wrong, from step 2 on
+    first, *rest = zip(losses_of(tmp_path / "run"), losses_of(usual), strict=True)
+    assert first[0] == first[1] and all((a == b) == (off == 0) for a, b in rest)
+
+
+def test_stepping_through_a_borrowed_op():
+    ops = get_ops("cpu")
+    value = f"matmul_forward={PLAIN}:matmul_forward_v1"
+    assert hasattr(borrow(ops, [value]).matmul_forward, "py_func")
+    for name in "matmul", "matmul_forward":
+        assert not hasattr(borrow(ops, [value], [name]).matmul_forward, "py_func")
+    assert borrow(ops, [value]).matmul_backward is ops.matmul_backward
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("matmul_forward", ["expected OP=MODULE:NAME"]),
+        ("matmul_forward=v3", ["expected OP=MODULE:NAME"]),
+        ("matmul_foward=a:b", ["no op matmul_foward", "did you mean matmul_forward?"]),
+        ("matmul_forward=nowhere.at_all:v1", ["nowhere.at_all cannot be loaded", "No module named"]),
+        ("matmul_forward=missing.py:v1", ["missing.py cannot be loaded", "No such file"]),
+        (f"matmul_forward={PLAIN}:v9", [f"{PLAIN} has no function v9"]),
+        (f"gelu_forward={PLAIN}:matmul_forward_v1", ["a function of out, inp", "it has out, inp, weight"]),
+    ],
+)
+def test_errors(capfd, tmp_path, text, value, words):
+    line = refused(capfd, *SMALL, "--data", text, "--out", tmp_path / "run", "--use", value)
+    assert f"--use {value}: " in line and all(word in line for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_raises(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("1 / 0")
+    with pytest.raises(UserError, match=r"own\.py cannot be loaded \(ZeroDivisionError: division by zero\)"):
+        borrow(get_ops("cpu"), [f"gelu_forward={own}:own"])
+
+
+def test_windows_paths_keep_their_colon():
+    assert split(r"gelu_forward=C:\own.py:f") == ("gelu_forward", r"C:\own.py", "f")
