@@ -1,4 +1,4 @@
-"""The register tile fits the machine's vector registers, whatever machine it is, and a narrower one computes the same."""
+"""The register tile fits the vector registers of whatever machine it is on, and a narrower one computes the same."""
 
 import os
 import platform
