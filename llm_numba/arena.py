@@ -117,8 +117,8 @@ def activation_specs(
 
 
 def logits_rows(rows: int) -> int:
-    """Of this many rows (b, t), how many have their logits in memory at a time: an eighth, but at least 1024."""
-    return min(rows, max(1024, padded(-(-rows // 8))))
+    """Of this many rows (b, t), how many have their logits in memory at a time: a quarter, but at least 1024."""
+    return min(rows, max(1024, padded(-(-rows // 4))))
 
 
 def activation_gradient_specs(config: GPT2Config, B: int, T: int) -> list[TensorSpec]:

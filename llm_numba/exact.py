@@ -75,11 +75,6 @@ def matmul_forward(out, inp, weight, bias, scratch):
         out += bias
 
 
-def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
-    matmul_forward(pre, inp, weight, bias, scratch)
-    gelu_forward(out, pre)
-
-
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
     dinp[...] = dout @ weight
     put(dweight, np.tensordot(dout, inp, axes=((0, 1), (0, 1))), accumulate)

@@ -47,7 +47,8 @@ def forward(ops, m):
         ops.residual_layernorm_forward(
             l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b
         )  # both (B, T, C)
-        ops.matmul_gelu_forward(l.fch_gelu, l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # both (B, T, 4*C)
+        ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
+        ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
         ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)  # (B, T, C)
         next = l.next  # the LayerNorm that follows: the next layer's ln1, or lnf
         ops.residual_layernorm_forward(

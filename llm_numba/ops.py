@@ -22,11 +22,7 @@ CONTRACT = {
         "layernorm_forward": ("out", "mean", "rstd"),
         "layernorm_backward": ("dinp", "dweight", "dbias"),
     },
-    "matmul": {
-        "matmul_forward": ("out",),
-        "matmul_gelu_forward": ("pre", "out"),
-        "matmul_backward": ("dinp", "dweight", "dbias"),
-    },
+    "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
     "attention": {
         "attention_forward": ("out", "att"),
         "attention_backward": ("dqkv",),

@@ -56,7 +56,6 @@ def run_everything(ops, head_size: int = 16, s: Settings = SMALL) -> None:
     ops.to_device(m.step, 1)
     model.gradients(ops, m, config.vocab_size)
     ops.residual_backward(m.dencoded, m.lnf)  # the plan made it needless above
-    ops.gelu_forward(m.layers[0].fch_gelu, m.layers[0].fch)  # for --recompute
     model.update(ops, m, s)
     tokens = sample.generate(
         ops, arena, [0] * T, SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0), np.random.default_rng(0)

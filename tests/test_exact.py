@@ -99,10 +99,6 @@ def test_matmul(normal, with_bias):
     assert_equal("dweight", dweight, 1 + expected[1])
     if with_bias:
         assert_equal("dbias", dbias, 1 + expected[2])
-        active = written(B, T, 4)
-        exact.matmul_gelu_forward(active, out, inp, weight, bias, None)
-        assert_equal("pre", out, reference.matmul_forward(inp, weight, bias))
-        assert_equal("gelu", active, reference.gelu_forward(out))
     exact.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, False)
     assert_equal("dweight, not accumulating", dweight, expected[1])
     if with_bias:

@@ -60,30 +60,6 @@ def check_forward(ops, rng, place, garbage, shape, with_bias, dtype="float32"):
     assert_close("out", out, expected, sum_error(magnitude, C) + store_error(expected, dtype))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 5, 7), (1, 7, 64, 96), (1, 8, 64, 97), (2, 33, 128, 192)])
-def test_gelu_forward_is_matmul_then_gelu(ops, rng, place, garbage, shape):
-    check_gelu_forward(ops, rng, place, garbage, shape, "float32")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 33, 97, 65), (1, 129, 128, 256), (1, 97, 136, 264)])
-def test_bf16_gelu_forward_is_matmul_then_gelu(ops, rng, place, garbage, shape):
-    check_gelu_forward(ops, rng, place, garbage, shape, "bfloat16")
-
-
-def check_gelu_forward(ops, rng, place, garbage, shape, dtype):
-    """Bit for bit: the GELU is that of the result as it is stored."""
-    B, T, C, OC = shape
-    inp, weight, bias = (place(x, dtype) for x in make(rng, *shape, dtype)[:3])
-    pre, out, alone, active = (place(np.full((B, T, OC), np.nan), dtype) for _ in range(4))
-    scratch = garbage(ops.matmul_scratch_size(B * T, C, OC))
-    ops.matmul_gelu_forward(out, pre, inp, weight, bias, scratch)
-    ops.matmul_forward(alone, inp, weight, bias, scratch)
-    ops.gelu_forward(active, alone)
-    assert pre.tobytes() == alone.tobytes() and not np.isnan(pre.astype(np.float32)).any()
-    assert out.tobytes() == active.tobytes()
-
-
 def check_backward(ops, rng, place, garbage, inp, weight, dout, expected, dtype="float32"):
     """`expected` are the gradients of inp, weight and bias; that of the bias is None where there is no bias."""
     (B, T, C), OC = inp.shape, len(weight)

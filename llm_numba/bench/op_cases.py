@@ -58,7 +58,6 @@ def op_list(config: GPT2Config, at: Sizes):
         for R in at.matmul_rows
         for a, b in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp))
     ]
-    cases += [("matmul_gelu_forward", dict(R=R, C=C, OC=4 * C)) for R in at.matmul_rows]
     cases += [
         (f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in at.attention
     ]
@@ -140,22 +139,6 @@ def matmul_forward(ops, R, C, OC, bias):
         return [(part(ops.to_host(out)[0], r, o), expected + (ops.to_host(biases)[o] if bias else 0))]
 
     return Case(lambda: ops.matmul_forward(out, inp, weight, biases, ops.scratch), expect, flops=2 * R * C * OC)
-
-
-def matmul_gelu_forward(ops, R, C, OC):
-    inp, weight, biases = normal(ops, 1, R, C), normal(ops, OC, C), normal(ops, OC)
-    out, pre, r, o = blank(ops, 1, R, OC), blank(ops, 1, R, OC), some(R), some(OC)
-
-    def expect():
-        x = wide(ops.to_host(inp)[0, r]) @ wide(ops.to_host(weight)[o]).T + ops.to_host(biases)[o]
-        return [
-            (part(ops.to_host(pre)[0], r, o), x),
-            (part(ops.to_host(out)[0], r, o), x / (1 + np.exp(-2 * gelu_u(x)))),
-        ]
-
-    return Case(
-        lambda: ops.matmul_gelu_forward(out, pre, inp, weight, biases, ops.scratch), expect, flops=2 * R * C * OC
-    )
 
 
 def matmul_backward(ops, R, C, OC, bias):
@@ -392,7 +375,7 @@ def adamw_update(ops, n):
 BUILDERS = {
     f.__name__: f
     for f in (
-        matmul_forward, matmul_gelu_forward, matmul_backward, attention_forward, attention_backward,
+        matmul_forward, matmul_backward, attention_forward, attention_backward,
         layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, residual_layernorm_forward,
         encoder_forward, encoder_backward, fused_classifier, global_norm_squared, adamw_update,
     )

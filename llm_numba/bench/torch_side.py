@@ -300,9 +300,6 @@ def adamw_update(n):
 
 OPS = {
     "matmul_forward": lambda **sizes: no_grad(F.linear, *linear(**sizes)),
-    "matmul_gelu_forward": lambda **sizes: no_grad(
-        lambda *inputs: gelu(F.linear(*inputs)), *linear(**sizes, bias=True)
-    ),
     "matmul_backward": matmul_backward,
     "attention_forward": lambda B, T, C, NH: no_grad(attend, leaf(B, T, 3 * C), NH),
     "attention_backward": attention_backward,

@@ -11,7 +11,6 @@ thread the owner runs on changes nothing.
 import numpy as np
 from numba import njit, prange
 
-from llm_numba.cpu.gelu import gelu, gelu_row
 from llm_numba.cpu.jit import PARALLEL, TASK, ZERO, dot
 from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, prefetch, stack_array
 
@@ -21,7 +20,7 @@ OB = 96  # rows of the weights that one task owns
 RB = 528  # rows of the activations that one task owns
 PACK = 16  # rows that one task packs
 FEW_ROWS = 8  # below this a tile would compute mostly padding
-NO_BIAS, NO_GELU = np.empty(0, np.float32), np.empty((0, 0, 1), np.float32)
+NO_BIAS = np.empty(0, np.float32)
 new_sums = stack_array(OB, NR)
 new_panel = stack_array(KB, NR)
 new_strips = stack_array(OB // MR * KB, MR)
@@ -46,19 +45,13 @@ def matmul_forward(out, inp, weight, bias, scratch):
     Parallel: over blocks of OB output channels
     Flops:    2*B*T*C*OC
     """
-    forward(out, NO_GELU, inp, weight, NO_BIAS if bias is None else bias, scratch)
-
-
-def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
-    """A linear layer with a GELU behind it, which finds its input in the cache.
-
-    out (B, T, OC), pre (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,)
-    Writes:   pre = as `matmul_forward`, out = gelu(pre), as `gelu_forward`
-    Scratch:  matmul_scratch_size(B*T, C, OC)
-    Parallel: over blocks of OB output channels
-    Flops:    2*B*T*C*OC, those of the GELU not counted
-    """
-    forward(pre, out, inp, weight, bias, scratch)
+    R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
+    out, inp = out.reshape(R, weight.shape[0]), inp.reshape(R, C)
+    bias = NO_BIAS if bias is None else bias
+    if R < FEW_ROWS:
+        forward_few_rows(out, inp, weight, bias)
+    else:
+        forward_tiled(out, inp, weight, bias, scratch)
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
@@ -76,17 +69,9 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
     backward_weight(dweight, NO_BIAS if dbias is None else dbias, dout, inp, scratch, accumulate)
 
 
-def forward(out, activated, inp, weight, bias, scratch):
-    """out (B, T, OC) = inp times weight + bias, and activated = gelu(out) where it is not empty."""
-    R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
-    out, activated, inp = out.reshape(R, -1), activated.reshape(-1, weight.shape[0]), inp.reshape(R, C)
-    way = forward_few_rows if R < FEW_ROWS else forward_tiled
-    way(out, activated, inp, weight, bias, scratch)
-
-
 @njit(**PARALLEL)
-def forward_tiled(out, activated, inp, weight, bias, scratch):
-    """out[r, o] = sum_k inp[r, k] weight[o, k] + bias[o], and activated = gelu(out).
+def forward_tiled(out, inp, weight, bias, scratch):
+    """out[r, o] = sum_k inp[r, k] weight[o, k] + bias[o].
 
     The tile's rows are rows of weight and its columns are rows of inp, transposed into panels.
     """
@@ -99,7 +84,7 @@ def forward_tiled(out, activated, inp, weight, bias, scratch):
         transpose(panels[j, k0 : k0 + NR], inp[j * NR : j * NR + NR, k0 : k0 + NR])
     for p in prange((O + OB - 1) // OB):
         o0, o1 = p * OB, p * OB + OB
-        forward_columns(out, activated, weight[o0:o1], bias[o0:o1], panels, o0)
+        forward_columns(out, weight[o0:o1], bias[o0:o1], panels, o0)
 
 
 @njit(**TASK)
@@ -112,8 +97,8 @@ def transpose(panel, rows):
 
 
 @njit(**TASK)
-def forward_columns(out, activated, weight, bias, panels, first):
-    """At most OB columns of out and activated, from `first` on; these rows of weight make them."""
+def forward_columns(out, weight, bias, panels, first):
+    """At most OB columns of out, from `first` on; these rows of weight make them."""
     O, K = weight.shape
     tile, sums = new_tile(), new_sums()
     for j in range(panels.shape[0]):
@@ -129,12 +114,10 @@ def forward_columns(out, activated, weight, bias, panels, first):
                 row[o] = sums[o, r - j * NR]
             for o in range(bias.shape[0]):
                 row[o] += bias[o]
-            if r < activated.shape[0]:
-                gelu_row(activated[r, first : first + O], row)
 
 
 @njit(**PARALLEL)
-def forward_few_rows(out, activated, inp, weight, bias, scratch):
+def forward_few_rows(out, inp, weight, bias):
     """The same sums as dot products: for a handful of rows reading the weights is all the work."""
     R = inp.shape[0]
     O = weight.shape[0]
@@ -144,8 +127,6 @@ def forward_few_rows(out, activated, inp, weight, bias, scratch):
             for r in range(R):
                 total = dot(inp[r], w)
                 out[r, o] = total + bias[o] if bias.shape[0] > 0 else total
-                if r < activated.shape[0]:
-                    activated[r, o] = gelu(out[r, o])
 
 
 @njit(**PARALLEL)

@@ -10,7 +10,6 @@ import functools
 from numba import cuda
 
 from llm_numba.cuda import matmul_plain
-from llm_numba.cuda.gelu import gelu_forward
 from llm_numba.cuda.jit import (
     SIMULATED,
     THREADS,
@@ -92,19 +91,6 @@ def matmul_forward(out, inp, weight, bias, scratch):
     """
     OC, C = weight.shape
     multiply(out.reshape(-1, OC), inp.reshape(-1, C), weight, scratch, bias=bias)
-
-
-def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
-    """A linear layer with a GELU behind it.
-
-    out (B, T, OC), pre (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,)
-    Writes:   pre = as `matmul_forward`, out = gelu(pre), as `gelu_forward`
-    Scratch:  matmul_scratch_size(B*T, C, OC)
-    Parallel: over tiles of pre, then over all numbers of out
-    Flops:    2*B*T*C*OC, those of the GELU not counted
-    """
-    matmul_forward(pre, inp, weight, bias, scratch)
-    gelu_forward(out, pre)
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
