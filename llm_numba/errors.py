@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+CTRL_C = 128 + signal.SIGINT  # the exit status
+
 
 class UserError(Exception):
     """A mistake or a state of the machine that the user can mend.
@@ -21,19 +23,33 @@ class Parser(argparse.ArgumentParser):
         raise UserError(" ".join(message.removeprefix("argument ").split()) + " (see --help)")
 
 
+def quiet_ctrl_c() -> None:
+    """Let Ctrl-C end the process with one line from now until `exit_with`: while modules are loaded, an exception would
+    come up anywhere in them."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's background process has none
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number, frame) -> None:
+    os.write(2, b"stopped by Ctrl-C\n")
+    os._exit(CTRL_C)
+
+
 def exit_with(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and leave the process; what the user can mend is told without a traceback.
 
     Exit status: main's own (None is 0), 2 after a UserError, 130 after Ctrl-C, 141 where who read the output has gone.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(CTRL_C)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed at exit
         sys.exit(128 + 13)

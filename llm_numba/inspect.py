@@ -133,7 +133,7 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
     path = checkpoint.newest(path) if path.is_dir() else path
     tensors, record, _ = checkpoint.load(path)
     s = settings.from_record(record["settings"], path)
-    config = GPT2Config(**record["config"])
+    config = checkpoint.sizes_of(path, tensors, record)
     T = length(T, s.sequence_length or config.max_seq_len)
 
     def fill(ops, arena, m):
