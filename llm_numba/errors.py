@@ -4,7 +4,10 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 CTRL_C = 128 + signal.SIGINT  # the exit status
 
@@ -30,6 +33,17 @@ def quiet_ctrl_c() -> None:
         signal.signal(signal.SIGINT, _leave)
 
 
+@contextmanager
+def ctrl_c_at_once() -> Iterator[None]:
+    """The same for a block, in which Python calls back from C, where a KeyboardInterrupt would be lost."""
+    before = signal.getsignal(signal.SIGINT)
+    quiet_ctrl_c()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _leave(number, frame) -> None:
     os.write(2, b"stopped by Ctrl-C\n")
     os._exit(CTRL_C)
@@ -53,3 +67,13 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed at exit
         sys.exit(128 + 13)
+    except Exception as error:  # whatever comes of reading damaged bytes
+        if not any(Path(frame.filename).name == "caching.py" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        folder, reason = sys.modules["numba"].config.CACHE_DIR, str(error).partition("\n")[0]
+        print(
+            f"error: {folder}: the compiled functions there cannot be used ({type(error).__name__}: {reason}): delete "
+            "that folder, or set NUMBA_CACHE_DIR to one that you may write",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -36,6 +36,7 @@ LLMC_LINE = re.compile(r"s:(\d+)((?: \w+:\S+)+)")
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; its yellow is too pale for a line
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LONG = 2000  # steps from which on the beginning of a run would hide the rest, were the axis not logarithmic
 STYLES = ["-", "--", ":", "-."]  # for more runs than colours
 
 
@@ -134,11 +135,11 @@ def with_time_and_tokens(columns: dict) -> dict:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and those before it: SMOOTH of them, or a hundredth of all, and fewer at the start."""
-    window = max(SMOOTH, len(values) // 100)
+    """The mean of each value and those before it: SMOOTH of them, of very many values a hundredth; but at the start,
+    where a loss falls fast, a quarter of what there is."""
     sums = np.cumsum(np.concatenate(([0.0], values)))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
+    starts = ends - np.clip(ends // 4, 1, max(SMOOTH, len(values) // 100))
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
@@ -149,26 +150,27 @@ def picture(runs: list[Run]):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [  # title, column, what it is drawn against, unit of y, smoothed, logarithmic
-        ("training loss", "loss", "step", "nats per token", True, True),
-        ("training loss", "loss", "tokens", "nats per token", True, True),
-        ("training loss", "loss", "seconds", "nats per token", True, True),
-        ("validation loss", "val_loss", "step", "nats per token", False, True),
-        ("norm of the gradient", "norm", "step", "", True, True),
-        ("learning rate", "learning_rate", "step", "", False, False),
-        ("speed", "tokens_per_second", "step", "tokens/s", True, False),
+    long = max(steps[-1] for run in runs for steps, _ in run.columns.values()) > LONG
+    panels = [  # title, column, what it is drawn against, unit of y, smoothed, which axes are logarithmic
+        ("training loss by steps", "loss", "step", "nats per token", True, "xy" if long else "y"),
+        ("training loss by tokens", "loss", "tokens", "nats per token", True, "xy" if long else "y"),
+        ("training loss by time", "loss", "seconds", "nats per token", True, "y"),
+        ("validation loss", "val_loss", "step", "nats per token", False, "xy" if long else "y"),
+        ("norm of the gradient", "norm", "step", "", True, "xy" if long else "y"),
+        ("learning rate", "learning_rate", "step", "", False, ""),
+        ("speed", "tokens_per_second", "step", "tokens/s", True, ""),
     ]
     with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
         for axis, (title, column, against, unit, smoothed, logarithmic) in zip(axes.flat, panels, strict=False):
-            draw(axis, runs, column, against, smoothed)
+            draw(axis, runs, column, against, smoothed, "x" in logarithmic)
             axis.set(title=title, xlabel=against, ylabel=unit)
-            finish(axis, against, logarithmic)
+            finish(axis, logarithmic)
         legend(axes[1, 3], runs)
     return figure
 
 
-def draw(axis, runs: list[Run], column: str, against: str, smoothed: bool) -> None:
+def draw(axis, runs: list[Run], column: str, against: str, smoothed: bool, positive: bool) -> None:
     for i, run in enumerate(runs):
         if column not in run.columns or against not in ("step", *run.columns):
             continue
@@ -178,6 +180,7 @@ def draw(axis, runs: list[Run], column: str, against: str, smoothed: bool) -> No
             known, values = run.columns[against]
             inside = (steps >= known[0]) & (steps <= known[-1])
             x, y = np.interp(steps[inside], known, values), y[inside]
+        x, y = (x[x > 0], y[x > 0]) if positive else (x, y)
         line = dict(color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i // len(COLOURS) % len(STYLES)], linewidth=1.6)
         if smoothed:
             axis.plot(x, y, color=line["color"], alpha=0.18, linewidth=0.7)
@@ -186,9 +189,9 @@ def draw(axis, runs: list[Run], column: str, against: str, smoothed: bool) -> No
             axis.plot(x, y, marker="o" if len(x) < 40 else "", markersize=3.5, **line)
 
 
-def finish(axis, against: str, logarithmic: bool) -> None:
+def finish(axis, logarithmic: str) -> None:
     """Scales, ticks that are read at a glance, and a word where there is nothing to see."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 
     if not axis.lines:
         axis.text(0.5, 0.5, "in none of these logs", transform=axis.transAxes, ha="center", color="0.5")
@@ -196,16 +199,30 @@ def finish(axis, against: str, logarithmic: bool) -> None:
         return
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.margins(x=0.01)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    engineer = EngFormatter(sep="")
+    thousands = FuncFormatter(lambda x, position: engineer(x, position).replace("G", "B"))
+    longest = axis.get_xlim()[1]
+    if "x" in logarithmic:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(thousands)
+    elif axis.get_xlabel() == "seconds":
+        if longest > 300:
+            unit, size = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
+            axis.set_xlabel(unit)
+            tick = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**6) if n * size * 8 >= longest)
+            axis.xaxis.set_major_locator(MultipleLocator(tick * size))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
+    elif longest >= 1000:
+        axis.xaxis.set_major_formatter(thousands)
     low, high = axis.get_ylim()
-    if logarithmic and min(y.min() for y in (line.get_ydata() for line in axis.lines)) > 0:
+    if "y" in logarithmic and min(y.min() for y in (line.get_ydata() for line in axis.lines)) > 0:
         axis.set_yscale("log")
         wide = high > 20 * max(low, 1e-12)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else range(1, 10)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     elif high >= 1000:
-        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_major_formatter(thousands)
 
 
 def legend(axis, runs: list[Run]) -> None:

@@ -1,6 +1,6 @@
 """Train a GPT-2: python -m llm_numba.train (--help lists the settings)."""
 
-from llm_numba.errors import UserError, exit_with, quiet_ctrl_c
+from llm_numba.errors import UserError, ctrl_c_at_once, exit_with, quiet_ctrl_c
 
 if __name__ == "__main__":
     quiet_ctrl_c()  # the imports take half a second
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int | None:
     settings.check(given)
     track.check(given.track)
     device = "cpu" if given.no_jit or given.interpret else choose_device(given.device)
-    ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
+    with ctrl_c_at_once():
+        ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
     ops.set_threads(given.threads)
     if given.plan_memory:
         return plan_memory(given, ops)
@@ -110,8 +111,9 @@ def train(s: Settings, ops, folder: Path, stored, started: float) -> int:
     else:
         model.initialise(ops, arena, s.seed)
 
-    seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
-    peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
+    with ctrl_c_at_once():
+        seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
+        peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
     ops.to_device(m.seed, s.seed % 2**31)
 
     record, since = settings.to_record(s), state.step if stored else None
@@ -365,5 +367,6 @@ def farewell(run) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
+    if sys.stdout:  # none where it was closed, as by >&-
+        sys.stdout.reconfigure(errors="replace")
     exit_with(main)
