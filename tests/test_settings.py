@@ -32,8 +32,8 @@ EVERYTHING = (
     "--steps 97 --epochs 2.5 --overfit --learning-rate 1e-2 --schedule wsd --warmup 3 --final-fraction 0 --beta1 0.8 "
     "--beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 --skip-norm-z 6 --val-every 1 "
     "--val-batches 3 --sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 --keep-every 8 --no-jit "
-    "--interpret layernorm matmul_backward --check-finite --track wandb --device cpu --dtype bf16 --stochastic-rounding "
-    "--recompute gelu --no-graph"
+    "--interpret layernorm matmul_backward --check-finite --track wandb --device cpu --dtype bf16 "
+    "--stochastic-rounding --recompute gelu --no-graph"
 ).split()
 
 
