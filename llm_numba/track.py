@@ -37,7 +37,8 @@ class Tracker:
         numbers = {
             name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)
         }
-        self._attempt(self.pass_on, numbers, row["step"])
+        if numbers:
+            self._attempt(self.pass_on, numbers, row["step"])
 
     def close(self) -> None:
         self._attempt(self.end)
@@ -55,7 +56,8 @@ def tensorboard(name: str, folder: Path, record: dict, step: int | None) -> tupl
     """(pass_on, end) that write event files into the run folder; what came after `step` is hidden by TensorBoard."""
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1, flush_secs=10)
+    options = dict(flush_secs=10, filename_suffix=f".from-step-{step or 0}")  # else a name for each second
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1, **options)
 
     def pass_on(row, step):
         for name, value in row.items():
