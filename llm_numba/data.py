@@ -293,11 +293,13 @@ def describe_windows(windows: list[Span]) -> list[dict]:
 
 
 def _documents_in(folder: Path) -> dict | None:
-    """What `_tokenise` wrote of the documents in its folder of shards; None for any other folder."""
+    """What `_tokenise` wrote of the documents in its folder of shards; None for any other folder, or a damaged file."""
     try:
-        return json.loads((folder / DOCUMENTS).read_text())
-    except (OSError, ValueError):
+        index = json.loads((folder / DOCUMENTS).read_text())
+        kinds = [{type(x) for x in part} for part in ([index["shard_tokens"]], index["starts"], index["files"])]
+    except (KeyError, OSError, TypeError, ValueError, RecursionError):
         return None
+    return index if kinds == [{int}, {int}, {str}] else None
 
 
 def _write_shards(folder: Path, arrays: Iterable[np.ndarray]) -> list[str]:

@@ -132,8 +132,8 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
         raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
     path = checkpoint.newest(path) if path.is_dir() else path
     tensors, record, _ = checkpoint.load(path)
-    s = settings.from_record(record["settings"], path)
     config = checkpoint.sizes_of(path, tensors, record)
+    s = settings.from_record(record["settings"], path)
     T = length(T, s.sequence_length or config.max_seq_len)
 
     def fill(ops, arena, m):

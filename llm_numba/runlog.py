@@ -38,7 +38,7 @@ class RunLog:
             ) from error
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: a line is damaged ({error}); mend it, or move the file away") from error
         finally:
             if not hasattr(self, "json"):
@@ -122,8 +122,8 @@ class RunLog:
         import matplotlib.pyplot as plt
 
         rows = [json.loads(line) for line in self._lines()]
-        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-        val = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+        train = [(row["step"], row["loss"]) for row in rows if type(row.get("loss")) is float]
+        val = [(row["step"], row["val_loss"]) for row in rows if type(row.get("val_loss")) is float]
         if not train:
             return
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
