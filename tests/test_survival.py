@@ -31,7 +31,7 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, data
+from llm_numba import checkpoint, data, errors
 from llm_numba.shards import write_shard
 
 pytestmark = [pytest.mark.compiled, pytest.mark.skipif(os.name == "nt", reason="needs POSIX")]
@@ -115,7 +115,7 @@ def test_fifty_kills(text, tmp_path):
         text=True,
         env=environment(OPENBLAS_NUM_THREADS="1"),
     )
-    assert process.returncode == 0, process.stderr
+    assert (process.returncode, process.stderr) == (0, "")  # no checkpoint was damaged, or it would be told
     told = json.loads(process.stdout)
     assert len(told["reached"]) == KILLS and len(set(told["reached"])) > KILLS // 3  # they did not all die early
     assert told["writing"] > 0, "no kill came while a checkpoint was being written"
@@ -230,7 +230,7 @@ def test_a_shard_that_is_replaced_under_the_run(tmp_path, capfd, monkeypatch, ho
 def test_two_runs_in_one_folder(text, tmp_path, capfd):
     """The second is refused and changes nothing; once the first is killed, its lock is gone."""
     folder = tmp_path / "run"
-    long = ("--data", text, *QUICK, "--steps", 100_000, "--checkpoint-every", 5, "--out", folder)
+    long = ("--data", text, *QUICK, "--steps", 3000, "--checkpoint-every", 5, "--out", folder)
     with started(command("train", *long), tmp_path) as process:
         assert wait_until(lambda: rows_written(folder) >= 6, process), process.stderr.read()
         process.send_signal(signal.SIGSTOP)
@@ -340,6 +340,29 @@ def test_a_cache_on_a_disk_that_is_read_only(text, tmp_path):
     if process.returncode == 32:
         pytest.skip("cannot mount a file system here")
     assert "set LLM_NUMBA_CACHE to one you may write" in error_line(process.returncode, process.stderr)
+
+
+def test_ctrl_c_while_c_calls_python(text, tmp_path, monkeypatch, capsys):
+    """LLVM calls back while functions are compiled or loaded, and an exception would be lost there: the process ends at
+    once instead. A reader of text is interrupted by an exception, for what it has begun must go."""
+    from llm_numba import train
+
+    handlers = {}
+
+    def noting(name, function):
+        def call(*arguments):
+            handlers[name] = signal.getsignal(signal.SIGINT)
+            return function(*arguments)
+
+        return call
+
+    for name in "get_ops", "warm_up", "read_data", "one_step":
+        monkeypatch.setattr(train, name, noting(name, getattr(train, name)))
+    before = signal.getsignal(signal.SIGINT)
+    run_here(*QUICK, "--data", text, "--steps", 1, "--out", tmp_path / "run")
+    assert handlers["get_ops"] is handlers["warm_up"] is errors._leave
+    assert handlers["read_data"] is before and handlers["one_step"] not in (before, errors._leave)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_in_the_first_half_second(text, tmp_path):
