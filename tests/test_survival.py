@@ -86,7 +86,7 @@ while len(reached) < kills:
     if not resumable and folder.exists():  # killed before its first checkpoint
         folder = folder.with_name(folder.name + "-again")
     child = start("--resume", folder) if resumable else start(*arguments, "--out", folder)
-    time.sleep(numbers.uniform(0, 0.3))
+    time.sleep(numbers.uniform(0, 0.2))
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
