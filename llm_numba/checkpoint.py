@@ -12,7 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llm_numba.arena import parameter_specs
+from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError
+from llm_numba.outliers import WINDOW
 
 FORMAT = "llm_numba checkpoint 1"
 RANKS = "tokenizer.ranks"
@@ -77,6 +80,49 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | Non
     raise UserError(message)
 
 
+def load_newest(run_folder: str | Path) -> tuple[Path, tuple, list[str]]:
+    """(path, what `load` returns, what is wrong with each newer one) of the run's newest checkpoint that is whole.
+
+    Errors: UserError where there is none.
+    """
+    newest(run_folder)
+    problems = []
+    for path in reversed(_checkpoints(Path(run_folder) / "checkpoints")):
+        try:
+            return path, _read(path), problems
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(f"{problems[0]}; nor is any other of {run_folder} whole")
+
+
+def sizes_of(path: str | Path, tensors: dict[str, np.ndarray], state: dict) -> GPT2Config:
+    """The sizes of the model in a training run's checkpoint, of which `load` returned these.
+
+    Errors: UserError for a whole file that no run has written: all that a run reads is there, and fits.
+    """
+    try:
+        config = GPT2Config(**state["config"])
+        if any(type(size) is not int for size in vars(config).values()):
+            raise TypeError("a size is not a whole number")
+        for spec in parameter_specs(config):
+            shape = (config.num_layers, *spec.shape) if spec.per_layer else spec.shape
+            for name in (spec.name, f"m.{spec.name}", f"v.{spec.name}"):
+                if tensors[name].shape != shape or tensors[name].dtype != np.float32:
+                    raise ValueError(f"{name} does not fit the model's sizes")
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"step is {state['step']!r:.20}")
+        for name in "loss_history", "norm_history":
+            if len(state[name]) > WINDOW or any(type(x) is not float for x in state[name]):
+                raise ValueError(f"{name} is not a list of numbers")
+        for name, kind in ("loader", dict), ("settings", dict), ("data", list):
+            if type(state[name]) is not kind:
+                raise TypeError(f"{name} is {state[name]!r:.20}")
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is no checkpoint of a run, or another version's: {problem}") from error
+    return config
+
+
 def checkpoint_path(run_folder: str | Path, step: int) -> Path:
     """Where the checkpoint after `step` updates lies."""
     return Path(run_folder) / "checkpoints" / f"step_{step:06d}.safetensors"
@@ -134,12 +180,15 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
             if texts.get("format") != FORMAT or texts.keys() != {"format", "state", "tokenizer"}:
                 raise UserError(f"{path} is no checkpoint that this version of llm_numba can read, or is damaged")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
     if sha256 != _sha256(texts, tensors):
         raise UserError(f"{path} is damaged: its checksum does not match what it holds")
-    state, tokenizer = json.loads(texts["state"]), json.loads(texts["tokenizer"])
-    return tensors, state, None if tokenizer is None else (tokenizer, tensors.pop(RANKS).tobytes())
+    try:
+        state, tokenizer = json.loads(texts["state"]), json.loads(texts["tokenizer"])
+        return tensors, state, None if tokenizer is None else (tokenizer, tensors.pop(RANKS).tobytes())
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} holds no state of a run that can be read ({error})") from error
 
 
 def _sha256(texts: dict[str, str], tensors: dict[str, np.ndarray]) -> str:

@@ -11,24 +11,29 @@ import json
 import os
 import platform
 import re
+import shutil
 import sysconfig
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+from filelock import FileLock
 
 from llm_numba.errors import UserError, exit_with
 from llm_numba.folders import cache_folder
 from llm_numba.shards import Span, open_shard, write_shard, write_whole
 from llm_numba.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state
 
-CACHE_FORMAT = 2  # raise it when the same text must be tokenised anew
+CACHE_FORMAT = 3  # raise it when the same text must be tokenised anew
 SHARD_TOKENS = 100_000_000
+DOCUMENTS = "documents.json"  # beside the shards: which files, and before each, how many tokens
 LEARN_CHARACTERS = 64_000_000
 PIECE_BYTES = 1 << 18  # a few pieces in a row must stay below 10^6 white spaces, where tiktoken and rustbpe panic
 
@@ -261,10 +266,14 @@ def _tokenised(
 
 def _tokenise(folder: Path, files: list[Path], encoding: tiktoken.Encoding) -> None:
     """Write the shards of `files` and their tokenizer; `folder` appears when all is done. Several may do it at once."""
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary, "tokens")
+    with _unfinished(folder.parent) as temporary:
+        unfinished = temporary / "tokens"
         unfinished.mkdir()
-        shards = _write_shards(unfinished, _encode(files, encoding))
+        starts = {}
+        shards = _write_shards(unfinished, _encode(files, encoding, starts))
+        files, starts = list(map(str, starts)), list(starts.values())
+        documents = {"shard_tokens": SHARD_TOKENS, "starts": starts, "files": files}
+        write_whole(unfinished / DOCUMENTS, json.dumps(documents).encode())
         state, ranks = tokenizer_state(encoding)
         write_whole(unfinished / "tokenizer.tiktoken", ranks)
         write_whole(unfinished / "corpus.json", json.dumps({"tokenizer": state, "shards": shards}).encode())
@@ -273,6 +282,52 @@ def _tokenise(folder: Path, files: list[Path], encoding: tiktoken.Encoding) -> N
         except OSError as error:
             if not folder.is_dir():  # else another process was first, with the same tokens
                 raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def _unfinished(cache: Path) -> Iterator[Path]:
+    """A new folder in the cache folder, gone with the block; those that killed processes have left behind go too.
+
+    As long as a process lives, it holds the lock in its folder.
+    """
+    for left in cache.glob("unfinished-*"):
+        with suppress(OSError), FileLock(left / "lock", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    with ExitStack() as stack:
+        lock = None
+        while not (lock and lock.exists()):  # before it was locked, another process may have taken it for left behind
+            options = dict(prefix="unfinished-", dir=cache, ignore_cleanup_errors=True)
+            lock = Path(stack.enter_context(tempfile.TemporaryDirectory(**options)), "lock")
+            with suppress(FileNotFoundError):
+                stack.enter_context(FileLock(lock))
+        yield lock.parent
+
+
+def describe_windows(windows: list[Span]) -> list[dict]:
+    """Where the windows of a batch come from, as JSON types: shard, tokens, and the files of text where these are known
+    (`prepare` has tokenised them)."""
+    indices = {folder: _documents_in(folder) for folder in {window.path.parent for window in windows}}
+
+    def files_of(window):
+        index = indices[window.path.parent]
+        before = int(window.path.stem) * index["shard_tokens"]
+        first, last = (bisect_right(index["starts"], before + at) for at in (window.start, window.stop - 1))
+        return index["files"][first - 1 : last]
+
+    return [
+        {"shard": str(w.path), "start": w.start, "stop": w.stop, "files": files_of(w) if indices[w.path.parent] else []}
+        for w in windows
+    ]
+
+
+def _documents_in(folder: Path) -> dict | None:
+    """What `_tokenise` wrote of the documents in its folder of shards; None for any other folder, or a damaged file."""
+    try:
+        index = json.loads((folder / DOCUMENTS).read_text())
+        kinds = [{type(x) for x in part} for part in ([index["shard_tokens"]], index["starts"], index["files"])]
+    except (KeyError, OSError, TypeError, ValueError, RecursionError):
+        return None
+    return index if kinds == [{int}, {int}, {str}] else None
 
 
 def _write_shards(folder: Path, arrays: Iterable[np.ndarray]) -> list[str]:
@@ -298,25 +353,38 @@ def _write_shards(folder: Path, arrays: Iterable[np.ndarray]) -> list[str]:
     return names
 
 
-def _encode(files: list[Path], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
-    """The tokens of all files, an end-of-text token before each; bounded memory, one thread a core."""
+def _encode(files: list[Path], encoding: tiktoken.Encoding, starts: dict[Path, int]) -> Iterator[np.ndarray]:
+    """The tokens of all files, an end-of-text token before each document; bounded memory, one thread a core.
+
+    starts[file] = how many tokens are before it, of each file that has any.
+    """
     from tqdm import tqdm
 
-    def encode(piece: tuple[bool, str]) -> np.ndarray:
-        first, text = piece
+    def encode(piece: tuple[Path, bool, str]) -> np.ndarray:
+        _, first, text = piece
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
         return np.concatenate(([encoding.eot_token], tokens)) if first else tokens
 
-    documents = chain.from_iterable(map(_documents, files))
-    pieces = ((number == 0, text) for document in documents for number, text in enumerate(document))
+    count, pieces = 0, _labelled(files)
     size = sum(file.stat().st_size for file in files)
     with (
         tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None) as progress,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         while batch := list(islice(pieces, 32)):
-            yield from pool.map(encode, batch)
-            progress.update(sum(len(text.encode()) for _, text in batch))
+            for (file, _, _), tokens in zip(batch, pool.map(encode, batch), strict=True):
+                starts.setdefault(file, count)
+                count += len(tokens)
+                yield tokens
+            progress.update(sum(len(text.encode()) for _, _, text in batch))
+
+
+def _labelled(files: list[Path]) -> Iterator[tuple[Path, bool, str]]:
+    """(file, whether a document begins, text) of each piece."""
+    for file in files:
+        for document in _documents(file):
+            for number, text in enumerate(document):
+                yield file, number == 0, text
 
 
 def _text_to_learn_from(files: list[Path]) -> Iterator[str]:

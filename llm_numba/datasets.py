@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
+
 from llm_numba import download
 from llm_numba.download import Remote
 from llm_numba.errors import Parser, UserError
@@ -121,16 +123,15 @@ def get(name: str, folder: Path, shards: int) -> None:
 
     Errors: UserError for a file that cannot be had, or is there but damaged; all others stay.
     """
-    filelock = download.library("filelock")
     dataset = DATASETS[name]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0):
             for file, source in files_of(dataset, shards).items():
                 get_file(folder / file, source)
                 if name == "tinystories":
                     make_ready(folder / file)
-    except filelock.Timeout as error:
+    except Timeout as error:
         raise UserError(f"{folder}: another download into this folder is under way: wait for it") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}): choose another --out") from error

@@ -43,6 +43,7 @@ def read(path: Path) -> Trained:
     """A run folder's newest checkpoint, or a checkpoint file. Errors: UserError as of `checkpoint.load`."""
     path = checkpoint.newest(path) if path.is_dir() else path
     tensors, record, tokenizer = checkpoint.load(path)
+    checkpoint.sizes_of(path, tensors, record)
     s = settings.from_record(record["settings"], path)
     weights = of_checkpoint(tensors, record, tokenizer)
     return Trained(path, weights, weights.config, s, weights.tokenizer(), tensors, record)

@@ -1,13 +1,30 @@
 """--check-finite: stop at the first value that is nan or infinite, and say where it is."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from llm_numba import checkpoint
 from llm_numba.arena import Arena
 from llm_numba.errors import UserError
 from llm_numba.ops import CONTRACT, WRITES
+
+
+class NotFinite(UserError):
+    """The first value that is nan or infinite, and where it is."""
+
+
+def kept(folder: Path) -> Path:
+    """Where the step that --check-finite stopped in a run folder is kept."""
+    return folder / "bad_step.safetensors"
+
+
+def keep(folder: Path, inputs: dict, tensors: dict[str, np.ndarray], record: dict) -> None:
+    """Write all that a step starts from: a checkpoint's content from before it, and its inputs."""
+    numbers = {name: value for name, value in inputs.items() if name != "batches"}
+    checkpoint.save(kept(folder), tensors | {"batches": inputs["batches"]}, record | {"inputs": numbers})
 
 
 def tensor_names(m: SimpleNamespace) -> dict[int, str]:
@@ -50,7 +67,7 @@ def checked(ops, m: SimpleNamespace, arena: Arena, state: SimpleNamespace) -> Si
             bad = ~np.isfinite(tensor)
             index = tuple(int(i) for i in np.unravel_index(bad.argmax(), tensor.shape))
             where = f"{name}[{', '.join(map(str, index))}]"
-            raise UserError(
+            raise NotFinite(
                 f"step {state.step + 1}: {where} is {tensor[index]} after {op_name}, the first value that is not "
                 f"finite; {bad.sum():,} of the tensor's {tensor.size:,} values are not"
             )

@@ -134,9 +134,9 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
         raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
     path = checkpoint.newest(path) if path.is_dir() else path
     stored = checkpoint.load(path)
+    config = checkpoint.sizes_of(path, *stored[:2])
     s = settings.from_record(stored[1]["settings"], path)
-    weights = of_checkpoint(*stored)
-    config, tensors = weights.config, stored[0]
+    weights, tensors = of_checkpoint(*stored), stored[0]
     T = length(T, s.sequence_length or config.max_seq_len)
 
     def fill(ops, arena, m):

@@ -1,6 +1,7 @@
 """Spans of token shards -> batches: deterministic, streamed from the disk, and restored exactly where it stopped."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -29,17 +30,25 @@ class Loader:
         self.spans = [span for span in spans if span.stop - span.start > T]
         self.counts = np.array([(span.stop - span.start - 1) // T for span in self.spans])
         self.windows_per_epoch = int(self.counts.sum())
+        self._stamps = {span.path: stamp(span.path) for span in self.spans}
         self._seek(0, 0)
 
-    def next_batch(self, tokens: np.ndarray, targets: np.ndarray) -> None:
-        """tokens =, targets = the next B windows; both (B, T) int32."""
+    def next_batch(self, tokens: np.ndarray, targets: np.ndarray) -> list[Span]:
+        """tokens =, targets = the next B windows; both (B, T) int32. Returns where they lie.
+
+        Errors: a shard that is no longer what it was when the loader was made.
+        """
+        windows = []
+        self._check(self._span.path)
         for b in range(self.B):
             start = self._span.start + int(self._windows[self._next]) * self.T
             window = self._shard[start : start + self.T + 1]
             tokens[b], targets[b] = window[:-1], window[1:]
+            windows.append(Span(self._span.path, start, start + self.T + 1))
             self._next += 1
             if self._next == len(self._windows):
                 self._seek(*self._position())
+        return windows
 
     def state(self) -> dict:
         """The position: the epoch, and the number of its windows that were dealt. JSON-able."""
@@ -69,10 +78,27 @@ class Loader:
         self._epoch, self._before = epoch, int(ends[place] - self.counts[index])
         self._next = window - self._before
         self._span = self.spans[index]
+        self._check(self._span.path)
         self._shard = open_shard(self._span.path)
         self._windows = self._order(int(self.counts[index]), epoch, 1 + index)
+
+    def _check(self, path: Path) -> None:
+        if stamp(path) != self._stamps[path]:
+            raise UserError(
+                f"{path}: was changed while the run was reading it: put back what it was, and --resume the run "
+                "from its last checkpoint"
+            )
 
     def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(count)
         return np.random.default_rng([self.seed, epoch, purpose]).permutation(count)
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced, written or cut off; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

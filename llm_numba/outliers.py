@@ -3,6 +3,7 @@
 import math
 
 WINDOW = 128  # values
+REMARKABLE = 5.0  # a step whose z-score is above this has its text named in the log
 
 
 def z_score(history: list[float], value: float) -> float:

@@ -63,11 +63,8 @@ def check_memory(groups: Groups, s: Settings, config: GPT2Config, ops) -> None:
     if needed <= available:
         return
     fits = largest_batch(range(1, s.batch_size), s, config, s.sequence_length or config.max_seq_len, ops)
-    hint = (
-        f"--batch-size {fits} would fit"
-        if fits
-        else "no batch size fits: choose a smaller {'model' if s.init else '--preset'}"
-    )
+    smaller = "model" if s.init else "--preset"
+    hint = f"--batch-size {fits} would fit" if fits else f"no batch size fits: choose a smaller {smaller}"
     raise UserError(
         f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
         f"memory are available; {hint}"

@@ -3,11 +3,16 @@
 import contextlib
 import json
 import math
+import os
+import sys
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from llm_numba.errors import UserError
 from llm_numba.hellaswag import Score
 from llm_numba.shards import write_whole
+from llm_numba.track import Tracker
 
 SMOOTH = 20  # steps that are averaged before a loss is drawn
 
@@ -16,32 +21,51 @@ class RunLog:
     """The files of a run folder, and the lines on the screen.
 
     step: that of the checkpoint that the run goes on from, and the log loses what came after it; None for a new run.
-    Errors: UserError where the folder of a new run holds one already, or a file cannot be written.
+    track: a tracker that gets the rows too. unread: why the screen can no longer be written, if so.
+    Errors: UserError where the folder of a new run holds one already, another process is writing it, or a file cannot
+    be written.
     """
 
-    def __init__(self, folder: Path, record: dict, step: int | None):
+    def __init__(self, folder: Path, record: dict, step: int | None, track: str = "none"):
+        self.folder, self.path, self.unread = folder, folder / "log.jsonl", ""
+        self.lock = FileLock(folder / ".lock")  # which the system takes back when the process ends, however it does
         try:
-            if step is None and (folder / "settings.json").exists():
-                raise UserError(f"--out {folder}: holds a run already; go on with --resume {folder}, or choose another")
             folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder / "log.jsonl"
-            lines = [] if step is None else self._lines()
-            write_whole(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
-            write_whole(folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
-            self.text, self.json = open(folder / "train.log", "a", encoding="utf-8"), open(self.path, "a")
+            self.lock.acquire(timeout=0)
+            self._open(record, step)
+        except Timeout as error:
+            raise UserError(
+                f"{folder}: another process is writing this run; wait until it ends, or choose another --out"
+            ) from error
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: a line is damaged ({error}); mend it, or move the file away") from error
-        self.folder = folder
+        finally:
+            if not hasattr(self, "json"):
+                self.lock.release()
+        self.tracker = Tracker(track, folder, record, step, self.say)
+
+    def _open(self, record: dict, step: int | None) -> None:
+        if step is None and (self.folder / "settings.json").exists():
+            raise UserError(
+                f"--out {self.folder}: holds a run already; go on with --resume {self.folder}, or choose another"
+            )
+        lines = [] if step is None else self._lines()
+        write_whole(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+        write_whole(self.folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
+        self.text = open(self.folder / "train.log", "a", encoding="utf-8")
+        self.json = open(self.path, "a")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.tracker.close()
         for file in self.text, self.json:
             with contextlib.suppress(OSError):  # of a line that could not be written, which was told then
                 file.close()
+        self.lock.release()
 
     def _lines(self) -> list[str]:
         """The whole lines of the JSON log; the last one may have been cut off."""
@@ -51,12 +75,17 @@ class RunLog:
             return [line for line in file if line.endswith("\n")]
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except OSError as error:  # the program at the end of the pipe, or the terminal, has gone
+            self.unread = error.strerror
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self._write(self.text, line)
 
     def record(self, **values) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._write(self.json, json.dumps(finite))
+        self.tracker.log(finite)
 
     def _write(self, file, line: str) -> None:
         try:
@@ -98,8 +127,8 @@ class RunLog:
         import matplotlib.pyplot as plt
 
         rows = [json.loads(line) for line in self._lines()]
-        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-        val = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+        train = [(row["step"], row["loss"]) for row in rows if type(row.get("loss")) is float]
+        val = [(row["step"], row["val_loss"]) for row in rows if type(row.get("val_loss")) is float]
         if not train:
             return
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")

@@ -15,7 +15,7 @@ import numpy as np
 
 from llm_numba import model
 from llm_numba.arena import Arena, Groups, TensorSpec, activation_specs, in_precision, parameter_specs
-from llm_numba.checkpoint import load, newest
+from llm_numba.checkpoint import load, newest, sizes_of
 from llm_numba.config import GPT2Config
 from llm_numba.errors import Parser, UserError, exit_with
 from llm_numba.ops import DEVICES, choose_device, get_ops
@@ -135,7 +135,7 @@ def load_model(path: Path, ops):
     """(arena with the parameters of a run's newest checkpoint, or of a checkpoint file; its tokenizer or None)."""
     checkpoint = newest(path) if path.is_dir() else path
     tensors, state, tokenizer = load(checkpoint)
-    config = GPT2Config(**state["config"])
+    config = sizes_of(checkpoint, tensors, state)
     arena = Arena(standalone_groups(config, ops), config, "reuse", ops)
     for name, tensor in arena.named("parameters").items():
         ops.to_device(tensor, tensors[name])

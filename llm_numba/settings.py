@@ -291,6 +291,14 @@ class Settings:
         free=True,
     )
 
+    track: str = option(
+        "looking",
+        "none",
+        "send the log to a tracker too: tensorboard (into the run folder), wandb or trackio",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+        free=True,
+    )
+
     no_jit: bool = option(
         "debugging",
         False,
@@ -316,7 +324,8 @@ class Settings:
     check_finite: bool = option(
         "debugging",
         False,
-        "stop at the first nan or infinity and name its layer, tensor, index and step (slow)",
+        "stop at the first nan or infinity, name its layer, tensor, index and step, and keep that step for "
+        "python -m llm_numba.replay (slow)",
         once=True,
     )
 

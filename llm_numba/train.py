@@ -1,12 +1,17 @@
 """Train a GPT-2: python -m llm_numba.train (--help lists the settings)."""
 
+from llm_numba.errors import UserError, ctrl_c_at_once, exit_with, quiet_ctrl_c
+
+if __name__ == "__main__":
+    quiet_ctrl_c()  # the imports take half a second
+
 import math
 import signal
 import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,13 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 import tiktoken
 
-from llm_numba import checkpoint, data, hellaswag, model, outliers, sample, settings
+from llm_numba import checkpoint, data, hellaswag, model, outliers, sample, settings, track
 from llm_numba.arena import DTYPES, Arena, format_bytes
 from llm_numba.borrowed import beside, borrow
 from llm_numba.config import GPT2Config
-from llm_numba.errors import UserError, exit_with
 from llm_numba.eval import scorer
-from llm_numba.finite import checked, without_graphs
+from llm_numba.finite import NotFinite, checked, keep, without_graphs
 from llm_numba.loader import Loader
 from llm_numba.ops import choose_device, get_ops
 from llm_numba.plan import all_groups, check_memory, micro_batches, plan_memory, plan_of
@@ -44,26 +48,39 @@ def main(argv: list[str] | None = None) -> int | None:
     given, explicit = settings.parse(sys.argv[1:] if argv is None else argv)
     stored = None
     if given.resume:
-        path = Path(given.resume)
-        path = checkpoint.newest(path) if path.is_dir() else path
-        if path.parent.name != "checkpoints":
-            raise UserError(
-                f"--resume {given.resume}: expected a run folder, or RUN/checkpoints/step_NNNNNN.safetensors"
-            )
-        stored = checkpoint.load(path)
+        path, stored = read_checkpoint(Path(given.resume))
         recorded = settings.from_record(stored[1]["settings"], path)
         given = settings.resume_with(recorded, given, explicit)
     settings.check(given)
+    track.check(given.track)
     weights = of_checkpoint(*stored) if stored else open_weights(given.init) if given.init else None
     config = weights.config if weights else settings.preset_config(given)
     settings.check_lengths(given, config.max_seq_len)
     device = "cpu" if given.no_jit or given.interpret else choose_device(given.device)
-    ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
+    with ctrl_c_at_once():
+        ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
     ops.set_threads(given.threads)
     if given.plan_memory:
         return plan_memory(given, config, ops)
     folder = path.parent.parent if stored else Path(given.out) if given.out else next_folder(given.preset or "init")
     return train(given, ops, folder, config, weights, stored, started)
+
+
+def read_checkpoint(path: Path) -> tuple[Path, tuple]:
+    """(path, content) of a checkpoint file, or of a run's newest that is whole; what is wrong with newer ones is told.
+
+    Errors: UserError where there is none.
+    """
+    if path.is_dir():
+        path, stored, problems = checkpoint.load_newest(path)
+        for problem in problems:
+            print(f"note: {problem}; going on from {path}", file=sys.stderr)
+    elif path.parent.name != "checkpoints":
+        raise UserError(f"--resume {path}: expected a run folder, or RUN/checkpoints/step_NNNNNN.safetensors")
+    else:
+        stored = checkpoint.load(path)
+    checkpoint.sizes_of(path, *stored[:2])
+    return path, stored
 
 
 def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights | None, stored, started: float) -> int:
@@ -90,24 +107,31 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
     check_memory(groups, s, config, ops)
     fingerprint = data_fingerprint(corpus)
     if stored and stored[1]["data"] != fingerprint:
-        raise UserError(f"--resume {s.resume}: the data is no longer what the run was started on; give it back")
+        pairs = zip(corpus.train, fingerprint, stored[1]["data"], strict=False)
+        changed = next((span.path for span, now, then in pairs if now != then), "how many files there are")
+        raise UserError(
+            f"--resume {s.resume}: the data is no longer what the run was started on; give it back: {changed} changed"
+        )
     if stored and stored[1]["step"] >= steps:
         raise UserError(f"--resume {s.resume}: all {steps} steps are done; give more with --steps or --epochs")
     arena = Arena(groups, config, plan_of(s), ops)
     m = arena.training(s.recompute)
     state = SimpleNamespace(step=0, loss_history=[], norm_history=[])
     if stored:
-        restore(ops, arena, state, train_loader, stored)
+        restore(ops, arena, state, stored)
+        train_loader.restore(stored[1]["loader"])
     elif weights:
         set_parameters(ops, arena, weights.parameters)
     else:
         model.initialise(ops, arena, s.seed)
 
-    seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
-    peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
+    with ctrl_c_at_once():
+        seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
+        peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
     ops.to_device(m.seed, s.seed % 2**31)
 
-    with RunLog(folder, settings.to_record(s), state.step if stored else None) as log, stop_signals() as stop:
+    record, since = settings.to_record(s), state.step if stored else None
+    with RunLog(folder, record, since, s.track) as log, stop_signals() as stop:
         if stored:
             for other in checkpoint.set_aside(checkpoint.checkpoint_path(folder, state.step)):
                 log.say(f"set aside, because this run goes on from an earlier one: {other}")
@@ -131,7 +155,7 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
         if s.use:
             compare_borrowed(run, production)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
-        while state.step < steps and not stop:
+        while state.step < steps and not stop and not log.unread:
             one_step(run)
             if state.step == steps or is_time(state.step, s.val_every):
                 validate(run)
@@ -144,10 +168,11 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
         if not checkpoint.checkpoint_path(folder, state.step).exists():  # the end, or a signal
             save(run)
         log.picture(run.reference.curve)
-        if stop:
-            log.say(f"stopped by {signal.Signals(stop[0]).name} after step {state.step}; nothing is lost")
+        if stop or log.unread:
+            why = signal.Signals(stop[0]).name if stop else f"the loss of its output ({log.unread})"
+            log.say(f"stopped by {why} after step {state.step}; nothing is lost")
             log.say(f"go on with:  python -m llm_numba.train --resume {folder}")
-            return 128 + stop[0]
+            return 128 + (stop[0] if stop else 13)
         farewell(run)
         return 0
 
@@ -164,17 +189,21 @@ def one_step(run) -> None:
     start = time.perf_counter()
     if s.overfit:
         run.train_loader.restore(FIRST)
-    for batch in run.batches:
-        run.train_loader.next_batch(*batch)
+    windows = [window for batch in run.batches for window in run.train_loader.next_batch(*batch)]
     rate = learning_rate(state.step, run.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
-    ops.to_device(m.batches, run.batches)
-    ops.to_device(m.learning_rate, rate)
-    ops.to_device(m.step, state.step + 1)
-    ops.to_device(
-        m.limits,
-        [outliers.limit(state.loss_history, s.skip_loss_z), outliers.limit(state.norm_history, s.skip_norm_z)],
-    )
-    run.update()
+    loss_limit = outliers.limit(state.loss_history, s.skip_loss_z)
+    norm_limit = outliers.limit(state.norm_history, s.skip_norm_z)
+    inputs = dict(batches=run.batches, learning_rate=rate, step=state.step + 1, limits=[loss_limit, norm_limit])
+    set_inputs(ops, m, inputs)
+    if s.check_finite:
+        tensors, record = contents(run)
+        before = {name: np.array(tensor) for name, tensor in tensors.items()}
+    try:
+        run.update()
+    except NotFinite as error:
+        keep(run.folder, inputs, before, record)
+        again = f"python -m llm_numba.replay {run.folder}"
+        raise UserError(f"{error}; the step is kept, to run it again: {again}") from error
     loss, norm = float(ops.to_host(m.loss)[0]), math.sqrt(ops.to_host(m.grad_norm_squared)[0])
     skipped = bool(ops.to_host(m.grad_scale)[0] < 0)
 
@@ -191,6 +220,10 @@ def one_step(run) -> None:
         )
     state.step += 1
 
+    outlier = {}
+    if skipped or loss_z > outliers.REMARKABLE or norm_z > outliers.REMARKABLE:
+        outlier = {"windows": data.describe_windows(windows)}
+
     seconds = time.perf_counter() - start
     run.times = [*run.times[-19:], seconds]
     tokens_per_second = run.batches[:, 0].size / seconds
@@ -199,6 +232,7 @@ def one_step(run) -> None:
     run.log.step(
         state.step, run.steps, left, loss=loss, loss_z=loss_z, norm=norm, norm_z=norm_z, learning_rate=rate,
         ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped,
+        **outlier,
     )  # fmt: skip
     run.reference.compare(state.step, loss)
 
@@ -216,6 +250,12 @@ def compare_borrowed(run, production) -> None:
 
     for line in beside(production, run.ops, run.s.use, step):
         run.log.say(line)
+
+
+def set_inputs(ops, m, inputs: dict) -> None:
+    """What a step gets from the host: batches, learning rate, number, limits of outliers."""
+    for name, value in inputs.items():
+        ops.to_device(getattr(m, name), value)
 
 
 def validate(run) -> None:
@@ -252,29 +292,33 @@ def show_sample(run) -> None:
     run.log.sample(run.state.step, text)
 
 
-def save(run) -> None:
-    """A checkpoint of everything that the next step depends on. Random numbers need no state of their own: those of
-    the data's order and of samples follow from the seed and the step or the epoch."""
-    s, state, arena = run.s, run.state, run.arena
+def contents(run) -> tuple[dict, dict]:
+    """(tensors, state) of a checkpoint: everything that the next step depends on. Random numbers need no state of their
+    own: those of the data's order and of samples follow from the seed and the step or the epoch."""
+    arena = run.arena
     tensors = {name: run.ops.to_host(tensor) for name, tensor in model.exact_parameters(arena).items()}
     for group in MOMENTS:
         tensors |= {f"{group}.{name}": run.ops.to_host(tensor) for name, tensor in arena.named(group).items()}
     record = {
-        **vars(state),
+        **vars(run.state),
         "loader": run.train_loader.state(),
         "config": asdict(run.config),
-        "settings": settings.to_record(s),
+        "settings": settings.to_record(run.s),
         "data": run.fingerprint,
     }
+    return tensors, record
+
+
+def save(run) -> None:
     encoding = run.corpus.encoding
-    path = checkpoint.checkpoint_path(run.folder, state.step)
-    checkpoint.save(path, tensors, record, tokenizer_state(encoding) if encoding else None)
-    checkpoint.prune(run.folder, s.keep, s.keep_every)
+    path = checkpoint.checkpoint_path(run.folder, run.state.step)
+    checkpoint.save(path, *contents(run), tokenizer_state(encoding) if encoding else None)
+    checkpoint.prune(run.folder, run.s.keep, run.s.keep_every)
     run.log.say(f"checkpoint {path}")
 
 
-def restore(ops, arena: Arena, state: SimpleNamespace, loader: Loader, stored) -> None:
-    """Arena, state and loader = as they were when the checkpoint was saved."""
+def restore(ops, arena: Arena, state: SimpleNamespace, stored) -> None:
+    """Arena and state = as they were when the checkpoint was saved."""
     tensors, record, _ = stored
     for name in arena.named("parameters"):
         model.set_parameter(ops, arena, name, tensors[name])
@@ -283,7 +327,6 @@ def restore(ops, arena: Arena, state: SimpleNamespace, loader: Loader, stored) -
             ops.to_device(tensor, tensors[f"{group}.{name}"])
     for name in vars(state):
         setattr(state, name, record[name])
-    loader.restore(record["loader"])
 
 
 def read_data(s: Settings, config: GPT2Config, weights: Weights | None) -> data.Corpus:
@@ -350,17 +393,23 @@ def is_time(step: int, every: int) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT or SIGTERM: the run ends after its step, with a checkpoint.
-    A second one ends it at once."""
+    """A list that gets the number of the first SIGINT, SIGTERM, or SIGHUP (the terminal has gone): the run ends after
+    its step, with a checkpoint. A second one ends it at once."""
     received = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
 
     def receive(number, frame):
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print(f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once", file=sys.stderr)
+        with suppress(OSError):  # where the terminal has gone
+            print(
+                f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once", file=sys.stderr
+            )
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:
@@ -380,5 +429,6 @@ def farewell(run) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
+    if sys.stdout:  # none where it was closed, as by >&-
+        sys.stdout.reconfigure(errors="replace")
     exit_with(main)

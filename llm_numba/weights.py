@@ -46,7 +46,10 @@ def open_weights(source: str) -> Weights:
             config, lambda: llmc.read_tokenizer(beside) if beside.exists() else None, iter(parameters.items())
         )
     if path.is_file() or (path / "checkpoints").is_dir():
-        return of_checkpoint(*checkpoint.load(checkpoint.newest(path) if path.is_dir() else path))
+        path = checkpoint.newest(path) if path.is_dir() else path
+        stored = checkpoint.load(path)
+        checkpoint.sizes_of(path, *stored[:2])
+        return of_checkpoint(*stored)
     raise UserError(
         f"{source}: expected one of {', '.join(PUBLISHED)}, a folder with a {huggingface.CONFIG}, "
         "a model .bin of llm.c, a run folder or a checkpoint"

@@ -292,17 +292,19 @@ def test_a_bad_shard(tmp_path, monkeypatch, capfd, what):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_checkpoint(copy, capfd, damage):
-    """On resume and on sampling; the line names the one before it, which still is good."""
+    """Asked for by its name, the line names the one before it, which still is good; a run goes on from that one."""
     path = checkpoint.newest(copy)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes({"cut": content[:-100], "flipped": content, "empty": b""}[damage])
     before = files_in(copy)
-    for arguments, program in [(("--resume", copy), None), ((copy,), sample), ((path,), sample)]:
+    for arguments, program in [(("--resume", path), None), ((copy,), sample), ((path,), sample)]:
         line = refused(capfd, *arguments, **({"program": program} if program else {}))
         assert str(path) in line and "step_000002" in line
     assert files_in(copy) == before
-    run_here("--resume", checkpoint.checkpoint_path(copy, 2))
+    run_here("--resume", copy)
+    err = capfd.readouterr().err
+    assert err.startswith(f"note: {path}") and err.endswith(f"; going on from {checkpoint.checkpoint_path(copy, 2)}\n")
     assert path.with_name(path.name + ".aside").read_bytes() == before[f"checkpoints/{path.name}"]
 
 

@@ -33,10 +33,10 @@ EVERYTHING = (
     "x.txt y --val-data z --tokenizer bpe --vocab-size 300 --val-fraction 0.1 --no-shuffle --batch-size 3 "
     "--tokens-per-step 96 --steps 97 --epochs 2.5 --overfit --learning-rate 1e-2 --schedule wsd --warmup 3 "
     "--final-fraction 0 --beta1 0.8 --beta2 0.99 --eps 1e-6 --weight-decay 0 --grad-clip 0 --skip-loss-z 5 "
-    "--skip-norm-z 6 --val-every 1 --val-batches 3 --eval-every 2 --eval-data h "
-    "--sample-every 4 --sample-tokens 5 --checkpoint-every 6 --keep 7 "
-    "--keep-every 8 --no-jit --interpret layernorm matmul_backward --use gelu_forward=a:b --check-finite --device cpu "
-    "--dtype bf16 --stochastic-rounding --recompute gelu --no-graph"
+    "--skip-norm-z 6 --val-every 1 --val-batches 3 --eval-every 2 --eval-data h --sample-every 4 --sample-tokens 5 "
+    "--checkpoint-every 6 --keep 7 --keep-every 8 --no-jit --interpret layernorm matmul_backward --use "
+    "gelu_forward=a:b --check-finite --track wandb --device cpu --dtype bf16 --stochastic-rounding --recompute gelu "
+    "--no-graph"
 ).split()
 
 

@@ -87,7 +87,7 @@ def test_a_line_says_what_its_row_does(base):
 
 def test_the_files_of_a_run(base):
     names = {path.name for path in base.folder.iterdir()}
-    assert names == {"settings.json", "train.log", "log.jsonl", "loss.png", "checkpoints"}
+    assert names == {"settings.json", "train.log", "log.jsonl", "loss.png", "checkpoints", ".lock"}
     settings = json.loads((base.folder / "settings.json").read_text())
     assert (settings["preset"], settings["steps"], settings["learning_rate"]) == ("nano", STEPS, 3e-3)
     assert steps_of(base.folder) == [6, 12, 18, 24]
