@@ -14,14 +14,22 @@ def usable_cpus() -> set[int]:
     return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
 
 
+def usable_cores() -> list[set[int]]:
+    """The logical cores of each physical one that this process may run on; none where the machine does not say."""
+    cores = {}
+    try:
+        for n in sorted(usable_cpus()):
+            cores.setdefault((CPUS / f"cpu{n}/topology/thread_siblings_list").read_text(), set()).add(n)
+    except OSError:
+        return []
+    return list(cores.values())
+
+
 def sensible_threads() -> int:
     """A thread for each physical core among the usable ones, where its twin would only share its arithmetic; and no
     more than a cgroup gives processor time for, as the threads of an op wait for one another."""
-    try:
-        cores = {(CPUS / f"cpu{n}/topology/thread_siblings_list").read_text() for n in usable_cpus()}
-        count = len(cores)
-    except OSError:
-        count = min(len(usable_cpus()), psutil.cpu_count(logical=False) or len(usable_cpus()))
+    logical = len(usable_cpus())
+    count = len(usable_cores()) or min(logical, psutil.cpu_count(logical=False) or logical)
     quota = cgroup_limit("cpu.max")
     return max(1, min(count, int(quota))) if quota else count
 

@@ -1,6 +1,8 @@
 """Cores and memory, as files of a machine of our own making say."""
 
 import os
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -42,6 +44,39 @@ def test_limits_of_cgroups_count_from_the_own_to_the_root(machine, tmp_path, mon
     assert limits.cgroup_limit("pids.max") is None
     monkeypatch.setattr(limits, "OWN_CGROUP", tmp_path / "no such file")
     assert limits.cgroup_limit("cpu.max") is None
+
+
+THREADS = """
+import os
+from pathlib import Path
+from llm_numba.ops import get_ops
+before = os.sched_getaffinity(0)
+ops = get_ops("cpu")
+ops.set_threads({threads})
+import numpy as np
+ops.gelu_forward(np.ones((9, 9), np.float32), np.ones((9, 9), np.float32))
+assert os.sched_getaffinity(0) == before, "the main thread lost cores"
+others = [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task") if int(t) != os.getpid()]
+print(*(",".join(map(str, sorted(cpus))) for cpus in others if cpus != before))
+"""
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux binds threads to cores")
+def test_workers_have_a_core_each_and_the_main_thread_none():
+    """Where threads take all cores; not with fewer, nor where somebody else decided. On a machine of one core nothing
+    is bound."""
+    cores = {",".join(map(str, sorted(core))) for core in limits.usable_cores()}
+
+    def bound(threads=0, **changes):
+        env = {k: v for k, v in os.environ.items() if k != "NUMBA_NUM_THREADS"} | changes
+        command = [sys.executable, "-c", THREADS.format(threads=threads)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+    found = bound()
+    wanted = len(cores) - 1 if limits.sensible_threads() == len(cores) else 0
+    assert len(found) == len(set(found)) == wanted and set(found) <= cores
+    assert bound(1) == [] and bound(OMP_PROC_BIND="false") == []
 
 
 FOUR_CORES = {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 4: "0,4", 5: "1,5", 6: "2,6", 7: "3,7"}

@@ -1,19 +1,24 @@
 """The CPU's side of the arena: memory, views of it, and what the CPU's ops need beside their results."""
 
+import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from numba import config, get_num_threads, set_num_threads
+from numba import config, get_num_threads, njit, prange, set_num_threads
 
 from llm_numba.arena import ALIGNMENT, TensorSpec, count, parameter_specs
 from llm_numba.config import GPT2Config
 from llm_numba.cpu.attention import attention_scratch_size
 from llm_numba.cpu.global_norm import global_norm_scratch_size
+from llm_numba.cpu.jit import PARALLEL
 from llm_numba.cpu.layernorm import layernorm_scratch_size
 from llm_numba.cpu.matmul import matmul_scratch_size
 from llm_numba.errors import UserError
-from llm_numba.limits import available_memory, sensible_threads  # noqa: F401  the former is the backend's
+from llm_numba.limits import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
+
+BOUND_ALREADY = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}  # by whoever set one of these
 
 
 def allocate(nbytes: int) -> np.ndarray:
@@ -35,6 +40,34 @@ def set_threads(threads: int) -> None:
     if threads > most:
         raise UserError(f"--threads {threads}: Numba may use {most} here; see NUMBA_NUM_THREADS")
     set_num_threads(threads or (most if "NUMBA_NUM_THREADS" in os.environ else min(most, sensible_threads())))
+    cores = usable_cores()
+    if len(cores) == get_num_threads() > 1 and not BOUND_ALREADY & os.environ.keys():
+        bind_workers(cores)
+
+
+@njit(**PARALLEL)
+def start_threads(out):
+    """out[i] = i, each by a thread of its own."""
+    for i in prange(out.shape[0]):
+        out[i] = i
+
+
+def bind_workers(cores: list[set[int]]) -> None:
+    """Give each thread that works for this one a core of its own, where the threads take all cores there are.
+
+    The scheduler sometimes wakes two on one core, where they then take turns for seconds, while another core is idle.
+    This thread stays free, and so do the processes that it starts. It has to be the first work that the threads do: it
+    is how they are told from others. Elsewhere than on Linux nothing is done.
+    """
+    tasks = Path("/proc/self/task")
+    if not (hasattr(os, "sched_setaffinity") and tasks.exists()):
+        return
+    before = set(os.listdir(tasks))
+    start_threads(np.empty(len(cores), np.int64))
+    workers = sorted(set(os.listdir(tasks)) - before, key=int)
+    for worker, core in zip(workers, cores[1:], strict=False):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setaffinity(int(worker), core)
 
 
 def describe_device() -> str:
