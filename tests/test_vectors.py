@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
+
+from llm_numba.cpu.tile import transpose
 
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
@@ -44,6 +47,16 @@ def test_the_tile_stays_in_arm_s_registers(tmp_path):
     _, loop = assembly(tmp_path, "aarch64-unknown-linux-gnu", "neoverse-n1", **AVX2)
     assert sum("fmla" in line for line in loop) == 24
     assert not any("[sp" in line for line in loop)
+
+
+@pytest.mark.parametrize("R, C", [(1, 1), (3, 97), (16, 16), (33, 50), (96, 64), (97, 257)])
+def test_transpose(R, C):
+    """Views of larger arrays, so that a row's end is not the next one's start; beyond `to` nothing is touched."""
+    rows = np.random.default_rng(0).standard_normal((R, C + 3), dtype=np.float32)[:, :C]
+    whole = np.full((C + 1, R + 5), 7, np.float32)
+    transpose(whole[:C, :R], rows)
+    assert (whole[:C, :R] == rows.T).all()
+    assert (whole[C] == 7).all() and (whole[:, R:] == 7).all()
 
 
 @X86

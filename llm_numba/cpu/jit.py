@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import numpy as np  # noqa: E402
 from numba import config, njit  # noqa: E402
 
-from llm_numba.cpu.vectors import follow_cpu_name  # noqa: E402
+from llm_numba.cpu.vectors import choose_features  # noqa: E402
 from llm_numba.folders import cache_folder  # noqa: E402
 
 
@@ -44,7 +44,7 @@ def nothing_compiled() -> bool:
     return not any(Path(config.CACHE_DIR).rglob("*.nbi"))
 
 
-follow_cpu_name()
+choose_features()
 use_own_cache()
 
 PARALLEL = dict(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")

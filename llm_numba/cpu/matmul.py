@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL, TASK, ZERO, dot
-from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, prefetch, stack_array
+from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, prefetch, stack_array, transpose
 
 KB = 384  # terms of the inner dimension in a block: a panel of them (96 KiB) stays in the L2 cache
 CHUNK = 8 * KB  # terms that all tasks sum before any goes on
@@ -81,19 +81,19 @@ def forward_tiled(out, inp, weight, bias, scratch):
     panels = scratch[: J * K * NR].reshape(J, K, NR)
     for t in prange(J * ((K + NR - 1) // NR)):
         j, k0 = t % J, t // J * NR
-        transpose(panels[j, k0 : k0 + NR], inp[j * NR : j * NR + NR, k0 : k0 + NR])
+        pack_transposed(panels[j, k0 : k0 + NR], inp[j * NR : j * NR + NR, k0 : k0 + NR])
     for p in prange((O + OB - 1) // OB):
         o0, o1 = p * OB, p * OB + OB
         forward_columns(out, weight[o0:o1], bias[o0:o1], panels, o0)
 
 
 @njit(**TASK)
-def transpose(panel, rows):
+def pack_transposed(panel, rows):
     """panel[k, c] = rows[c, k]; where there are fewer than NR rows, the last one is repeated."""
-    for c in range(NR):
-        row = rows[min(c, rows.shape[0] - 1)]
-        for k in range(row.shape[0]):
-            panel[k, c] = row[k]
+    transpose(panel, rows)
+    for k in range(rows.shape[1]):
+        for c in range(rows.shape[0], NR):
+            panel[k, c] = rows[rows.shape[0] - 1, k]
 
 
 @njit(**TASK)
@@ -102,16 +102,15 @@ def forward_columns(out, weight, bias, panels, first):
     O, K = weight.shape
     tile, sums = new_tile(), new_sums()
     for j in range(panels.shape[0]):
+        rows = out[j * NR : j * NR + NR, first : first + O]
         for k0 in range(0, K, KB):
             k1 = min(k0 + KB, K)
             for o in range(0, O, MR):
                 multiply(tile, weight[o : o + MR, k0:k1], panels[j, k0:k1])
                 add_tile(sums[o : o + MR], tile, k0 > 0)
-        # transpose the sums into NR rows of out
-        for r in range(j * NR, min(j * NR + NR, out.shape[0])):
-            row = out[r, first : first + O]
-            for o in range(O):
-                row[o] = sums[o, r - j * NR]
+        transpose(rows, sums[:O, : rows.shape[0]])
+        for r in range(rows.shape[0]):
+            row = rows[r]
             for o in range(bias.shape[0]):
                 row[o] += bias[o]
 
@@ -219,8 +218,13 @@ def pack_strips(strips, rows):
     R, C = rows.shape
     for s in range((C + MR - 1) // MR):
         for r in range(R):
-            for c in range(MR):
-                strips[s * KB + r, c] = rows[r, min(s * MR + c, C - 1)]
+            strip, row = strips[s * KB + r], rows[r, s * MR : s * MR + MR]
+            if row.shape[0] == MR:
+                for c in range(MR):
+                    strip[c] = row[c]
+            else:
+                for c in range(MR):
+                    strip[c] = row[min(c, row.shape[0] - 1)]
 
 
 @njit(**TASK)

@@ -14,12 +14,13 @@ from llvmlite import ir
 from numba import carray, config, njit, types
 from numba.extending import intrinsic, overload
 
-from llm_numba.cpu.jit import INLINE
+from llm_numba.cpu.jit import INLINE, TASK
 from llm_numba.cpu.vectors import vector_bits
 
 # 24 of the 32 registers of 16 numbers (AVX-512), 12 of the 16 of 8 numbers (AVX2), 24 of the 32 of 4 numbers (NEON).
 # Where nothing is compiled a small tile is quicker to walk through, as a tile at a matrix's edge is computed whole.
 MR, NR = (2, 8) if config.DISABLE_JIT else (6, 64 if vector_bits() == 512 else 16)
+LANES = vector_bits() // 32  # float32 in a register
 CACHE_LINE = 16  # floats
 
 
@@ -97,6 +98,42 @@ def _prefetch(typing_context, numbers):
     return types.none(numbers), generate
 
 
+@intrinsic
+def _transpose_square(typing_context, to, numbers):
+    """The two arguments of `transpose_square`, by vectors: in log2(LANES) rounds, for d = 1, 2, 4, ..., rows that stand
+    d apart swap those of their numbers that stand d apart.
+
+    Source: J. O. Eklundh 1972, A Fast Computer Method for Matrix Transposing, IEEE Transactions on Computers C-21
+    """
+
+    def generate(context, builder, signature, arguments):
+        vector, word = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
+
+        def rows_of(i):
+            array = context.make_array(signature.args[i])(context, builder, arguments[i])
+            first = builder.ptrtoint(array.data, ir.IntType(64))
+            step = builder.extract_value(array.strides, 0)
+            places = (builder.add(first, builder.mul(step, step.type(r))) for r in range(LANES))
+            return [builder.inttoptr(place, vector.as_pointer()) for place in places]
+
+        def taken(a, b, lanes):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(word, LANES), lanes))
+
+        rows = [builder.load(place, align=4) for place in rows_of(1)]
+        d = 1
+        while d < LANES:
+            for r in (r for r in range(LANES) if not r & d):
+                a, b = rows[r], rows[r + d]
+                rows[r] = taken(a, b, [lane - d + LANES if lane & d else lane for lane in range(LANES)])
+                rows[r + d] = taken(a, b, [lane + LANES if lane & d else lane + d for lane in range(LANES)])
+            d *= 2
+        for row, place in zip(rows, rows_of(0), strict=True):
+            builder.store(row, place, align=4)
+        return context.get_dummy_value()
+
+    return types.none(to, numbers), generate
+
+
 def add_scaled(sums, x, numbers):
     """sums += x * numbers, two contiguous rows of NR."""
     sums += x * numbers
@@ -105,6 +142,16 @@ def add_scaled(sums, x, numbers):
 def prefetch(rows):
     """Ask for all of rows (n, m), whose rows are contiguous: nothing waits, and they are in the cache when they are
     needed."""
+
+
+def transpose_square(to, numbers):
+    """to = numbers transposed, both (LANES, LANES), their rows contiguous."""
+    to[:] = numbers.T
+
+
+@overload(transpose_square, inline="always")
+def _transpose_square_compiled(to, numbers):
+    return lambda to, numbers: _transpose_square(to, numbers)
 
 
 @overload(add_scaled, inline="always")
@@ -161,10 +208,21 @@ def pack_rows(panels, first, rows):
                 panels[j, first + r, c] = strip[c]
 
 
+@njit(**TASK)
+def transpose(to, rows):
+    """to[c, r] = rows[r, c], both with contiguous rows: squares of LANES by LANES, and the edges one by one."""
+    R, C = rows.shape
+    whole_R, whole_C = R // LANES * LANES, C // LANES * LANES
+    for r in range(0, whole_R, LANES):
+        for c in range(0, whole_C, LANES):
+            transpose_square(to[c : c + LANES, r : r + LANES], rows[r : r + LANES, c : c + LANES])
+    for r in range(R):
+        for c in range(whole_C if r < whole_R else 0, C):
+            to[c, r] = rows[r, c]
+
+
 @njit(**INLINE)
 def pack_columns(panels, rows):
     """panels[j, c, r] = rows[j * NR + r, c]: the same for the transposed matrix."""
-    for r in range(rows.shape[0]):
-        row, panel = rows[r], panels[r // NR]
-        for c in range(row.shape[0]):
-            panel[c, r % NR] = row[c]
+    for j in range(panels.shape[0]):
+        transpose(panels[j], rows[j * NR : j * NR + NR])

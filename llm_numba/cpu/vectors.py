@@ -12,11 +12,14 @@ define <16 x float> @sums(<16 x float> %a, <16 x float> %b) {
 """
 
 
-def follow_cpu_name() -> None:
+def choose_features() -> None:
     """Where NUMBA_CPU_NAME names a processor, build for what that one has: with the name alone Numba goes on using all
-    that the present one has. NUMBA_CPU_NAME=haswell then gives AVX2 on a machine with AVX-512."""
-    if config.CPU_NAME and config.CPU_FEATURES is None:
-        config.CPU_FEATURES = ""
+    that the present one has. NUMBA_CPU_NAME=haswell then gives AVX2 on a machine with AVX-512. Otherwise build for the
+    present one, and let loops have all of its registers: for Intel's with AVX-512, LLVM would take half of each."""
+    if config.CPU_FEATURES is None:
+        here = get_host_cpu_features()
+        whole = here + ",-prefer-256-bit" if "+avx512f" in here else here
+        config.CPU_FEATURES = "" if config.CPU_NAME else whole
 
 
 def vector_bits() -> int:
@@ -26,7 +29,7 @@ def vector_bits() -> int:
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=config.CPU_NAME or llvm.get_host_cpu_name(),
-        features=get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES,
+        features=config.CPU_FEATURES,
     )
     words = machine.emit_assembly(llvm.parse_assembly(SIXTEEN_SUMS)).split()
     return 512 // sum(word in ("vaddps", "addps", "fadd") for word in words)
