@@ -51,7 +51,7 @@ def compare(ops, config, parameters, state, losses) -> list[tuple[str, float, fl
     logits = []
     for block in m.blocks:
         model.logits(ops, m, block)
-        logits.append(np.array(ops.to_host(block.logits)[0, :, :V]))
+        logits.append(np.array(ops.to_host(block.logits)[..., :V]).reshape(-1, V))
     rows = [("logits", distance(np.concatenate(logits).reshape(B, T, V), state.logits), TOLERANCE)]
     found = []
     for step in range(1, len(losses) + 1 if losses else 2):

@@ -442,12 +442,8 @@ def test_two_at_once(hub, tmp_path):
 
 
 def test_without_the_libraries(hub, tmp_path, monkeypatch):
-    for name, used_by in (
-        ("filelock", "tinyshakespeare"),
-        ("requests", "tinyshakespeare"),
-        ("huggingface_hub", "fineweb"),
-    ):
+    for name, used_by in ("requests", "tinyshakespeare"), ("huggingface_hub", "fineweb"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(UserError, match=rf'downloads need {name}: pip install "llm-numba\[data\]"'):
+            with pytest.raises(UserError, match=rf'downloads need {name}: pip install "llm-numba\[download\]"'):
                 fetch(used_by, tmp_path)

@@ -58,10 +58,12 @@ def write_checkpoint(folder, config, parameters, encoding=BYTES, **changes):
     tensors = {}
     for spec in parameter_specs(config):
         layers = (config.num_layers,) if spec.per_layer else ()
-        tensors[spec.name] = np.zeros((*layers, *spec.shape), np.float32)
+        for name in spec.name, f"m.{spec.name}", f"v.{spec.name}":
+            tensors[name] = np.zeros((*layers, *spec.shape), np.float32)
         tensors[spec.name][tuple(map(slice, parameters[spec.name].shape))] = parameters[spec.name]
     s = Settings(preset="nano", **changes)
-    record = {"settings": to_record(s), "config": asdict(config), "step": 7, "data": []}
+    record = {"settings": to_record(s), "config": asdict(config), "step": 7, "data": [], "loader": {}}
+    record |= {"loss_history": [], "norm_history": []}
     path = checkpoint.checkpoint_path(folder, 7)
     checkpoint.save(path, tensors, record, tokenizer_state(encoding) if encoding else None)
     return folder

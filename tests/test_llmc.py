@@ -6,7 +6,7 @@ import pytest
 from programs import error_line
 from training import random_batch, random_parameters
 
-from llm_numba import check_reference, llmc
+from llm_numba import arena, check_reference, llmc
 from llm_numba.config import GPT2Config
 from llm_numba.errors import UserError, exit_with
 
@@ -75,7 +75,9 @@ def replay(folder, *arguments):
     return check_reference.main([*map(str, files), "--device", "cpu", *map(str, arguments)])
 
 
-def test_all_agree(files, capsys):
+@pytest.mark.parametrize("rows", [B * T, 4], ids=["logits_at_once", "in_parts"])
+def test_all_agree(files, capsys, monkeypatch, rows):
+    monkeypatch.setattr(arena, "logits_rows", lambda _: rows)
     folder = files()
     assert replay(folder, "--losses", folder / "losses.txt") == 0
     out = capsys.readouterr().out
