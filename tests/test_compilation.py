@@ -35,3 +35,22 @@ def test_compiled_anew_and_read_back_give_the_same_bits(tmp_path):
         for _ in range(2)
     ]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.compiled
+def test_the_first_start_shares_the_compiling_with_a_second_process(tmp_path):
+    """Setting up the threads compiles something too, which must not pass for a compiled op."""
+    script = """if True:
+        import numpy as np
+        from llm_numba.ops import get_ops
+        ops = get_ops("cpu")
+        ops.set_threads(0)
+        told = [ops.nothing_compiled()]
+        ops.residual_backward(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32))
+        print(*told, ops.nothing_compiled())
+    """
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]

@@ -92,7 +92,12 @@ def test_a_breakpoint_inside_an_op(tmp_path, text):
     assert f"Breakpoint 1 at {ROOT / 'llm_numba' / 'cpu' / 'layernorm.py'}:{line}" in out, out + session.stderr
     assert "('here', (1, 8), dtype('float32'), True)" in out
     assert "('rows', True)" in out and "('average', True)" in out
-    for frame in "one_step()", "gradients(ops, m, vocab_size)", "backward(ops, m, accumulate=number > 0)", "layernorm_backward()":
+    for frame in (
+        "one_step()",
+        "gradients(ops, m, vocab_size)",
+        "backward(ops, m, accumulate=number > 0)",
+        "layernorm_backward()",
+    ):
         assert frame in out  # all of it can be read from there
     assert "step 1/3" not in out and "Traceback" not in out + session.stderr
 

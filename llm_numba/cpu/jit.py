@@ -40,8 +40,8 @@ def is_compiled() -> bool:
 
 
 def nothing_compiled() -> bool:
-    """Whether there is no op yet that could be read from disk."""
-    return not any(Path(config.CACHE_DIR).rglob("*.nbi"))
+    """Whether there is no op yet that could be read from disk; what starts the threads, in memory.py, is none."""
+    return all(index.name.startswith("memory.") for index in Path(config.CACHE_DIR).rglob("*.nbi"))
 
 
 choose_features()
