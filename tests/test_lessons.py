@@ -1,0 +1,87 @@
+"""Every lesson runs, its notebook is the script's, its rungs are right, and its exercises tell right from wrong."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_numba.lessons import FOLDER, exercise, notebooks
+from llm_numba.lessons.ladder import ladders, rung_files
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 20  # of a lesson on two cores, small
+SLOW = 6  # times slower, at most, is a machine that is busy with other things
+LESSONS = [pytest.param(script, id=script.stem) for script in notebooks.scripts()]
+EXERCISES = sorted(file.stem for file in (FOLDER / "exercises").glob("*.py"))
+MOST_BYTES = 1_500_000  # of a notebook
+pytestmark = pytest.mark.compiled
+
+
+@pytest.fixture(autouse=True)
+def simulator():
+    from numba import config
+
+    if not config.ENABLE_CUDASIM:
+        pytest.skip("the lessons' kernels run in the simulator: --device cpu,cudasim")
+
+
+@pytest.mark.parametrize("script", LESSONS)
+def test_runs_as_a_script(script, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LESSONS_FAST": "1", "NUMBA_NUM_THREADS": "2"}
+    environment.pop("NUMBA_ENABLE_CUDASIM")
+    run = subprocess.run(
+        [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=SLOW * SECONDS
+    )
+    assert run.returncode == 0, run.stderr
+    assert not list(tmp_path.iterdir()), "a lesson leaves nothing behind"
+
+
+@pytest.mark.parametrize("script", LESSONS)
+def test_notebook_is_the_scripts(script):
+    assert notebooks.complaints(script) == []
+    text = script.with_suffix(".ipynb").read_text()
+    assert len(text) < MOST_BYTES
+    for path in (str(ROOT), str(Path.home()) + "/", sys.prefix, "/tmp/", "site-packages"):
+        assert path not in text, f"the notebook says {path}, which is this machine's"
+
+
+@pytest.mark.parametrize("file", rung_files(), ids=lambda file: file.stem)
+def test_rungs_end_with_the_models_own_op(file):
+    found = ladders(file)
+    assert found, f"{file.name} has no Ladder"
+    for ladder in found:
+        assert {1, 3, 97, 257} <= {size for sizes in ladder.problem.sizes for size in sizes.values()}, ladder.name
+        last = ladder.rungs[-1]
+        assert last.__module__.startswith("llm_numba."), f"{ladder.name}: the last rung is {last.__name__}"
+        assert bool(ladder.flops) != bool(ladder.nbytes)
+
+
+def answers(name):
+    spec = importlib.util.spec_from_file_location(f"answers_{name}", Path(__file__).parent / "exercises" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercise_knows_its_hole_and_its_solution(name, capsys):
+    assert not exercise.check(name)
+    assert "the hole is still there" in capsys.readouterr().out
+    assert exercise.check(name, answers(name).solution), capsys.readouterr().out
+    assert "right, at all" in capsys.readouterr().out
+    exercise.show(name)
+    assert exercise.show(name, answers(name).solution).accesses
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercise_says_what_is_wrong(name, capsys):
+    wrong = answers(name).WRONG
+    assert len(wrong) >= 5
+    for function, words in wrong:
+        assert not exercise.check(name, function), f"{function.__name__} is accepted"
+        said = capsys.readouterr().out
+        for word in words:
+            assert word in said, f"{function.__name__}: {said}"
