@@ -57,6 +57,9 @@ def test_rungs_end_with_the_models_own_op(file):
         last = ladder.rungs[-1]
         assert last.__module__.startswith("llm_numba."), f"{ladder.name}: the last rung is {last.__name__}"
         assert bool(ladder.flops) != bool(ladder.nbytes)
+        for rung in ladder.rungs[:-1]:
+            cache = getattr(getattr(rung, "_cache", None), "_cache_path", None)
+            assert cache is None, f"{rung.__name__} is cached: the file is imported under more than one name"
 
 
 def answers(name):
