@@ -88,3 +88,17 @@ def test_exercise_says_what_is_wrong(name, capsys):
         said = capsys.readouterr().out
         for word in words:
             assert word in said, f"{function.__name__}: {said}"
+
+
+def test_kernels_compile_for_a_card():
+    """The simulator knows no types: a kernel may run there and not compile. This needs no card."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        pytest.skip("numba-cuda is not installed")
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_rungs.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_ENABLE_CUDASIM": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "layernorm_cuda.py: layernorm_forward_v1: kernel_v1" in run.stdout

@@ -13,7 +13,7 @@ from llm_numba.lessons import __main__ as program
 from llm_numba.lessons import exercise, notebooks, results, timing
 from llm_numba.lessons.counting import count, instructions, turns
 from llm_numba.lessons.faults import faults
-from llm_numba.lessons.ladder import Ladder, Wrong, check
+from llm_numba.lessons.ladder import Ladder, Wrong, check, ladders, title
 from llm_numba.lessons.problem import Problem, garbage, mistake, normal
 from llm_numba.lessons.tracing import simulate, simulate_cpu
 
@@ -250,6 +250,18 @@ def test_times():
     assert re.search(r"\| right +\| +1 \| +0.0 GB/s \| +51% \| +50% \|", "\n".join(table))
     with pytest.raises(Wrong):
         timing.times(ladder(right, all_but_the_last), dict(n=64))
+
+
+def test_another_process_times_a_ladder_of_a_file(monkeypatch):
+    """As for a card, in a process without the simulator; here for a ladder of the CPU."""
+    monkeypatch.setenv("LESSONS_FAST", "1")
+    file = timing.FOLDER / "rungs" / "layernorm_cpu.py"
+    forward = next(ladder for ladder in ladders(file) if ladder.name == "layernorm_forward")
+    found = timing.times_on_card(forward, dict(B=1, T=2, C=8))
+    assert found["sizes"] == dict(B=1, T=2, C=8) and found["limit"] is None
+    assert list(found["rows"]) == [title(rung) for rung in forward.rungs]
+    with pytest.raises(UserError, match="layernorm_forward: cannot be timed on the card"):
+        timing.times_on_card(forward, dict(B=1, T=2))
 
 
 def test_results(tmp_path, monkeypatch):

@@ -57,7 +57,9 @@ def build(script: Path) -> Path:
     notebook = jupytext.read(script)
     notebook.metadata = nbformat.from_dict(KERNEL)
     try:
-        NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(FOLDER)}}).execute()
+        NotebookClient(
+            notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(FOLDER)}}, coalesce_streams=True
+        ).execute()
     except CellExecutionError as error:
         raise UserError(
             f"{script.name}: {error.ename} in a cell: {error.evalue}; run it as a script to see where"
