@@ -371,7 +371,7 @@ def take_turns(manager, grid_point, *args) -> None:
     """In place of BlockManager.run: the block's threads one after the other, each until its next barrier."""
     from numba.cuda.simulator.kernel import BlockThread
 
-    back = threading.Semaphore(0)
+    back = locked()
     threads = []
     for point in np.ndindex(*manager._block_dim):
 
@@ -386,7 +386,7 @@ def take_turns(manager, grid_point, *args) -> None:
                 back.release()
 
         thread = BlockThread(target, manager, grid_point, point, manager._debug)
-        thread.turn, thread.back, thread.done = threading.Semaphore(0), back, False
+        thread.turn, thread.back, thread.done = locked(), back, False
         thread.epoch, thread.quiet, thread.barrier = 0, False, None
         threads.append(thread)
     threads.sort(key=lambda thread: thread.thread_id)
@@ -421,9 +421,17 @@ def wait_at_barrier(thread) -> None:
 def stop(threads) -> None:
     for thread in threads:
         thread.abort = True
-        thread.turn.release()
-    for thread in threads:
+        if not thread.done:
+            thread.turn.release()
+            thread.back.acquire()
         thread.join()
+
+
+def locked():
+    """A lock that somebody holds: whoever wants it waits until it is released."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def uneven(threads, live) -> str:
