@@ -114,6 +114,18 @@ def test_race_between_blocks_and_atomics():
 
 
 @cuda.jit
+def second_block_waits(out):
+    if cuda.blockIdx.x == 1:
+        cuda.syncthreads()
+    out[0] += 1
+
+
+def test_a_barrier_of_one_block_says_nothing_to_another():
+    (words,) = faults(simulate(launch(second_block_waits, 1, 2), out=np.zeros(1, float32)))
+    assert "a race: thread 0 of block 0" in words and "no barrier holds between them" in words
+
+
+@cuda.jit
 def early_return(out):
     i = cuda.threadIdx.x
     if i >= 3:
