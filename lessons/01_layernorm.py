@@ -170,7 +170,7 @@ found = timing.show_times(layernorm_cpu.FORWARD)
 pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
-# The last bar is the function that the model uses, imported from `llm_numba/cpu/layernorm.py`. It is v4, with the
+# The green bar is the function that the model uses, imported from `llm_numba/cpu/layernorm.py`. It is v4, with the
 # loops in functions of their own, so that only the two sums are allowed to be regrouped.
 #
 # ## The backward pass, on paper
