@@ -7,7 +7,9 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -56,8 +58,11 @@ def load(module: str, value: str) -> ModuleType:
     try:
         if not module.endswith(".py"):
             return importlib.import_module(module)
-        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-        loaded = importlib.util.module_from_spec(spec)
+        path = Path(module).resolve()
+        # a name of its own, by which Numba finds the module again when it reads a compiled function from disk
+        name = f"own_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
         return loaded
     except Exception as error:  # whatever a learner's file may raise

@@ -37,8 +37,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--device {config.getoption('--device')}: expected some of {', '.join(DEVICES)}, "
                                 "but cuda and cudasim, which one process cannot have both, only apart")  # fmt: skip
     os.environ["DEVICE_OF_PROGRAMS"] = "cuda" if "cuda" in devices(config) else "cpu"
-    if "cudasim" in devices(config):
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1" if "cudasim" in devices(config) else "0"
     if os.environ.get("NUMBA_DISABLE_JIT") == "1":  # NumPy's own scalars warn of each NaN that a test is about
         config.addinivalue_line("filterwarnings", "ignore:invalid value:RuntimeWarning")
 

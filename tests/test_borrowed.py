@@ -1,10 +1,12 @@
 """--use: somebody's own op in the place of one, and what is said of it."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from programs import QUICK, cache, losses_of, refused, run_here, write_text  # noqa: F401
+from programs import QUICK, cache, environment, losses_of, refused, run_here, write_text  # noqa: F401
 
 from llm_numba.borrowed import borrow, split
 from llm_numba.errors import UserError
@@ -98,3 +100,18 @@ def test_a_file_that_raises(tmp_path):
 
 def test_windows_paths_keep_their_colon():
     assert split(r"gelu_forward=C:\own.py:f") == ("gelu_forward", r"C:\own.py", "f")
+
+
+def test_a_cached_function_of_ones_own_is_found_again(tmp_path):
+    """Numba reads it from disk in the second process, and with it the module's name."""
+    file = tmp_path / "own.py"
+    file.write_text("from numba import njit\n@njit(cache=True, parallel=True)\ndef own(x):\n    return x + 1\n")
+    code = f"from llm_numba.borrowed import load; f = load({str(file)!r}, '').own; print(f(1), len(f._cache_hits))"
+    for hits in (0, 1):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(NUMBA_CACHE_DIR=str(tmp_path / "cache")),
+            capture_output=True,
+            text=True,
+        )
+        assert run.stdout.split() == ["2", str(hits)], run.stderr

@@ -1,0 +1,246 @@
+"""The rungs of lesson 01 on a CPU: layer normalisation, forward and backward."""
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from llm_numba import exact
+from llm_numba.cpu.layernorm import layernorm_backward, layernorm_forward, layernorm_scratch_size
+from llm_numba.lessons.ladder import Ladder
+from llm_numba.lessons.problem import Problem, garbage, normal
+
+ZERO, ONE, EPSILON = np.float32(0), np.float32(1), np.float32(1e-5)
+BLOCK = 64  # channels that one iteration of the backward's second loop owns
+
+
+@njit
+def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
+    """The formula, a loop for each sum. 0.0 and 1e-5 are float64, and so is all that meets them."""
+    B, T, C = inp.shape
+    for b in range(B):
+        for t in range(T):
+            m = 0.0
+            for c in range(C):
+                m += inp[b, t, c]
+            m /= C
+            variance = 0.0
+            for c in range(C):
+                variance += (inp[b, t, c] - m) ** 2
+            variance /= C
+            r = 1.0 / math.sqrt(variance + 1e-5)
+            for c in range(C):
+                out[b, t, c] = (inp[b, t, c] - m) * r * weight[c] + bias[c]
+            mean[b, t] = m
+            rstd[b, t] = r
+
+
+@njit
+def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
+    """Nothing but float32: a vector register holds twice as many, and nothing is converted."""
+    B, T, C = inp.shape
+    for b in range(B):
+        for t in range(T):
+            x, y = inp[b, t], out[b, t]
+            m = ZERO
+            for c in range(C):
+                m += x[c]
+            m /= np.float32(C)
+            variance = ZERO
+            for c in range(C):
+                variance += (x[c] - m) * (x[c] - m)
+            variance /= np.float32(C)
+            r = ONE / np.sqrt(variance + EPSILON)
+            for c in range(C):
+                y[c] = (x[c] - m) * r * weight[c] + bias[c]
+            mean[b, t] = m
+            rstd[b, t] = r
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"})
+def layernorm_forward_v3(out, mean, rstd, inp, weight, bias):
+    """The same lines; but a sum may be taken in any order, so that a vector register holds 8 or 16 sums at a time."""
+    B, T, C = inp.shape
+    for b in range(B):
+        for t in range(T):
+            x, y = inp[b, t], out[b, t]
+            m = ZERO
+            for c in range(C):
+                m += x[c]
+            m /= np.float32(C)
+            variance = ZERO
+            for c in range(C):
+                variance += (x[c] - m) * (x[c] - m)
+            variance /= np.float32(C)
+            r = ONE / np.sqrt(variance + EPSILON)
+            for c in range(C):
+                y[c] = (x[c] - m) * r * weight[c] + bias[c]
+            mean[b, t] = m
+            rstd[b, t] = r
+
+
+@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
+def layernorm_forward_v4(out, mean, rstd, inp, weight, bias):
+    """The rows are shared out among the cores: each row has one owner, so nobody waits and nothing races."""
+    B, T, C = inp.shape
+    for row in prange(B * T):
+        b, t = row // T, row % T
+        x, y = inp[b, t], out[b, t]
+        m = ZERO
+        for c in range(C):
+            m += x[c]
+        m /= np.float32(C)
+        variance = ZERO
+        for c in range(C):
+            variance += (x[c] - m) * (x[c] - m)
+        variance /= np.float32(C)
+        r = ONE / np.sqrt(variance + EPSILON)
+        for c in range(C):
+            y[c] = (x[c] - m) * r * weight[c] + bias[c]
+        mean[b, t] = m
+        rstd[b, t] = r
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"})
+def layernorm_backward_v1(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
+    """Row after row: two averages, then the row's own gradient and its share of the parameters'."""
+    B, T, C = inp.shape
+    if not accumulate:
+        dweight[:] = ZERO
+        dbias[:] = ZERO
+    for b in range(B):
+        for t in range(T):
+            m, r = mean[b, t], rstd[b, t]
+            x, dy, dx = inp[b, t], dout[b, t], dinp[b, t]
+            dnorm_average, dnorm_norm_average = ZERO, ZERO
+            for c in range(C):
+                dnorm = weight[c] * dy[c]
+                dnorm_average += dnorm
+                dnorm_norm_average += dnorm * (x[c] - m) * r
+            dnorm_average /= np.float32(C)
+            dnorm_norm_average /= np.float32(C)
+            for c in range(C):
+                norm = (x[c] - m) * r
+                dx[c] += r * (weight[c] * dy[c] - dnorm_average - norm * dnorm_norm_average)
+                dweight[c] += dy[c] * norm
+                dbias[c] += dy[c]
+
+
+@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
+def layernorm_backward_v2(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
+    """Every sum has one owner: dinp's rows in one parallel loop, the channels of dweight and dbias in another."""
+    B, T, C = inp.shape
+    for row in prange(B * T):
+        b, t = row // T, row % T
+        m, r = mean[b, t], rstd[b, t]
+        x, dy, dx = inp[b, t], dout[b, t], dinp[b, t]
+        dnorm_average, dnorm_norm_average = ZERO, ZERO
+        for c in range(C):
+            dnorm = weight[c] * dy[c]
+            dnorm_average += dnorm
+            dnorm_norm_average += dnorm * (x[c] - m) * r
+        dnorm_average /= np.float32(C)
+        dnorm_norm_average /= np.float32(C)
+        for c in range(C):
+            dx[c] += r * (weight[c] * dy[c] - dnorm_average - (x[c] - m) * r * dnorm_norm_average)
+    for c in prange(C):
+        dw = dweight[c] if accumulate else ZERO
+        db = dbias[c] if accumulate else ZERO
+        for b in range(B):
+            for t in range(T):
+                dw += dout[b, t, c] * (inp[b, t, c] - mean[b, t]) * rstd[b, t]
+                db += dout[b, t, c]
+        dweight[c] = dw
+        dbias[c] = db
+
+
+@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
+def layernorm_backward_v3(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
+    """The second loop's owners have BLOCK channels each, which lie side by side: a row of them is a few cache lines."""
+    B, T, C = inp.shape
+    for row in prange(B * T):
+        b, t = row // T, row % T
+        m, r = mean[b, t], rstd[b, t]
+        x, dy, dx = inp[b, t], dout[b, t], dinp[b, t]
+        dnorm_average, dnorm_norm_average = ZERO, ZERO
+        for c in range(C):
+            dnorm = weight[c] * dy[c]
+            dnorm_average += dnorm
+            dnorm_norm_average += dnorm * (x[c] - m) * r
+        dnorm_average /= np.float32(C)
+        dnorm_norm_average /= np.float32(C)
+        for c in range(C):
+            dx[c] += r * (weight[c] * dy[c] - dnorm_average - (x[c] - m) * r * dnorm_norm_average)
+    for block in prange((C + BLOCK - 1) // BLOCK):
+        first, last = block * BLOCK, min(C, (block + 1) * BLOCK)
+        dw, db = dweight[first:last], dbias[first:last]
+        if not accumulate:
+            dw[:] = ZERO
+            db[:] = ZERO
+        for b in range(B):
+            for t in range(T):
+                m, r = mean[b, t], rstd[b, t]
+                x, dy = inp[b, t, first:last], dout[b, t, first:last]
+                for c in range(last - first):
+                    dw[c] += dy[c] * ((x[c] - m) * r)
+                    db[c] += dy[c]
+
+
+@njit(parallel=True)
+def layernorm_backward_racing(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
+    """Not a rung, but a mistake: the first rung's loop over the rows, shared out among the cores as it is."""
+    B, T, C = inp.shape
+    for row in prange(B * T):
+        b, t = row // T, row % T
+        m, r = mean[b, t], rstd[b, t]
+        dnorm_average, dnorm_norm_average = ZERO, ZERO
+        for c in range(C):
+            dnorm_average += weight[c] * dout[b, t, c] / np.float32(C)
+            dnorm_norm_average += weight[c] * dout[b, t, c] * (inp[b, t, c] - m) * r / np.float32(C)
+        for c in range(C):
+            norm = (inp[b, t, c] - m) * r
+            dinp[b, t, c] += r * (weight[c] * dout[b, t, c] - dnorm_average - norm * dnorm_norm_average)
+            dweight[c] += dout[b, t, c] * norm
+            dbias[c] += dout[b, t, c]
+
+
+def forward_inputs(rng, B, T, C):
+    return dict(
+        out=garbage(B, T, C), mean=garbage(B, T), rstd=garbage(B, T),
+        inp=normal(rng, B, T, C) + 1, weight=normal(rng, C), bias=normal(rng, C),
+    )  # fmt: skip
+
+
+def backward_inputs(rng, B, T, C):
+    inp, mean, rstd = normal(rng, B, T, C) + 1, garbage(B, T), garbage(B, T)
+    exact.layernorm_forward(garbage(B, T, C), mean, rstd, inp, ONE, ZERO)
+    return dict(
+        dinp=normal(rng, B, T, C), dweight=normal(rng, C), dbias=normal(rng, C),
+        dout=normal(rng, B, T, C), inp=inp, weight=normal(rng, C), mean=mean, rstd=rstd,
+        scratch=garbage(layernorm_scratch_size(C)), accumulate=True,
+    )  # fmt: skip
+
+
+SIZES = (dict(B=1, T=1, C=1), dict(B=1, T=3, C=97), dict(B=3, T=1, C=3), dict(B=2, T=97, C=257), dict(B=1, T=257, C=97))
+TIMED, QUICK = dict(B=16, T=1024, C=768), dict(B=1, T=64, C=96)
+
+FORWARD = Ladder(
+    "layernorm_forward",
+    Problem(exact.layernorm_forward, forward_inputs, ("out", "mean", "rstd"), SIZES),
+    (layernorm_forward_v1, layernorm_forward_v2, layernorm_forward_v3, layernorm_forward_v4, layernorm_forward),
+    timed=TIMED,
+    quick=QUICK,
+    nbytes=lambda B, T, C: 2 * 4 * B * T * C,
+    pattern="copy",
+    torch="layernorm_forward",
+)
+BACKWARD = Ladder(
+    "layernorm_backward",
+    Problem(exact.layernorm_backward, backward_inputs, ("dinp", "dweight", "dbias"), SIZES),
+    (layernorm_backward_v1, layernorm_backward_v2, layernorm_backward_v3, layernorm_backward),
+    timed=TIMED,
+    quick=QUICK,
+    nbytes=lambda B, T, C: 4 * 4 * B * T * C,
+    pattern="update",
+    torch="layernorm_backward",
+)

@@ -1,0 +1,72 @@
+"""The ladders' times on one machine, in lessons/results, and the README's table of all machines."""
+
+import json
+import platform
+import re
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from llm_numba.bench.tables import table, write_readme
+from llm_numba.lessons import FOLDER
+from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
+from llm_numba.lessons.timing import COLUMNS, cells, times
+from llm_numba.shards import write_whole
+
+BEGIN, END = "<!-- lessons -->", "<!-- end of lessons -->"
+README = FOLDER.parent / "README.md"
+
+
+def all_ladders(device: str) -> list[Ladder]:
+    return [ladder for file in rung_files() for ladder in ladders(file) if ladder.problem.device == device]
+
+
+def write(device: str) -> Path | None:
+    """Time every ladder of a device and write the machine's file, and the README's table of all files; None where there
+    is no such device."""
+    found = {}
+    for ladder in all_ladders(device):
+        measured = times(ladder)
+        if measured is None:
+            return None
+        found[ladder.name] = measured
+        print(
+            f"{ladder.name}: {', '.join(f'{n} {1e3 * s:.4g} ms' for n, s in measured['rows'].items())}", file=sys.stderr
+        )
+    if not found:
+        return None
+    machine = next(iter(found.values()))["machine"]
+    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
+    results = {
+        "machine": machine,
+        "device": device,
+        "date": date.today().isoformat(),
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "ladders": found,
+    }
+    path = FOLDER / "results" / f"{slug(machine)}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(results, indent=1).encode() + b"\n")
+    write_readme(README, BEGIN, END, readme_table())
+    return path
+
+
+def slug(machine: str) -> str:
+    """A file's name for a machine: what it is, not how its clocks are set."""
+    name = re.split(r", (?:driver|\d+-bit)", machine)[0]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def readme_table() -> str:
+    """The ladders of every machine on record: a line a rung."""
+    parts = []
+    for path in sorted((FOLDER / "results").glob("*.json")):
+        results = json.loads(path.read_text())
+        lines = []
+        for name, found in results["ladders"].items():
+            labels = [f"{name}, {in_words(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
+            lines += [[label, *line] for label, line in zip(labels, cells(found), strict=True)]
+        head = f"{results['date']}, {results['machine']}; {results['versions']}."
+        parts.append("\n".join([head, "", *table(["ladder", "rung", *COLUMNS], lines)]))
+    return "\n\n".join(parts) or "Nothing is measured yet."

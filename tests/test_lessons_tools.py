@@ -1,0 +1,348 @@
+"""The lessons' tools by cases that are counted by hand: accesses, sectors, banks, races, barriers, bounds, words."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from numba import config, cuda, njit, prange
+
+from llm_numba.errors import UserError
+from llm_numba.lessons import __main__ as program
+from llm_numba.lessons import exercise, notebooks, results, timing
+from llm_numba.lessons.counting import count, instructions, turns
+from llm_numba.lessons.faults import faults
+from llm_numba.lessons.ladder import Ladder, Wrong, check, ladders, title
+from llm_numba.lessons.problem import Problem, garbage, mistake, normal
+from llm_numba.lessons.tracing import simulate, simulate_cpu
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif("not __import__('numba').config.ENABLE_CUDASIM", reason="needs --device cudasim"),
+]
+float32 = np.float32
+
+
+def counts_of(trace):
+    return {(c.array, c.kind): c for c in count(trace)}
+
+
+def launch(kernel, threads=32, blocks=1):
+    return lambda *args: kernel[blocks, threads](*args)
+
+
+@cuda.jit
+def copy_with_stride(out, inp, stride):
+    i = cuda.grid(1)
+    out[i] = inp[i * stride]
+
+
+@pytest.mark.parametrize(("stride", "sectors", "coalesced"), [(1, 4, 1), (2, 8, 0), (8, 32, 0), (0, 1, 1)])
+def test_sectors_of_a_warp(stride, sectors, coalesced):
+    """32 floats side by side are 4 sectors of 32 bytes; 8 floats apart each has a sector of its own."""
+    trace = simulate(launch(copy_with_stride), out=garbage(32), inp=np.arange(256, dtype=float32), stride=stride)
+    assert trace.results["out"].tolist() == [i * stride for i in range(32)]
+    found = counts_of(trace)
+    assert found["inp", "read"][3:8] == (32, 1, sectors, 1 if stride == 0 else 4, coalesced)
+    assert found["out", "write"][3:8] == (32, 1, 4, 4, 1)
+
+
+def test_a_piece_that_starts_within_a_sector_is_coalesced():
+    trace = simulate(
+        lambda out, inp: copy_with_stride[1, 32](out, inp[1:], 1), out=garbage(32), inp=np.zeros(33, float32)
+    )
+    assert counts_of(trace)["inp", "read"][3:8] == (32, 1, 5, 4, 1)
+
+
+def test_two_warps_and_two_blocks_ask_apart():
+    trace = simulate(launch(copy_with_stride, 64, 2), out=garbage(128), inp=np.zeros(128, float32), stride=1)
+    assert counts_of(trace)["inp", "read"][3:8] == (128, 4, 16, 16, 4)
+
+
+@cuda.jit
+def through_shared(out, stride):
+    tile = cuda.shared.array(1024, np.float32)
+    i = cuda.threadIdx.x
+    tile[i * stride] = i
+    out[i] = tile[i * stride]
+
+
+@pytest.mark.parametrize(("stride", "expected"), [(1, 1), (2, 2), (8, 8), (31, 1), (32, 32)])
+def test_turns_of_the_banks(stride, expected):
+    trace = simulate(launch(through_shared), out=garbage(32), stride=stride)
+    assert [turns(group) for group in instructions(trace) if group[0].array == "tile"] == [expected, expected]
+    assert faults(trace) == []
+
+
+@cuda.jit
+def shift(out, inp, with_barrier):
+    tile = cuda.shared.array(32, np.float32)
+    i = cuda.threadIdx.x
+    tile[i] = inp[i]
+    if with_barrier:
+        cuda.syncthreads()
+    out[i] = tile[(i + 1) % 32]
+
+
+def test_race_within_a_block():
+    inp = np.arange(32, dtype=float32)
+    right = simulate(launch(shift), out=garbage(32), inp=inp, with_barrier=True)
+    assert faults(right) == []
+    assert right.results["out"].tolist() == [*range(1, 32), 0]
+    wrong = faults(simulate(launch(shift), out=garbage(32), inp=inp, with_barrier=False))
+    assert len(wrong) == 2 and "a race: " in wrong[0] and "tile[" in wrong[0] and "no barrier" in wrong[0]
+    assert "tile[1] in shared memory before any thread" in wrong[1]
+
+
+@cuda.jit
+def add_up(out, inp, atomically):
+    i = cuda.grid(1)
+    if atomically:
+        cuda.atomic.add(out, 0, inp[i])
+    else:
+        out[0] += inp[i]
+
+
+def test_race_between_blocks_and_atomics():
+    arrays = dict(out=np.zeros(1, float32), inp=np.ones(4, float32))
+    right = simulate(launch(add_up, 2, 2), **arrays, atomically=True)
+    assert faults(right) == [] and right.results["out"][0] == 4
+    assert counts_of(right)["out", "atomic"].accesses == 4 and ("out", "read") not in counts_of(right)
+    (words,) = faults(simulate(launch(add_up, 1, 2), **arrays, atomically=False))
+    assert re.match(r"a race: thread 0 of block 0 writes out\[0\] and thread 0 of block 1 reads it: blocks run", words)
+
+
+@cuda.jit
+def second_block_waits(out):
+    if cuda.blockIdx.x == 1:
+        cuda.syncthreads()
+    out[0] += 1
+
+
+def test_a_barrier_of_one_block_says_nothing_to_another():
+    (words,) = faults(simulate(launch(second_block_waits, 1, 2), out=np.zeros(1, float32)))
+    assert "a race: thread 0 of block 0" in words and "no barrier holds between them" in words
+
+
+@cuda.jit
+def early_return(out):
+    i = cuda.threadIdx.x
+    if i >= 3:
+        return
+    cuda.syncthreads()
+    out[i] = i
+
+
+@cuda.jit
+def two_barriers(out):
+    i = cuda.threadIdx.x
+    if i % 2:
+        cuda.syncthreads()
+    else:
+        cuda.syncthreads()
+    out[i] = i
+
+
+def test_barriers_that_not_all_come_to():
+    (words,) = faults(simulate(launch(early_return, 4), out=garbage(4)))
+    assert "thread 0 of block 0 waits at syncthreads" in words and "thread 3 of its block has ended" in words
+    (words,) = faults(simulate(launch(two_barriers, 4), out=garbage(4)))
+    assert "thread 1 of its block waits at another one" in words
+
+
+@pytest.mark.parametrize(
+    ("stride", "words"),
+    [
+        (
+            9,
+            "thread 29 of block 0 reads inp[261], which is out of bounds: inp has shape (256,), so the index must be",
+        ),
+        (-1, "thread 1 of block 0 reads inp[-1], which is out of bounds"),
+    ],
+)
+def test_out_of_bounds(stride, words):
+    trace = simulate(launch(copy_with_stride), out=garbage(32), inp=np.zeros(256, float32), stride=stride)
+    assert (
+        len(trace.faults) == 1 and trace.faults[0].startswith(words) and "`out[i] = inp[i * stride]`" in trace.faults[0]
+    )
+
+
+@njit(parallel=True)
+def sum_rows(total, inp, racing):
+    for r in prange(inp.shape[0]):
+        for c in range(inp.shape[1]):
+            total[0 if racing else r] += inp[r, c]
+
+
+def test_prange():
+    inp = np.ones((3, 4), float32)
+    right = simulate_cpu(sum_rows, total=np.zeros(3, float32), inp=inp, racing=False)
+    assert faults(right) == [] and right.results["total"].tolist() == [4, 4, 4]
+    (words,) = faults(simulate_cpu(sum_rows, total=np.zeros(3, float32), inp=inp, racing=True))
+    assert words.startswith("a race: iteration 0 of prange writes total[0] and iteration 1 of prange reads it: iter")
+    assert sum_rows.py_func.__globals__["prange"] is prange
+
+
+def test_inputs_stay_as_they_are():
+    given = np.zeros(32, float32)
+    simulate(launch(copy_with_stride), out=given, inp=np.ones(32, float32), stride=1)
+    assert not given.any()
+
+
+def twice(out, inp):
+    out[...] = 2 * inp
+
+
+def problem(**changes):
+    of_n = lambda rng, n: dict(out=garbage(n), inp=normal(rng, n))  # noqa: E731
+    return Problem(twice, of_n, ("out",), (dict(n=1), dict(n=5)))._replace(**changes)
+
+
+@njit
+def right(out, inp):
+    for i in range(inp.shape[0]):
+        out[i] = 2 * inp[i]
+
+
+@njit
+def one_too_many(out, inp):
+    for i in range(inp.shape[0] + 1):
+        out[i] = 2 * inp[i - 1] if i == inp.shape[0] else 2 * inp[i]
+
+
+@njit
+def all_but_the_last(out, inp):
+    for i in range(max(1, inp.shape[0] - 1)):
+        out[i] = 2 * inp[i]
+
+
+@njit
+def changes_its_input(out, inp):
+    for i in range(inp.shape[0]):
+        inp[i] *= 2
+        out[i] = inp[i]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (one_too_many, "with n=1: it writes after the end of out, of shape (1,)"),
+        (all_but_the_last, "with n=5: out[4] is nan, but should be "),
+        (changes_its_input, "with n=1: it changes its input inp, at inp[0]"),
+        (lambda out: None, "with n=1: it stops with TypeError: "),
+    ],
+)
+def test_mistakes_of_compiled_functions_in_words(function, words):
+    assert mistake(right, problem()) is None
+    assert mistake(function, problem()).startswith(words)
+
+
+def test_recorded_mistake_says_more():
+    assert mistake(right, problem(), recorded=True) is None
+    assert "out[1], which is out of bounds" in mistake(one_too_many, problem(), recorded=True)
+    assert "nothing is ever written to out[4]" in mistake(all_but_the_last, problem(), recorded=True)
+
+
+def ladder(*rungs):
+    return Ladder("twice", problem(), rungs, timed=dict(n=9), quick=dict(n=9), nbytes=lambda n: 8 * n)
+
+
+def test_check_of_a_ladder(capsys):
+    check(ladder(right))
+    assert "right: right; off by 0.0e+00" in capsys.readouterr().out
+    with pytest.raises(Wrong, match=r"all_but_the_last: with n=5: out\[4\] is nan"):
+        check(ladder(right, all_but_the_last))
+
+
+def test_times():
+    found = timing.times(ladder(right), dict(n=64))
+    assert found["work"] == 512 and found["unit"] == "bytes" and 0 < found["rows"]["right"] < 1
+    table = timing.time_table(found | {"rows": {"right": 1e-3, "PyTorch": 5e-4}, "limit": 1e6})
+    assert re.search(r"\| right +\| +1 \| +0.0 GB/s \| +51% \| +50% \|", "\n".join(table))
+    with pytest.raises(Wrong):
+        timing.times(ladder(right, all_but_the_last), dict(n=64))
+
+
+def test_another_process_times_a_ladder_of_a_file(monkeypatch):
+    """As for a card, in a process without the simulator; here for a ladder of the CPU."""
+    monkeypatch.setenv("LESSONS_FAST", "1")
+    file = timing.FOLDER / "rungs" / "layernorm_cpu.py"
+    forward = next(ladder for ladder in ladders(file) if ladder.name == "layernorm_forward")
+    found = timing.times_on_card(forward, dict(B=1, T=2, C=8))
+    assert found["sizes"] == dict(B=1, T=2, C=8) and found["limit"] is None
+    assert list(found["rows"]) == [title(rung) for rung in forward.rungs]
+    with pytest.raises(UserError, match="layernorm_forward: cannot be timed on the card"):
+        timing.times_on_card(forward, dict(B=1, T=2))
+
+
+def test_results(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "README", readme)
+    monkeypatch.setattr(results, "all_ladders", lambda device: [ladder(right)] if device == "cpu" else [])
+    path = results.write("cpu")
+    assert json.loads(path.read_text())["ladders"]["twice"]["sizes"] == {"n": 9}
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "| twice, n = 9 | right |" in text
+    assert results.write("cuda") is None
+    assert results.slug("A B (c), 2 threads, 512-bit vectors") == "a-b-c-2-threads"
+
+
+LESSON = """# %% [markdown]
+# # A title
+#
+# Text.
+
+# %%
+print("said")
+
+# %%
+1 + 1
+"""
+
+
+def test_notebook(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    script = tmp_path / "00_first.py"
+    script.write_text(LESSON)
+    assert notebooks.script_of("0") == notebooks.script_of("00_first") == script
+    assert notebooks.title_of(script) == "A title"
+    with pytest.raises(UserError, match="no such lesson"):
+        notebooks.script_of("77")
+    assert "is missing" in notebooks.complaints(script)[0]
+    target = notebooks.build(script)
+    assert notebooks.complaints(script) == []
+    told = json.loads(target.read_text())
+    assert told["cells"][1]["outputs"][0]["text"] == ["said\n"] and told["metadata"] == notebooks.KERNEL
+    script.write_text(LESSON + "2 + 2\n")
+    assert "has other cells" in notebooks.complaints(script)[0]
+    script.write_text(LESSON)
+    told["cells"][2]["execution_count"] = None
+    target.write_text(json.dumps(told))
+    assert "cell 2 was not run" in notebooks.complaints(script)[0]
+    script.write_text(LESSON + "1 / 0\n")
+    with pytest.raises(UserError, match="00_first.py: ZeroDivisionError in a cell"):
+        notebooks.build(script)
+
+
+def test_program(tmp_path, capsys):
+    assert program.main([]) == 0
+    assert "python lessons/01_layernorm.py" in capsys.readouterr().out
+    copy = tmp_path / "mine.py"
+    shutil.copy(exercise.FOLDER / "exercises" / "layernorm_mean.py", copy)
+    assert program.main(["check", str(copy)]) == 1
+    assert "the hole is still there" in capsys.readouterr().out
+    copy.write_text(copy.read_text().replace("EXERCISE =", "OTHER ="))
+    for bad, words in ((str(copy), "is not an exercise"), ("nothing", "there is no such exercise")):
+        with pytest.raises(UserError, match=words):
+            program.main(["check", bad])
+    with pytest.raises(UserError, match="--device"):
+        program.main(["results", "--device", "tpu"])
+
+
+def test_the_simulator_is_asked_for(monkeypatch):
+    monkeypatch.setattr(config, "ENABLE_CUDASIM", 0)
+    with pytest.raises(UserError, match="simulator"):
+        simulate(launch(copy_with_stride))
