@@ -94,11 +94,11 @@ def dwte_kernel(dwte, dout, tokens):
             if word == WORDS - 1:
                 found[0] = count
         cuda.syncthreads()
-        # add them up, ROWS at a time; what the list holds beyond its end is not looked at
+        # add them up, ROWS at a time; beyond the list's end its last row is named, but not loaded
         count = found[0]
         for listed in range(0, count, ROWS):
             for j in range(ROWS):
-                row = rows[listed + j]
+                row = rows[min(listed + j, count - 1)]
                 for k in range(EACH):
                     c = first + k * BLOCK
                     sums[k] += widen(dout[row, c]) if listed + j < count and c < C else ZERO
