@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,15 @@ def test_times():
     assert re.search(r"\| right +\| +1 \| +0.0 GB/s \| +51% \| +50% \|", "\n".join(table))
     with pytest.raises(Wrong):
         timing.times(ladder(right, all_but_the_last), dict(n=64))
+
+
+def test_the_limit_is_of_the_ladders_dtype(monkeypatch):
+    ops = SimpleNamespace(peak_flops={"float32": 1.0, "bfloat16": 8.0}.get, peak_bandwidth=dict)
+    monkeypatch.setattr(timing, "FAST", False)
+    monkeypatch.setattr(timing, "_peaks", {})
+    monkeypatch.setattr(timing, "device_ops", lambda device: (ops, device))
+    assert timing.peaks("cuda")["float32"] == 1.0
+    assert timing.peaks("cuda", "bfloat16")["bfloat16"] == 8.0
 
 
 def test_results(tmp_path, monkeypatch):
