@@ -513,9 +513,8 @@ pictures.source(lookup_cpu.encoder_forward)
 # How far do v1 and v2 jump? The picture follows their first accesses to `out` at a small size. `simulate_cpu` runs a
 # function as plain Python and notes every number that it reads or writes.
 
+
 # %%
-
-
 def draw_order(rungs, sizes, most=96):
     """Which number of out each rung writes, access after access, and the cache lines that these are in."""
     figure, axes = pictures.new(1, len(rungs), width=9, height=3.2, sharey=True)
