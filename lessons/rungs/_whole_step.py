@@ -1,0 +1,200 @@
+"""What lesson 09 measures of a whole training step: its ops, one by one, here or on a card.
+
+On a card it is a program of its own, as a lesson's process runs kernels in the simulator:
+NUMBA_ENABLE_CUDASIM=0 python lessons/rungs/_whole_step.py cuda d12 4 1024 bf16
+"""
+
+import inspect
+import json
+import math
+import sys
+import time
+from functools import partial
+from statistics import median
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from llm_numba.bench.measuring import by_the_clock, measure
+from llm_numba.bench.races import new_steps
+from llm_numba.config import preset
+from llm_numba.ops import WRITES, get_ops
+from llm_numba.train import flops_per_token
+
+# what an op both reads and writes: its bytes count twice
+UPDATED = {
+    "layernorm_backward": ("dinp",),
+    "encoder_backward": ("dwte", "dwpe"),
+    "fused_classifier": ("logits",),
+    "adamw_update": ("params", "master", "m", "v"),
+}
+# how an op uses memory: the pattern of `peak_bandwidth` that is nearest; all others copy
+PATTERNS = {
+    "global_norm_squared": "read",
+    "gelu_backward": "add",
+    "residual_layernorm_forward": "add",
+    "layernorm_backward": "update",
+    "fused_classifier": "update",
+    "encoder_backward": "update",
+    "adamw_update": "update",
+}
+
+
+class Call(NamedTuple):
+    """One call of an op within a step; start: seconds since the step began."""
+
+    op: str
+    start: float
+    seconds: float
+    flops: int
+    nbytes: int
+
+
+def arguments_of(op):
+    return list(inspect.signature(getattr(op, "py_func", op)).parameters)
+
+
+def flops_of(name, given):
+    """Those of the products; what the other ops compute is little beside what they move."""
+    shape = lambda key: given[key].shape  # noqa: E731
+    if name.startswith("matmul"):
+        OC, C = shape("weight")
+        return (2 if name.endswith("forward") else 4) * math.prod(shape("inp")[:-1]) * OC * C
+    if name.startswith("attention"):
+        B, T, C = shape("out")  # half of T * T, as nobody looks ahead
+        return (2 if name.endswith("forward") else 4) * B * T * T * C
+    return 0
+
+
+def bytes_of(name, given):
+    """What the op has to read and to write at least once."""
+    if name == "residual_backward" and given["dinp"] is given["dout"]:
+        return 0
+    arrays = {key: x.size * x.dtype.itemsize for key, x in given.items() if hasattr(x, "dtype") and key != "scratch"}
+    if name.startswith("encoder"):  # of the tables only the rows that are asked for
+        rows = arrays["out" if name.endswith("forward") else "dout"]
+        arrays |= {key: min(size, rows) for key, size in arrays.items() if key in ("wte", "wpe", "dwte", "dwpe")}
+    return sum(size * (2 if key in UPDATED.get(name, ()) else 1) for key, size in arrays.items())
+
+
+def watched(ops, calls, timed):
+    """The same ops, each of which puts a Call into `calls`. timed: timed(run) -> seconds."""
+
+    def watch(name):
+        op, names = getattr(ops, name), arguments_of(getattr(ops, name))
+
+        def call(*given):
+            by_name = dict(zip(names, given, strict=False))
+            start = time.perf_counter()
+            seconds = timed(partial(op, *given))
+            calls.append(Call(name, start, seconds, flops_of(name, by_name), bytes_of(name, by_name)))
+
+        return call
+
+    return SimpleNamespace(**{**vars(ops), **{name: watch(name) for name in WRITES}, "capture": lambda run: run})
+
+
+def measure_step(device, name, B, T, dtype="fp32", seconds=2.0):
+    """A step of a preset: its seconds, as a run has it and, on a card, with "no graph"; the calls of one step, the
+    fastest of some, as other programs can only slow it down; and what it computes."""
+    ops, config = get_ops(device, dtype), preset(name)
+    if device == "cpu":
+        ops.set_threads(0)
+    whole = new_steps(ops, config, B, T, dtype, device == "cuda")
+    found = {}
+    for column, step in whole.items():
+        for _ in range(2):  # compiled, and recorded
+            step()
+        found[column] = median(measure(step, seconds))
+    del whole
+    calls = []
+    # a card's own clock where there is one, which starts each op with none of its data in the L2 cache
+    step = new_steps(watched(ops, calls, ops.timed if device == "cuda" else by_the_clock), config, B, T, dtype)["ours"]
+    tries = []
+    for _ in range(2 if device == "cuda" else 6):
+        calls.clear()
+        begin = time.perf_counter()
+        step()
+        tries.append([call._replace(start=call.start - begin) for call in calls])
+    fastest = min(tries[1:], key=lambda one: sum(call.seconds for call in one))  # the first one warms up
+    return {
+        "device": device,
+        "sizes": f"{name}, {B} x {T} tokens, {dtype}",
+        "seconds": found,
+        "calls": fastest,
+        "flops": flops_per_token(config, T) * B * T,
+    }
+
+
+def dry_run(name, B, T, dtype="float32", plan="reuse"):
+    """The calls of a step of a preset without their seconds: nothing is computed, and no memory is taken."""
+    from llm_numba.arena import Arena, training_groups
+    from llm_numba.train import Settings, update
+
+    ops, config, calls = get_ops("cpu"), preset(name), []
+
+    def view(memory, offset, shape, dtype):
+        return np.broadcast_to(np.zeros(1, dtype), shape)  # one number that stands for all
+
+    nothing = SimpleNamespace(
+        **{**vars(ops), "allocate": lambda nbytes: None, "view": view, "to_device": lambda tensor, host: None}
+    )
+    arena = Arena(training_groups(config, B, T, ops, plan, dtype, master=dtype != "float32"), config, plan, nothing)
+    update(watched(ops, calls, lambda run: 0.0), arena.training(), config.vocab_size, Settings())
+    return calls
+
+
+def kernels_of(config, B, T):
+    """The name, blocks and threads of each kernel that a step launches on a card, in order; none of them is run."""
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+    from numba.cuda.simulator.kernel import FakeCUDAKernel
+
+    from llm_numba.arena import Arena, training_groups
+    from llm_numba.train import Settings, update
+
+    ops, found, call = get_ops("cudasim"), [], FakeCUDAKernel.__call__
+    ops.allocate = lambda nbytes: FakeCUDAArray(np.zeros(nbytes, np.uint8))
+    arena = Arena(training_groups(config, B, T, ops, "reuse"), config, "reuse", ops)
+    m = arena.training()
+
+    def note(kernel, *given):
+        found.append((kernel.fn.__name__, math.prod(kernel.grid_dim), math.prod(kernel.block_dim)))
+
+    FakeCUDAKernel.__call__ = note
+    try:
+        update(ops, m, config.vocab_size, Settings())
+    finally:
+        FakeCUDAKernel.__call__ = call
+    return found
+
+
+def add_up(calls):
+    """op -> (calls, seconds, flops, bytes), the op that takes longest first."""
+    found = {}
+    for call in calls:
+        found.setdefault(call.op, np.zeros(4))
+        found[call.op] += (1, call.seconds, call.flops, call.nbytes)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def least_seconds(op, flops, nbytes, peaks):
+    """What the machine needs for that at least: the longer of computing and moving."""
+    return max(flops / peaks["flops"], nbytes / peaks[PATTERNS.get(op, "copy")])
+
+
+def main():
+    """The card's side: what `measure_step` finds, with the card's limits, as JSON."""
+    from llm_numba.arena import DTYPES
+    from llm_numba.bench.machine import describe_machine
+
+    device, name, B, T, dtype = sys.argv[1:]
+    found = measure_step(device, name, int(B), int(T), dtype)
+    ops = get_ops(device, dtype)
+    found["peaks"] = {"flops": ops.peak_flops(DTYPES[dtype]), **ops.peak_bandwidth()}
+    found["machine"] = describe_machine(device, 0, ops)
+    print(json.dumps(found, default=float))
+
+
+if __name__ == "__main__":
+    main()
