@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from llm_numba.bench.machine import describe_machine
 from llm_numba.bench.measuring import measure
@@ -69,7 +70,7 @@ def times_here(ladder: Ladder, sizes: dict) -> dict:
     for rung in (*ladder.rungs, *ladder.vendors):
         for name, x in zip(given, placed, strict=True):
             if name in ladder.problem.writes:
-                ops.to_device(x, given[name])
+                ops.to_device(x, numbers(given[name]))
         rung(*placed)
         after = dict(zip(given, placed, strict=True))
         for name, right in expected.items():
@@ -96,6 +97,11 @@ def times_here(ladder: Ladder, sizes: dict) -> dict:
     }
 
 
+def numbers(x: np.ndarray) -> np.ndarray:
+    """An argument as the device's ops take it from the host: bf16 as such, not as the bits that a kernel sees."""
+    return x.view(bfloat16) if x.dtype == np.uint16 else x
+
+
 @functools.cache
 def device_ops(device: str):
     """(the device's ops, with `place` to put an argument there, and the device's name)."""
@@ -109,7 +115,7 @@ def device_ops(device: str):
         if not isinstance(x, np.ndarray):
             return x
         tensor = ops.view(ops.allocate(x.nbytes), 0, x.shape, x.dtype.name)
-        ops.to_device(tensor, x)
+        ops.to_device(tensor, numbers(x))
         return tensor
 
     ops.place = place
