@@ -125,7 +125,22 @@ pictures.source(parameter_specs)
 
 # %% [markdown]
 # A line says name and shape, and how the tensor starts: random with a deviation of `std`, or filled with `fill`.
-# `per_layer` says that every layer has one; `decays` belongs to the optimiser, lesson 08. Adding up their sizes gives
+# `per_layer` says that every layer has one; `decays` belongs to the optimiser, lesson 08.
+#
+# How many parameters is that? The first exercise: count them.
+
+# %%
+exercise.show("count_parameters")
+
+# %%
+exercise.check("count_parameters")
+
+# %% [markdown]
+# The function in `lessons/exercises/count_parameters.py` has a hole. Write into it and run the cell again, or write
+# your own function here and give it to `check`: `exercise.check("count_parameters", my_function)`. What is wrong, it
+# says in words. ("The program outside of prange" is a function like yours; lesson 01 has others.)
+#
+# When you have tried, compare: all sizes together are
 #
 # $$ N = (V_p + \text{maxT})\, C + L\,(12\,C^2 + 13\,C) + 2\,C . $$
 #
@@ -187,19 +202,6 @@ def draw_parameters():
 pictures.show(draw_parameters())
 
 # %% [markdown]
-# Count them yourself: the first exercise.
-
-# %%
-exercise.show("count_parameters")
-
-# %%
-exercise.check("count_parameters")
-
-# %% [markdown]
-# The function in `lessons/exercises/count_parameters.py` has a hole. Write into it and run the cell again, or write
-# your own function here and give it to `check`: `exercise.check("count_parameters", my_function)`. What is wrong, it
-# says in words.
-#
 # ## One tensor behind the other
 #
 # `layout` goes through such lists and gives each tensor its *offset*, the byte at which it begins. It allocates
@@ -214,6 +216,15 @@ exercise.check("count_parameters")
 # the other.
 
 # %%
+exercise.show("arena_offsets")
+
+# %%
+exercise.check("arena_offsets")
+
+# %% [markdown]
+# And this is how the project does it. What `shares` and `rows` are for comes below.
+
+# %%
 pictures.source(padded, layout)
 
 # %% [markdown]
@@ -226,12 +237,6 @@ groups = training_groups(nano, B, T, ops, "keep")
 places, nbytes = layout(groups, nano.num_layers, "keep")
 text = format_map(places, nbytes).splitlines()
 print("\n".join([*text[: 1 + len(groups["parameters"])], "...", text[-1]]))
-
-# %%
-exercise.show("arena_offsets")
-
-# %%
-exercise.check("arena_offsets")
 
 # %% [markdown]
 # ## What else a training needs

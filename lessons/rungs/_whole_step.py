@@ -169,6 +169,15 @@ def kernels_of(config, B, T):
     return found
 
 
+def queue(seconds, launch):
+    """When each kernel starts and ends that takes so many seconds, where Python takes `launch` to ask for one."""
+    start, end, free = np.empty(len(seconds)), np.empty(len(seconds)), 0.0
+    for i, taken in enumerate(seconds):
+        start[i] = max(free, (i + 1) * launch)
+        end[i] = free = start[i] + taken
+    return start, end
+
+
 def add_up(calls):
     """op -> (calls, seconds, flops, bytes), the op that takes longest first."""
     found = {}
