@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,6 +275,15 @@ def test_another_process_times_a_ladder_of_a_file(monkeypatch):
     assert list(found["rows"]) == [title(rung) for rung in forward.rungs]
     with pytest.raises(UserError, match="layernorm_forward: cannot be timed on the card"):
         timing.times_on_card(forward, dict(B=1, T=2))
+
+
+def test_the_limit_is_of_the_ladders_dtype(monkeypatch):
+    ops = SimpleNamespace(peak_flops={"float32": 1.0, "bfloat16": 8.0}.get, peak_bandwidth=dict)
+    monkeypatch.setattr(timing, "FAST", False)
+    monkeypatch.setattr(timing, "_peaks", {})
+    monkeypatch.setattr(timing, "device_ops", lambda device: (ops, device))
+    assert timing.peaks("cuda")["float32"] == 1.0
+    assert timing.peaks("cuda", "bfloat16")["bfloat16"] == 8.0
 
 
 def test_results(tmp_path, monkeypatch):

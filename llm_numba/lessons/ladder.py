@@ -23,8 +23,9 @@ class Ladder(NamedTuple):
     """name: of the op, as it stands in the tables. rungs: functions of one signature, destinations first.
     timed, quick: the sizes at which it is timed, and those in the tests; for CUDA, `timed` is for a card.
     flops, nbytes: of these sizes by keyword, what a run computes or has to move: give the one that is the limit.
-    pattern: of `peak_bandwidth`, with nbytes. vendors: functions of the same signature, such as NumPy's, that are timed
-    beside it. torch: the op of llm_numba.bench that PyTorch does, with the same sizes by keyword.
+    dtype: of `peak_flops`, with flops; pattern: of `peak_bandwidth`, with nbytes. vendors: functions of the same
+    signature, such as NumPy's, that are timed beside it. torch: the op of llm_numba.bench that PyTorch does, in this
+    dtype, with the same sizes by keyword.
     counted: the sizes at which the accesses of a CUDA ladder are counted.
     """
 
@@ -35,6 +36,7 @@ class Ladder(NamedTuple):
     quick: dict[str, int]
     flops: Callable[..., int] | None = None
     nbytes: Callable[..., int] | None = None
+    dtype: str = "float32"
     pattern: str = "copy"
     vendors: tuple[Callable, ...] = ()
     torch: str = ""

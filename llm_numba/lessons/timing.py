@@ -25,6 +25,7 @@ from llm_numba.lessons.ladder import Ladder, Wrong, file_of, in_words, ladders, 
 from llm_numba.lessons.problem import arguments, difference, right_answer
 
 ROUNDS, SECONDS = 3, 0.2  # of each rung, in turn
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # of llm_numba.bench.torch_side
 MOST_CHECKED = 1 << 24  # numbers of an argument: a larger problem is timed without another look at its result
 
 
@@ -76,14 +77,14 @@ def times_here(ladder: Ladder, sizes: dict) -> dict:
             if words and rung in ladder.rungs:
                 raise Wrong(f"{title(rung)}: with {in_words(sizes)}: {words}")
         runs[title(rung)] = functools.partial(rung, *placed)
-    peaks(device)
+    peaks(device, ladder.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(1 if FAST else ROUNDS):
         for name, run in runs.items():
             seconds[name] += measure(run, 0.01 if FAST else SECONDS, ops.timed)
     if ladder.torch and not FAST:
         seconds |= torch_times(ladder, sizes, device)
-    limit = peaks(device, again=True)["flops" if ladder.flops else ladder.pattern]
+    limit = peaks(device, ladder.dtype, again=True)[ladder.dtype if ladder.flops else ladder.pattern]
     return {
         "machine": machine(device),
         "device": device,
@@ -118,14 +119,14 @@ def device_ops(device: str):
 _peaks: dict[str, float | None] = {}
 
 
-def peaks(device: str, again: bool = False) -> dict[str, float | None]:
-    """The most that this machine does: flops a second, and bytes a second by pattern. The best that was ever seen, as
-    what others do can only slow it down. In the tests it is not measured: a share would say nothing."""
+def peaks(device: str, dtype: str = "float32", again: bool = False) -> dict[str, float | None]:
+    """The most that this machine does: flops a second of a dtype, and bytes a second by pattern. The best that was ever
+    seen, as what others do can only slow it down. In the tests it is not measured: a share would say nothing."""
     if FAST:
-        return dict.fromkeys(("flops", "read", "copy", "add", "update"))
-    if again or not _peaks:
+        return dict.fromkeys((dtype, "read", "copy", "add", "update"))
+    if again or dtype not in _peaks:
         ops, _ = device_ops(device)
-        for name, rate in {"flops": ops.peak_flops(), **ops.peak_bandwidth()}.items():
+        for name, rate in {dtype: ops.peak_flops(dtype), **ops.peak_bandwidth()}.items():
             _peaks[name] = max(rate, _peaks.get(name, 0.0))
     return _peaks
 
@@ -148,7 +149,7 @@ def torch_times(ladder: Ladder, sizes: dict, device: str) -> dict[str, list[floa
         return {}
     try:
         with torch_worker(Build(device)) as ask:
-            ask("start", threads=get_num_threads(), device=device, precision="fp32")
+            ask("start", threads=get_num_threads(), device=device, precision=PRECISIONS[ladder.dtype])
             ask("prepare_op", op=ladder.torch, sizes=sizes)
             ask("first", mode="eager")
             return {"PyTorch": ask("measure", mode="eager", seconds=ROUNDS * SECONDS, launches_only=device != "cpu")}
