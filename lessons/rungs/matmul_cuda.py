@@ -239,7 +239,7 @@ FORWARD = Ladder(
     ),
     timed=dict(R=4096, C=768, OC=3072, bias=True),
     quick=dict(R=8, C=8, OC=8, bias=True),
-    counted=dict(R=32, C=in_tests(32, 16), OC=in_tests(32, 16)),
+    counted=dict(R=32, C=in_tests(32, 8), OC=32),
     flops=lambda R, C, OC, bias=True: 2 * R * C * OC,
     torch="matmul_forward",
 )
