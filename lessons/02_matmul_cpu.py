@@ -26,9 +26,8 @@ from rungs import matmul_cpu
 L, C, T, Vp = 12, 768, 1024, 50304  # the smallest GPT-2: layers, channels, tokens of a text, words of the vocabulary
 products = 2 * (L * (3 + 1 + 4 + 4) * C * C + Vp * C)  # a multiplication and an addition for each weight
 attention = L * 2 * 2 * C * T / 2  # two sums of C terms for each of the tokens before: half a text, on average
-print(
-    f"{1e-6 * products:.0f} million flops a token in products with weights, {products / (products + attention):.0%} of all"
-)
+share = products / (products + attention)
+print(f"{1e-6 * products:.0f} million flops a token in products with weights, {share:.0%} of all")
 
 # %% [markdown]
 # ## The formula
