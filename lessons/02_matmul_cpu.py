@@ -397,10 +397,10 @@ pictures.show(figure)
 # %% [markdown]
 # ## The last rung
 #
-# The last bar is the model's own `matmul_forward`, from `llm_numba/cpu/matmul.py`. Its plan is that of v6. What it adds
-# is care: the panels are packed by all cores, the sums are turned into rows of `out` in small squares, a handful of
-# rows is computed by dot products, as tiles would be mostly empty, and `multiply` is built so that the compiler cannot
-# help but keep the tile in registers, on machines with vectors of 4, 8 or 16 numbers.
+# The green bar is the model's own `matmul_forward`, from `llm_numba/cpu/matmul.py`. Its plan is that of v6. What it
+# adds is care: the panels are packed by all cores, the sums are turned into rows of `out` in small squares, a handful
+# of rows is computed by dot products, as tiles would be mostly empty, and `multiply` is built so that the compiler
+# cannot help but keep the tile in registers, on machines with vectors of 4, 8 or 16 numbers.
 #
 # Its twin, `matmul_backward`, is two products more, by the same `multiply`:
 #

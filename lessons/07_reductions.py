@@ -380,6 +380,18 @@ found = timing.show_times(reductions_cpu.ENCODER)
 pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
+# ### Your turn, first
+#
+# Write it yourself, without a look at `llm_numba/cpu/encoder.py`: open `exercises/embedding_gradient.py`, put your code
+# where it raises `NotImplementedError`, save, and run the cell with `check` again.
+
+# %%
+exercise.show("embedding_gradient")
+
+# %%
+exercise.check("embedding_gradient")
+
+# %% [markdown]
 # ### On a GPU
 #
 # Again the simplest is an atomic addition for each number (v1), and here the queues are many: each is only as long as
@@ -455,7 +467,7 @@ assert len(results) == 1
 # Before you write a parallel loop, ask of every number that it writes: *who owns it?* If the answer is "it depends",
 # cut the work along another direction, or give each piece a place of its own and add the places up.
 #
-# ## Your turn
+# ## Your turn, once more
 #
 # Write the second half of LayerNorm's reduction, or the first half of any bias's: sums of columns, on a GPU.
 
