@@ -21,7 +21,7 @@ import numba
 import numpy as np
 
 from llm_numba import exact
-from llm_numba.lessons import exercise, faults, ladder, pictures, sized, timing, tracing
+from llm_numba.lessons import counting, exercise, faults, ladder, pictures, sized, timing, tracing
 from llm_numba.lessons.problem import arguments
 from rungs import reductions_cpu, reductions_cuda
 
@@ -299,10 +299,8 @@ pictures.source(reductions_cuda.norm_kernel_v5, reductions_cuda.sum_kernel, redu
 ladder.check(reductions_cuda.NORM)
 
 # %%
-atomics = {}
-for rung in reductions_cuda.NORM.rungs:
-    trace = ladder.trace_of(rung, reductions_cuda.NORM)
-    atomics[ladder.title(rung)] = sum(access.kind == "atomic" for access in trace.accesses)
+traces = {ladder.title(rung): ladder.trace_of(rung, reductions_cuda.NORM) for rung in reductions_cuda.NORM.rungs}
+atomics = {name: sum(access.kind == "atomic" for access in trace.accesses) for name, trace in traces.items()}
 figure, axis = pictures.new(width=8, height=2.6)
 drawn = axis.barh(range(len(atomics)), list(atomics.values()), color=[pictures.colour_of(name) for name in atomics])
 axis.bar_label(drawn, padding=3, fontsize=8)
@@ -311,7 +309,7 @@ axis.invert_yaxis()
 pictures.show(figure)
 
 # %%
-pictures.show(pictures.draw_counts(ladder.counts(reductions_cuda.NORM)))
+pictures.show(pictures.draw_counts({name: counting.total(trace) for name, trace in traces.items()}))
 
 # %% [markdown]
 # All rungs read the same gradients. What they differ in is what happens afterwards: v1 and v2 in the queue, v3 and v4
