@@ -26,9 +26,8 @@ from rungs import matmul_cpu
 L, C, T, Vp = 12, 768, 1024, 50304  # the smallest GPT-2: layers, channels, tokens of a text, words of the vocabulary
 products = 2 * (L * (3 + 1 + 4 + 4) * C * C + Vp * C)  # a multiplication and an addition for each weight
 attention = L * 2 * 2 * C * T / 2  # two sums of C terms for each of the tokens before: half a text, on average
-print(
-    f"{1e-6 * products:.0f} million flops a token in products with weights, {products / (products + attention):.0%} of all"
-)
+share = products / (products + attention)
+print(f"{1e-6 * products:.0f} million flops a token in products with weights, {share:.0%} of all")
 
 # %% [markdown]
 # ## The formula
@@ -398,10 +397,10 @@ pictures.show(figure)
 # %% [markdown]
 # ## The last rung
 #
-# The last bar is the model's own `matmul_forward`, from `llm_numba/cpu/matmul.py`. Its plan is that of v6. What it adds
-# is care: the panels are packed by all cores, the sums are turned into rows of `out` in small squares, a handful of
-# rows is computed by dot products, as tiles would be mostly empty, and `multiply` is built so that the compiler cannot
-# help but keep the tile in registers, on machines with vectors of 4, 8 or 16 numbers.
+# The green bar is the model's own `matmul_forward`, from `llm_numba/cpu/matmul.py`. Its plan is that of v6. What it
+# adds is care: the panels are packed by all cores, the sums are turned into rows of `out` in small squares, a handful
+# of rows is computed by dot products, as tiles would be mostly empty, and `multiply` is built so that the compiler
+# cannot help but keep the tile in registers, on machines with vectors of 4, 8 or 16 numbers.
 #
 # Its twin, `matmul_backward`, is two products more, by the same `multiply`:
 #
