@@ -110,13 +110,15 @@ pictures.show(pictures.draw_warp(v2, "weight", steps=6, title="v2, weight: the s
 
 
 # %%
-def reads_of_global(trace):
-    found = [c for c in counting.count(trace) if c.space == "global" and c.kind == "read" and c.array != "bias"]
+def reads(counted, space):
+    """(numbers that the threads ask of this memory, sectors that are moved for them), without those of the bias."""
+    found = [c for c in counted if c.space == space and c.kind == "read" and c.array != "bias"]
     return sum(c.accesses for c in found), sum(c.sectors for c in found)
 
 
+counted = {name: counting.count(trace) for name, trace in traces.items()}
 for name in ("matmul_forward_v1", "matmul_forward_v2"):
-    numbers, sectors = reads_of_global(traces[name])
+    numbers, sectors = reads(counted[name], "global")
     print(f"{name}: reads {numbers:,} numbers of inp and weight, for which {sectors:,} sectors are moved")
 
 # %% [markdown]
@@ -319,8 +321,7 @@ promised = {
 }  # fmt: skip
 print(f"{'for each multiply-add':<22} reads of global (promised)   reads of shared (promised)")
 for name, (from_global, from_shared) in promised.items():
-    numbers, _ = reads_of_global(traces[name])
-    shared = sum(c.accesses for c in counting.count(traces[name]) if c.space == "shared" and c.kind == "read")
+    numbers, shared = (reads(counted[name], space)[0] for space in ("global", "shared"))
     asked, said = f"({from_global:g})", f"({from_shared:g})"
     print(f"{name:<22} {numbers / terms:15.4g} {asked:>10} {shared / terms:17.4g} {said:>10}")
 
@@ -464,8 +465,8 @@ ladder.check(PRODUCT)
 print()
 terms = PRODUCT.flops(**PRODUCT.counted) // 2
 for rung in PRODUCT.rungs[:-1]:
-    reads, sectors = reads_of_global(ladder.trace_of(rung, PRODUCT))
-    print(f"{rung.__name__}: {reads / terms:.4f} reads of global memory for each multiply-add, {sectors:,} sectors")
+    numbers, sectors = reads(counting.count(ladder.trace_of(rung, PRODUCT)), "global")
+    print(f"{rung.__name__}: {numbers / terms:.4f} reads of global memory for each multiply-add, {sectors:,} sectors")
 
 # %% [markdown]
 # ### The model's
