@@ -14,6 +14,8 @@ import math
 import numpy as np
 
 from llm_numba import exact
+from llm_numba.cpu.jit import exp
+from llm_numba.cpu.residual import residual_backward
 from llm_numba.lessons import counting, exercise, ladder, pictures, timing, tracing
 from rungs import gelu_cpu, gelu_cuda, residual_cpu, residual_cuda
 
@@ -34,8 +36,9 @@ COLOURS = pictures.COLOURS
 # *balance*. A machine of balance 50 needs 50 operations for every byte, or else its arithmetic waits for memory.
 #
 # Take the forward pass of one of GPT-2's blocks with $C$ channels, and one token. (A token is a row of $C$ numbers;
-# attention's work between tokens is left out here, lesson 05 is about it.) The four matrix products hold $12C^2$
-# weights, with a multiplication and an addition for each: $24C^2$ flops. The rest of the block is
+# attention's work between tokens is left out here, lesson 05 is about it.) The four matrix products hold $3C^2$,
+# $C^2$, $4C^2$ and $4C^2$ weights, with a multiplication and an addition for each: $24C^2$ flops. The rest of the
+# block is
 #
 # - GELU, a function of one number, on $4C$ numbers;
 # - twice: add what a layer has computed to the residual stream, and normalise the sum for the next layer.
@@ -196,8 +199,6 @@ pictures.source(gelu_cpu.gelu_forward_v3)
 pictures.source(gelu_cpu.gelu_forward_v4)
 
 # %%
-from llm_numba.cpu.jit import exp  # noqa: E402
-
 pictures.source(exp)
 
 # %% [markdown]
@@ -328,8 +329,6 @@ pictures.show(figure)
 # that is so. A layer can be fused away altogether.
 
 # %%
-from llm_numba.cpu.residual import residual_backward  # noqa: E402
-
 pictures.source(residual_backward)
 
 # %% [markdown]
@@ -477,7 +476,7 @@ if found:
 # ## Half the bytes
 #
 # When nothing can be left out any more, what is left can be made smaller. A number of 2 bytes in the place of 4
-# halves the time of everything in this lesson. The model's kernels take such numbers too: *bfloat16*, which is the
+# halves all that is moved in this lesson. The model's kernels take such numbers too: *bfloat16*, which is the
 # upper half of a float32 (lesson 08 says what it costs). They widen it when it has been read, compute in float32, and
 # narrow the result. For NumPy here it is an array of `uint16`.
 

@@ -177,8 +177,9 @@ pictures.show(figure)
 # new run.
 #
 # One thing more stands in the op: every gradient is multiplied by `grad_scale`, one number, first. If the gradient of
-# all parameters together is too long, it is shortened to a length of 1 (*clipping*), and this is where. If it is
-# negative, the whole step is left out, because something was not a number.
+# all parameters together, as one long vector, is longer than a run allows, it is shortened to that length
+# (*clipping*), and this is where. If `grad_scale` is negative, the whole step is left out, because the loss or the
+# gradient is not finite, or beyond what the run takes for sound.
 #
 # ## Your turn
 #
@@ -200,8 +201,9 @@ exercise.check("adamw_step")
 # ### v1: NumPy
 #
 # A pass for each operator, as in lesson 06. The arguments are the op's: numbers that change from step to step, such
-# as the learning rate, come as arrays of one element (lesson 09 says why). `master` and `seed` are for the second
-# half of this lesson; a CPU's op does nothing with them.
+# as the learning rate, come as arrays of one element, so that a step that was recorded once can be run again with
+# another value in the same place; lesson 09 comes back to this. `master` and `seed` are for the second half of this
+# lesson; a CPU's op does nothing with them.
 
 # %%
 pictures.source(adamw_cpu.adamw_update_v1)
@@ -319,8 +321,8 @@ print(f"the next bf16 after it is {np.float32(np.nextafter(bfloat16(x), bfloat16
 #
 # A step of AdamW is about $\eta$ long. If that is less than half of the distance to the next bf16, then parameter
 # plus step, rounded to the nearest bf16, *is the parameter*. The step is lost; and so is the next one, and all of
-# them, though a thousand steps would have gone far. The picture shows the distance from each number to the next one,
-# and how long steps are. Below it are a GPT-2's parameters at the start, normal with standard deviation 0.02.
+# them, though a thousand steps would have gone far. The picture shows half the distance from each number to the next
+# one, and how long steps are. Below it are a GPT-2's parameters at the start, normal with standard deviation 0.02.
 
 # %%
 sizes = np.logspace(-5, 1, 2000).astype(np.float32)
@@ -351,8 +353,8 @@ pictures.show(figure)
 #
 # $$ E[\mathrm{round}(x)] = x $$
 #
-# and so steps are not lost: one in a hundred steps then moves the parameter, by a hundred times its length. This is
-# called *stochastic rounding*.
+# and so steps are not lost: where the next number is a hundred steps away, one in a hundred steps moves the
+# parameter, by a hundred times its length. This is called *stochastic rounding*.
 #
 # In bits it is delightfully short. bf16 is the upper half of a float32; the lower half says how far the number is on
 # its way to the next bf16. Add 16 random bits to the lower half: if the sum carries into the upper half, the number
@@ -410,9 +412,9 @@ moved = {way: bytes_moved(tracing.simulate(model, **{**given, **own})) for way, 
 pictures.show(draw_bytes(moved))
 
 # %% [markdown]
-# And is the kernel's dice fair? 512 parameters, all the same, with the same gradient: float32 has one right answer,
-# and the mean of the kernel's should come near it, while the nearest bf16 is where they were. The random bits are
-# made from the parameter's index, the step and a seed, by a *hash*, a function that mixes bits until they look
+# And is the kernel's dice fair? Some hundred parameters, all the same, with the same gradient: float32 has one right
+# answer, and the mean of the kernel's should come near it, while the nearest bf16 is where they were. The random bits
+# are made from the parameter's index, the step and a seed, by a *hash*, a function that mixes bits until they look
 # random; so a run gives the same bits each time.
 
 # %%
@@ -430,6 +432,7 @@ bf16 = given["params"].astype(bfloat16).view(np.uint16)
 got = tracing.simulate(model, **{**given, "params": bf16}).results["params"].view(bfloat16).astype(np.float32)
 print(f"before {given['params'][0]:.6f}, in float32 {right:.6f}, nearest bf16 {nearest(right[None])[0]:.6f}")
 print(f"the kernel's mean {got.mean():.6f}; it knows these: {', '.join(f'{x:.6f}' for x in np.unique(got))}")
+
 from llm_numba.cuda.adamw import random_bits, round_stochastically  # noqa: E402
 
 pictures.source(round_stochastically, random_bits)
@@ -545,7 +548,7 @@ exercise.check("round_stochastically")
 # %% [markdown]
 # ## Into a real training run
 #
-# A rung in the place of the model's op, in a training run that says how long both take and how far they are apart:
+# A rung in the place of the model's op, in a whole training run:
 #
 # ```sh
 # python -m llm_numba.train --preset nano --use adamw_update=lessons/rungs/adamw_cpu.py:adamw_update_v2
