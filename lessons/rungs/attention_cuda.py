@@ -1,0 +1,180 @@
+"""The rungs of lesson 05 on a GPU: attention, forward."""
+
+import functools
+import math
+
+import numpy as np
+from numba import cuda
+
+from llm_numba import exact, lessons
+from llm_numba.cuda.attention import attention_forward, attention_scratch_size
+from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.lessons.ladder import Ladder
+from llm_numba.lessons.problem import Problem, garbage, normal
+
+ZERO, ONE, LOWEST = float32(0), float32(1), float32(-np.inf)
+THREADS = sized(64, 32)  # of a block: on a card, in the simulator
+KEYS = sized(32, 8)  # rows of k and v in shared memory
+
+
+@cuda.jit
+def scores_kernel(weights, qkv, HS, scale):
+    """weights[b, h, t, s] = the score of query t with key s; a thread a key, and a block for THREADS of them."""
+    s, t, n = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
+    NH, C = weights.shape[1], qkv.shape[2] // 3
+    b, h = n // NH, n % NH
+    if s <= t:
+        score = ZERO
+        for c in range(HS):
+            score += qkv[b, t, h * HS + c] * qkv[b, s, C + h * HS + c]
+        weights[b, h, t, s] = score * scale
+
+
+@cuda.jit
+def softmax_kernel(lse, weights):
+    """weights[b, h, t, :t + 1] = their softmax; a thread a row."""
+    t, h, b = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
+    if t < weights.shape[2]:
+        top, total = LOWEST, ZERO
+        for s in range(t + 1):
+            score, before = weights[b, h, t, s], top
+            top = max(top, score)
+            total = total * math.exp(before - top) + math.exp(score - top)
+        for s in range(t + 1):
+            weights[b, h, t, s] = math.exp(weights[b, h, t, s] - top) / total
+        lse[b, h, t] = top + math.log(total)
+
+
+@cuda.jit
+def values_kernel(out, weights, qkv, HS):
+    """out = the values, weighed; a thread a channel of a query."""
+    i, t, b = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
+    C = out.shape[2]
+    if i < C:
+        y = ZERO
+        for s in range(t + 1):
+            y += weights[b, i // HS, t, s] * qkv[b, s, 2 * C + i]
+        out[b, t, i] = y
+
+
+def attention_forward_v1(out, att, qkv, num_heads, scratch):
+    """Three kernels, which hand each other the (T, T) matrices of all heads. Scratch: B*NH*T*T."""
+    B, T, C = out.shape
+    HS = C // num_heads
+    weights = scratch[: B * num_heads * T * T].reshape(B, num_heads, T, T)
+    scores_kernel[(blocks_for(T, THREADS), T, B * num_heads), THREADS](weights, qkv, HS, ONE / float32(math.sqrt(HS)))
+    softmax_kernel[(blocks_for(T, THREADS), num_heads, B), THREADS](att, weights)
+    values_kernel[(blocks_for(C, THREADS), T, B), THREADS](out, weights, qkv, HS)
+
+
+@functools.cache
+def make_kernel_v2(HS):
+    @cuda.jit
+    def kernel_v2(out, lse, qkv, scale):
+        """A thread owns a query, which goes once over the keys and values: the online softmax. No matrix."""
+        t, h, b = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
+        T, C = out.shape[1], out.shape[2]
+        q, y = cuda.local.array(HS, float32), cuda.local.array(HS, float32)
+        if t < T:
+            for c in range(HS):
+                q[c] = qkv[b, t, h * HS + c]
+                y[c] = ZERO
+            top, total = LOWEST, ZERO
+            for s in range(t + 1):
+                score = ZERO
+                for c in range(HS):
+                    score += q[c] * qkv[b, s, C + h * HS + c]
+                score *= scale
+                before, top = top, max(top, score)
+                shrink, weight = math.exp(before - top), math.exp(score - top)
+                total = total * shrink + weight
+                for c in range(HS):
+                    y[c] = y[c] * shrink + weight * qkv[b, s, 2 * C + h * HS + c]
+            for c in range(HS):
+                out[b, t, h * HS + c] = y[c] / total
+            lse[b, h, t] = top + math.log(total)
+
+    return kernel_v2
+
+
+def attention_forward_v2(out, att, qkv, num_heads, scratch):
+    """One kernel; the matrix is never there."""
+    B, T, C = out.shape
+    HS = C // num_heads
+    grid = blocks_for(T, THREADS), num_heads, B
+    make_kernel_v2(HS)[grid, THREADS](out, att, qkv, ONE / float32(math.sqrt(HS)))
+
+
+@functools.cache
+def make_kernel_v3(HS):
+    @cuda.jit
+    def kernel_v3(out, lse, qkv, scale):
+        """The same, with KEYS keys and values at a time in shared memory, fetched once for all queries of the block."""
+        t, h, b, thread = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z, cuda.threadIdx.x
+        T, C = out.shape[1], out.shape[2]
+        k = cuda.shared.array((KEYS, HS), float32)
+        v = cuda.shared.array((KEYS, HS), float32)
+        q, y = cuda.local.array(HS, float32), cuda.local.array(HS, float32)
+        for c in range(HS):
+            q[c] = qkv[b, min(t, T - 1), h * HS + c]
+            y[c] = ZERO
+        top, total = LOWEST, ZERO
+        for s0 in range(0, min(T, (cuda.blockIdx.x + 1) * THREADS), KEYS):
+            for n in range(thread, KEYS * HS, THREADS):
+                s, c = n // HS, n % HS
+                if s0 + s < T:
+                    k[s, c] = qkv[b, s0 + s, C + h * HS + c]
+                    v[s, c] = qkv[b, s0 + s, 2 * C + h * HS + c]
+            cuda.syncthreads()  # all keys are there
+            for s in range(min(KEYS, T - s0)):
+                if s0 + s <= t:
+                    score = ZERO
+                    for c in range(HS):
+                        score += q[c] * k[s, c]
+                    score *= scale
+                    before, top = top, max(top, score)
+                    shrink, weight = math.exp(before - top), math.exp(score - top)
+                    total = total * shrink + weight
+                    for c in range(HS):
+                        y[c] = y[c] * shrink + weight * v[s, c]
+            cuda.syncthreads()  # nobody needs them any more
+        if t < T:
+            for c in range(HS):
+                out[b, t, h * HS + c] = y[c] / total
+            lse[b, h, t] = top + math.log(total)
+
+    return kernel_v3
+
+
+def attention_forward_v3(out, att, qkv, num_heads, scratch):
+    """Tiles of keys and values in shared memory."""
+    B, T, C = out.shape
+    HS = C // num_heads
+    grid = blocks_for(T, THREADS), num_heads, B
+    make_kernel_v3(HS)[grid, THREADS](out, att, qkv, ONE / float32(math.sqrt(HS)))
+
+
+def forward_inputs(rng, B, T, C, NH):
+    scratch = max(attention_scratch_size(B, T, C, NH), B * NH * T * T)  # for the first rung's matrices
+    return dict(
+        out=garbage(B, T, C), att=garbage(B, NH, T), qkv=2 * normal(rng, B, T, 3 * C), num_heads=NH,
+        scratch=garbage(scratch),
+    )  # fmt: skip
+
+
+# A simulated thread is slow, and there are T * T / 2 scores: 97 is the width of a head, 257 the number of heads.
+FEW = (dict(B=1, T=1, C=97, NH=1), dict(B=1, T=9, C=3, NH=1), dict(B=1, T=3, C=2, NH=2))
+MANY = (dict(B=1, T=1, C=257, NH=257), dict(B=1, T=33, C=4, NH=1), dict(B=1, T=3, C=97, NH=1), *FEW)
+TIMED, QUICK = dict(B=4, T=1024, C=768, NH=12), dict(B=1, T=4, C=8, NH=2)
+COUNTED = dict(B=1, T=32, C=lessons.sized(16, 4), NH=1)
+
+FORWARD = Ladder(
+    "attention_forward",
+    Problem(exact.attention_forward, forward_inputs, ("out", "att"), lessons.sized(MANY, FEW), device="cuda"),
+    (attention_forward_v1, attention_forward_v2, attention_forward_v3, attention_forward),
+    timed=TIMED,
+    quick=QUICK,
+    counted=COUNTED,
+    flops=lambda B, T, C, NH: 2 * B * T * T * C,
+    torch="attention_forward",
+)
