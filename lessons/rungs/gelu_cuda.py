@@ -81,7 +81,7 @@ FORWARD = Ladder(
     (gelu_forward_v1, gelu_forward_v2, gelu_forward_v3, gelu_forward),
     timed=dict(B=16, T=1024, C=3072),
     quick=dict(B=1, T=2, C=32),
-    counted=dict(B=1, T=8, C=256),
+    counted=dict(B=1, T=2, C=256),
     nbytes=lambda B, T, C: 2 * 4 * B * T * C,
     pattern="copy",
     torch="gelu_forward",
