@@ -426,8 +426,8 @@ pictures.show(pictures.draw_times(found))
 #
 # The CPU's loops, and a thread for every row. `@cuda.jit` compiles a kernel; the function below it is the rung, which
 # starts as many blocks of THREADS threads as it takes to have one for each row (`blocks_for` divides and rounds up;
-# `reshape` makes the B·T rows of a batch one long list). The last block may have threads to spare: hence `if row <
-# inp.shape[0]`.
+# `reshape` makes the B·T rows of a batch one long list; `stream()` is the queue in which all of the model's kernels
+# wait for the card). The last block may have threads to spare: hence `if row < inp.shape[0]`.
 
 # %%
 pictures.source(layernorm_cuda.kernel_v1, layernorm_cuda.layernorm_forward_v1)

@@ -104,6 +104,8 @@ def beside(ops: SimpleNamespace, own: SimpleNamespace, values: Iterable[str], st
     return [
         f"--use {value}: {seconds[op][1] * 1e3:.4g} ms a step, {op} itself {seconds[op][0] * 1e3:.4g} ms; they differ "
         f"by at most {max(errors[op]):.1e} of a tensor's largest number"
+        if seconds[op].any()
+        else f"--use {value}: used; not compared with {op}, which forward and backward do not call"
         for op, value in names.items()
     ]
 

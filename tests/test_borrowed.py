@@ -115,3 +115,10 @@ def test_a_cached_function_of_ones_own_is_found_again(tmp_path):
             text=True,
         )
         assert run.stdout.split() == ["2", str(hits)], run.stderr
+
+
+def test_an_op_outside_of_forward_and_backward_is_not_compared(tmp_path, text):
+    use = "adamw_update=llm_numba.cpu.adamw:adamw_update"
+    run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", use)
+    told = f"--use {use}: used; not compared with adamw_update, which forward and backward do not call"
+    assert told in (tmp_path / "run" / "train.log").read_text()

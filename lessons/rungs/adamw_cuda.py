@@ -8,7 +8,7 @@ from numba import cuda
 from llm_numba import exact
 from llm_numba.arena import RUN
 from llm_numba.cuda.adamw import adamw_update, correction
-from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, normal
 
@@ -49,9 +49,9 @@ def adamw_update_v1(
 ):
     """A kernel for each line of the formula."""
     blocks = blocks_for(params.size, THREADS)
-    mean_kernel[blocks, THREADS](m, grads, float32(beta1), grad_scale)
-    mean_square_kernel[blocks, THREADS](v, grads, float32(beta2), grad_scale)
-    move_kernel[blocks, THREADS](
+    mean_kernel[blocks, THREADS, stream()](m, grads, float32(beta1), grad_scale)
+    mean_square_kernel[blocks, THREADS, stream()](v, grads, float32(beta2), grad_scale)
+    move_kernel[blocks, THREADS, stream()](
         params, m, v, decays, learning_rate, float32(math.log(beta1)), float32(math.log(beta2)), float32(eps),
         float32(weight_decay), step, grad_scale,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def adamw_update_v2(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
     """One kernel: what the next line needs still is in a register."""
-    adamw_kernel[blocks_for(params.size, THREADS), THREADS](
+    adamw_kernel[blocks_for(params.size, THREADS), THREADS, stream()](
         params, grads, m, v, decays, learning_rate, float32(beta1), float32(beta2), float32(math.log(beta1)),
         float32(math.log(beta2)), float32(eps), float32(weight_decay), step, grad_scale,
     )  # fmt: skip

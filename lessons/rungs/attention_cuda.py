@@ -8,7 +8,7 @@ from numba import cuda
 
 from llm_numba import exact, lessons
 from llm_numba.cuda.attention import attention_forward, attention_scratch_size
-from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -62,9 +62,11 @@ def attention_forward_v1(out, att, qkv, num_heads, scratch):
     B, T, C = out.shape
     HS = C // num_heads
     weights = scratch[: B * num_heads * T * T].reshape(B, num_heads, T, T)
-    scores_kernel[(blocks_for(T, THREADS), T, B * num_heads), THREADS](weights, qkv, HS, ONE / float32(math.sqrt(HS)))
-    softmax_kernel[(blocks_for(T, THREADS), num_heads, B), THREADS](att, weights)
-    values_kernel[(blocks_for(C, THREADS), T, B), THREADS](out, weights, qkv, HS)
+    scores_kernel[(blocks_for(T, THREADS), T, B * num_heads), THREADS, stream()](
+        weights, qkv, HS, ONE / float32(math.sqrt(HS))
+    )
+    softmax_kernel[(blocks_for(T, THREADS), num_heads, B), THREADS, stream()](att, weights)
+    values_kernel[(blocks_for(C, THREADS), T, B), THREADS, stream()](out, weights, qkv, HS)
 
 
 @functools.cache
@@ -102,7 +104,7 @@ def attention_forward_v2(out, att, qkv, num_heads, scratch):
     B, T, C = out.shape
     HS = C // num_heads
     grid = blocks_for(T, THREADS), num_heads, B
-    make_kernel_v2(HS)[grid, THREADS](out, att, qkv, ONE / float32(math.sqrt(HS)))
+    make_kernel_v2(HS)[grid, THREADS, stream()](out, att, qkv, ONE / float32(math.sqrt(HS)))
 
 
 @functools.cache
@@ -151,7 +153,7 @@ def attention_forward_v3(out, att, qkv, num_heads, scratch):
     B, T, C = out.shape
     HS = C // num_heads
     grid = blocks_for(T, THREADS), num_heads, B
-    make_kernel_v3(HS)[grid, THREADS](out, att, qkv, ONE / float32(math.sqrt(HS)))
+    make_kernel_v3(HS)[grid, THREADS, stream()](out, att, qkv, ONE / float32(math.sqrt(HS)))
 
 
 def forward_inputs(rng, B, T, C, NH):

@@ -6,7 +6,7 @@ from numba import cuda
 
 from llm_numba import exact
 from llm_numba.cuda.gelu import gelu_forward
-from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -31,7 +31,7 @@ def kernel_v1(out, inp):
 
 
 def gelu_forward_v1(out, inp):
-    kernel_v1[blocks_for(inp.size, THREADS * EACH), THREADS](out.reshape(-1), inp.reshape(-1))
+    kernel_v1[blocks_for(inp.size, THREADS * EACH), THREADS, stream()](out.reshape(-1), inp.reshape(-1))
 
 
 @cuda.jit
@@ -43,7 +43,7 @@ def kernel_v2(out, inp):
 
 
 def gelu_forward_v2(out, inp):
-    kernel_v2[blocks_for(inp.size, THREADS), THREADS](out.reshape(-1), inp.reshape(-1))
+    kernel_v2[blocks_for(inp.size, THREADS), THREADS, stream()](out.reshape(-1), inp.reshape(-1))
 
 
 @cuda.jit
@@ -62,7 +62,7 @@ def kernel_v3(out, inp):
 
 
 def gelu_forward_v3(out, inp):
-    kernel_v3[blocks_for(inp.size, THREADS * EACH), THREADS](out.reshape(-1), inp.reshape(-1))
+    kernel_v3[blocks_for(inp.size, THREADS * EACH), THREADS, stream()](out.reshape(-1), inp.reshape(-1))
 
 
 def inputs(rng, B, T, C):

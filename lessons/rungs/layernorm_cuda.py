@@ -6,7 +6,7 @@ import math
 from numba import cuda
 
 from llm_numba import exact
-from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.cuda.layernorm import layernorm_forward
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -38,7 +38,7 @@ def kernel_v1(out, mean, rstd, inp, weight, bias):
 def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
     C = weight.size
     rows = mean.size
-    kernel_v1[blocks_for(rows, THREADS), THREADS](
+    kernel_v1[blocks_for(rows, THREADS), THREADS, stream()](
         out.reshape(rows, C), mean.reshape(rows), rstd.reshape(rows), inp.reshape(rows, C), weight, bias
     )
 
@@ -84,7 +84,7 @@ def kernel_v2(out, mean, rstd, inp, weight, bias):
 def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
     C = weight.size
     rows = mean.size
-    kernel_v2[rows, THREADS](
+    kernel_v2[rows, THREADS, stream()](
         out.reshape(rows, C), mean.reshape(rows), rstd.reshape(rows), inp.reshape(rows, C), weight, bias
     )
 
@@ -125,7 +125,7 @@ def make_kernel_v3(C):
 def layernorm_forward_v3(out, mean, rstd, inp, weight, bias):
     C = weight.size
     rows = mean.size
-    make_kernel_v3(C)[rows, THREADS](
+    make_kernel_v3(C)[rows, THREADS, stream()](
         out.reshape(rows, C), mean.reshape(rows), rstd.reshape(rows), inp.reshape(rows, C), weight, bias
     )
 

@@ -6,7 +6,7 @@ from numba import cuda
 from llm_numba import exact
 from llm_numba.cuda.encoder import encoder_backward
 from llm_numba.cuda.global_norm import global_norm_scratch_size, global_norm_squared
-from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -32,8 +32,8 @@ def norm_kernel_v1(out, grads):
 
 
 def global_norm_squared_v1(out, grads, scratch):
-    clear_kernel[1, 1](out)
-    norm_kernel_v1[blocks_for(grads.shape[0], THREADS), THREADS](out, grads)
+    clear_kernel[1, 1, stream()](out)
+    norm_kernel_v1[blocks_for(grads.shape[0], THREADS), THREADS, stream()](out, grads)
 
 
 @cuda.jit(device=True)
@@ -54,8 +54,8 @@ def norm_kernel_v2(out, grads):
 
 
 def global_norm_squared_v2(out, grads, scratch):
-    clear_kernel[1, 1](out)
-    norm_kernel_v2[blocks_for(grads.shape[0], BLOCK), THREADS](out, grads)
+    clear_kernel[1, 1, stream()](out)
+    norm_kernel_v2[blocks_for(grads.shape[0], BLOCK), THREADS, stream()](out, grads)
 
 
 @cuda.jit
@@ -76,8 +76,8 @@ def norm_kernel_v3(out, grads):
 
 
 def global_norm_squared_v3(out, grads, scratch):
-    clear_kernel[1, 1](out)
-    norm_kernel_v3[blocks_for(grads.shape[0], BLOCK), THREADS](out, grads)
+    clear_kernel[1, 1, stream()](out)
+    norm_kernel_v3[blocks_for(grads.shape[0], BLOCK), THREADS, stream()](out, grads)
 
 
 @cuda.jit(device=True)
@@ -105,8 +105,8 @@ def norm_kernel_v4(out, grads):
 
 
 def global_norm_squared_v4(out, grads, scratch):
-    clear_kernel[1, 1](out)
-    norm_kernel_v4[blocks_for(grads.shape[0], BLOCK), THREADS](out, grads)
+    clear_kernel[1, 1, stream()](out)
+    norm_kernel_v4[blocks_for(grads.shape[0], BLOCK), THREADS, stream()](out, grads)
 
 
 @cuda.jit
@@ -133,8 +133,8 @@ def sum_kernel(out, sums):
 def global_norm_squared_v5(out, grads, scratch):
     blocks = blocks_for(grads.shape[0], BLOCK)
     sums = scratch[: 2 * blocks].view(float64)
-    norm_kernel_v5[blocks, THREADS](sums, grads)
-    sum_kernel[1, THREADS](out, sums)
+    norm_kernel_v5[blocks, THREADS, stream()](sums, grads)
+    sum_kernel[1, THREADS, stream()](out, sums)
 
 
 @cuda.jit
@@ -149,7 +149,7 @@ def encoder_kernel_v1(dwte, dwpe, dout, tokens):
 
 def encoder_backward_v1(dwte, dwpe, dout, tokens):
     B, T, C = dout.shape
-    encoder_kernel_v1[(B, T, blocks_for(C, CHANNELS)), CHANNELS](dwte, dwpe, dout, tokens)
+    encoder_kernel_v1[(B, T, blocks_for(C, CHANNELS)), CHANNELS, stream()](dwte, dwpe, dout, tokens)
 
 
 @cuda.jit
@@ -165,7 +165,7 @@ def encoder_kernel_v2(dwte, dwpe, dout, tokens):
 
 
 def encoder_backward_v2(dwte, dwpe, dout, tokens):
-    encoder_kernel_v2[blocks_for(dout.shape[2], CHANNELS), CHANNELS](dwte, dwpe, dout, tokens)
+    encoder_kernel_v2[blocks_for(dout.shape[2], CHANNELS), CHANNELS, stream()](dwte, dwpe, dout, tokens)
 
 
 @cuda.jit
@@ -197,8 +197,8 @@ def dwpe_kernel_v3(dwpe, dout):
 def encoder_backward_v3(dwte, dwpe, dout, tokens):
     B, T, C = dout.shape
     blocks = blocks_for(C, CHANNELS)
-    dwte_kernel_v3[(dwte.shape[0], blocks), CHANNELS](dwte, dout, tokens)
-    dwpe_kernel_v3[(T, blocks), CHANNELS](dwpe, dout)
+    dwte_kernel_v3[(dwte.shape[0], blocks), CHANNELS, stream()](dwte, dout, tokens)
+    dwpe_kernel_v3[(T, blocks), CHANNELS, stream()](dwpe, dout)
 
 
 def norm_inputs(rng, n):

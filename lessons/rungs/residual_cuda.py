@@ -6,7 +6,7 @@ import math
 from numba import cuda
 
 from llm_numba import exact
-from llm_numba.cuda.jit import block_sum, blocks_for, float32, sized
+from llm_numba.cuda.jit import block_sum, blocks_for, float32, sized, stream
 from llm_numba.cuda.layernorm import layernorm_forward
 from llm_numba.cuda.residual import residual_layernorm_forward
 from llm_numba.lessons.ladder import Ladder
@@ -48,16 +48,20 @@ def normalise_kernel(out, mean, rstd, x, weight, bias):
 
 def residual_layernorm_forward_v1(residual, out, mean, rstd, inp1, inp2, weight, bias):
     """Two kernels; the second reads the sum three times."""
-    add_kernel[blocks_for(residual.size, THREADS), THREADS](residual.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+    add_kernel[blocks_for(residual.size, THREADS), THREADS, stream()](
+        residual.reshape(-1), inp1.reshape(-1), inp2.reshape(-1)
+    )
     rows = mean.size, weight.size
-    normalise_kernel[mean.size, THREADS](
+    normalise_kernel[mean.size, THREADS, stream()](
         out.reshape(rows), mean.reshape(-1), rstd.reshape(-1), residual.reshape(rows), weight, bias
     )
 
 
 def residual_layernorm_forward_v2(residual, out, mean, rstd, inp1, inp2, weight, bias):
     """Two kernels; the second is the model's, which reads the sum once and keeps it in registers."""
-    add_kernel[blocks_for(residual.size, THREADS), THREADS](residual.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+    add_kernel[blocks_for(residual.size, THREADS), THREADS, stream()](
+        residual.reshape(-1), inp1.reshape(-1), inp2.reshape(-1)
+    )
     layernorm_forward(out, mean, rstd, residual, weight, bias)
 
 

@@ -7,7 +7,7 @@ from numba import cuda
 
 from llm_numba import exact
 from llm_numba.cuda.classifier import fused_classifier
-from llm_numba.cuda.jit import blocks_for, float32, sized
+from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -36,7 +36,7 @@ def kernel_v1(logits, losses, targets, dloss, V, write_dlogits):
 
 def fused_classifier_v1(logits, losses, targets, dloss, vocab_size, write_dlogits):
     B, T, Vp = logits.shape
-    kernel_v1[blocks_for(B * T, THREADS), THREADS](
+    kernel_v1[blocks_for(B * T, THREADS), THREADS, stream()](
         logits.reshape(B * T, Vp), losses.reshape(B * T), targets.reshape(B * T),
         float32(dloss), vocab_size, write_dlogits,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def kernel_v2(logits, losses, targets, dloss, V, write_dlogits):
 
 def fused_classifier_v2(logits, losses, targets, dloss, vocab_size, write_dlogits):
     B, T, Vp = logits.shape
-    kernel_v2[B * T, THREADS](
+    kernel_v2[B * T, THREADS, stream()](
         logits.reshape(B * T, Vp), losses.reshape(B * T), targets.reshape(B * T),
         float32(dloss), vocab_size, write_dlogits,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def kernel_v3(logits, losses, targets, dloss, V, write_dlogits):
 
 def fused_classifier_v3(logits, losses, targets, dloss, vocab_size, write_dlogits):
     B, T, Vp = logits.shape
-    kernel_v3[B * T, THREADS](
+    kernel_v3[B * T, THREADS, stream()](
         logits.reshape(B * T, Vp), losses.reshape(B * T), targets.reshape(B * T),
         float32(dloss), vocab_size, write_dlogits,
     )  # fmt: skip
