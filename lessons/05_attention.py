@@ -334,13 +334,15 @@ if found:
 pictures.source(model_attention.make_backward_kernels)
 
 # %% [markdown]
-# ## A rung in a real training run
+# ## In a real training run
+#
+# An attention of your own, put into a training run by `--use`, is given room for all weights, `att (B, NH, T, T)`, so
+# that the simplest one fits. The rungs above keep one number a query and do not fit there; the formula with all
+# weights kept, loop by loop, is in `cpu/plain.py`:
 #
 # ```sh
-# python -m llm_numba.train --preset nano --use attention_backward=lessons/rungs/attention_cpu.py:attention_backward_v2
+# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.plain:attention_forward_v1
 # ```
-#
-# Rungs that need a matrix in `scratch` want more of it than the model has; the others run as they are.
 #
 # ## Exercise: attention in one pass over the keys
 #
