@@ -282,8 +282,8 @@ def test_the_limit_is_of_the_ladders_dtype(monkeypatch):
     monkeypatch.setattr(timing, "FAST", False)
     monkeypatch.setattr(timing, "_peaks", {})
     monkeypatch.setattr(timing, "device_ops", lambda device: (ops, device))
-    assert timing.peaks("cuda")["float32"] == 1.0
-    assert timing.peaks("cuda", "bfloat16")["bfloat16"] == 8.0
+    assert timing.peaks("cuda")["flops"] == 1.0
+    assert timing.peaks("cuda", "bfloat16")["flops"] == 8.0
 
 
 def test_results(tmp_path, monkeypatch):

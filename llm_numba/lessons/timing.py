@@ -85,7 +85,7 @@ def times_here(ladder: Ladder, sizes: dict) -> dict:
             seconds[name] += measure(run, 0.01 if FAST else SECONDS, ops.timed)
     if ladder.torch and not FAST:
         seconds |= torch_times(ladder, sizes, device)
-    limit = peaks(device, ladder.dtype, again=True)[ladder.dtype if ladder.flops else ladder.pattern]
+    limit = peaks(device, ladder.dtype, again=True)["flops" if ladder.flops else ladder.pattern]
     return {
         "machine": machine(device),
         "device": device,
@@ -129,12 +129,12 @@ def peaks(device: str, dtype: str = "float32", again: bool = False) -> dict[str,
     """The most that this machine does: flops a second of a dtype, and bytes a second by pattern. The best that was ever
     seen, as what others do can only slow it down. In the tests it is not measured: a share would say nothing."""
     if FAST:
-        return dict.fromkeys((dtype, "read", "copy", "add", "update"))
+        return dict.fromkeys(("flops", "read", "copy", "add", "update"))
     if again or dtype not in _peaks:
         ops, _ = device_ops(device)
         for name, rate in {dtype: ops.peak_flops(dtype), **ops.peak_bandwidth()}.items():
             _peaks[name] = max(rate, _peaks.get(name, 0.0))
-    return _peaks
+    return {**_peaks, "flops": _peaks[dtype]}
 
 
 @functools.cache
