@@ -373,6 +373,7 @@ def test_ctrl_c_in_the_first_half_second(text, tmp_path):
             for line in process.stderr:  # a line for each module that is loaded
                 if b"llm_numba.errors" in line:
                     break
+            process.stderr.readline()  # the next module: by now it has said who takes a Ctrl-C
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             err = process.stderr.read().decode()
