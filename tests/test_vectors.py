@@ -11,6 +11,7 @@ import numba
 import numpy as np
 import pytest
 
+from llm_numba.cpu import vectors
 from llm_numba.cpu.tile import transpose
 
 pytestmark = pytest.mark.compiled
@@ -47,6 +48,22 @@ def test_the_tile_stays_in_arm_s_registers(tmp_path):
     _, loop = assembly(tmp_path, "aarch64-unknown-linux-gnu", "neoverse-n1", **AVX2)
     assert sum("fmla" in line for line in loop) == 24
     assert not any("[sp" in line for line in loop)
+
+
+@pytest.mark.parametrize(
+    "name, here, chosen",
+    [
+        (None, "+avx2,+avx512f", "+avx2,+avx512f,-prefer-256-bit"),
+        (None, "+neon", "+neon"),  # on which LLVM knows no such preference
+        ("haswell", "+avx2,+avx512f", ""),
+    ],
+)
+def test_loops_may_use_whole_registers(monkeypatch, name, here, chosen):
+    monkeypatch.setattr(vectors, "get_host_cpu_features", lambda: here)
+    monkeypatch.setattr(vectors.config, "CPU_NAME", name)
+    monkeypatch.setattr(vectors.config, "CPU_FEATURES", None)
+    vectors.choose_features()
+    assert vectors.config.CPU_FEATURES == chosen
 
 
 @pytest.mark.parametrize("R, C", [(1, 1), (3, 97), (16, 16), (33, 50), (96, 64), (97, 257)])

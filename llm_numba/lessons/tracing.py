@@ -12,7 +12,6 @@ import linecache
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -191,7 +190,6 @@ def at_line(line: tuple[str, int]) -> str:
     return f"line {line[1]}: `{text}`" if text else f"line {line[1]}"
 
 
-OWN_FOLDER = str(Path(__file__).parent)
 _foreign: dict[CodeType, bool] = {}  # whether code is neither the simulator's nor the recording's
 
 
