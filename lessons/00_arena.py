@@ -18,16 +18,17 @@ from bisect import bisect_right
 
 import numpy as np
 
-from llm_numba import model
-from llm_numba.arena import Arena, format_bytes, format_map, layout, padded, parameter_specs, training_groups
+from llm_numba.arena import Arena, format_map, layout, padded, parameter_specs, training_groups
 from llm_numba.bench.tables import table
-from llm_numba.config import PRESETS
 from llm_numba.cpu import memory as cpu_memory
 from llm_numba.lessons import exercise, ladder, pictures, timing
 from llm_numba.lessons.problem import arguments
 from llm_numba.lessons.tracing import simulate_cpu
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import PRESETS
 from llm_numba.ops import get_ops
 from llm_numba.plot import COLOURS
+from llm_numba.util.files import format_bytes
 from rungs import lookup_cpu
 
 ops = get_ops("cpu")

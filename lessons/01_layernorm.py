@@ -18,7 +18,7 @@
 # %%
 import numpy as np
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.lessons import counting, exercise, faults, ladder, pictures, sized, timing, tracing
 from rungs import layernorm_cpu, layernorm_cuda
 
@@ -75,12 +75,12 @@ pictures.show(figure)
 # what every rung has to compute.
 
 # %%
-pictures.source(exact.layernorm_forward, exact.normalise)
+pictures.source(oracle.layernorm_forward, oracle.normalise)
 
 # %%
 rows = np.stack([rng.normal(6, 0.5, 48), rng.normal(-2, 3, 48), np.linspace(-9, -4, 48)])[None]  # (1, 3, 48)
 out, mean, rstd = np.empty_like(rows), np.empty((1, 3)), np.empty((1, 3))
-exact.layernorm_forward(out, mean, rstd, rows, np.ones(48), np.zeros(48))
+oracle.layernorm_forward(out, mean, rstd, rows, np.ones(48), np.zeros(48))
 
 figure, (before, after) = pictures.new(1, 2, width=8.5, height=2.6)
 for row in range(3):
@@ -258,7 +258,7 @@ pictures.show(figure)
 # %%
 def loss(inp, weight, bias, dout, dtype):
     out, mean, rstd = np.empty_like(inp), np.empty(inp.shape[:2], dtype), np.empty(inp.shape[:2], dtype)
-    exact.layernorm_forward(out, mean, rstd, inp, weight, bias)
+    oracle.layernorm_forward(out, mean, rstd, inp, weight, bias)
     return (out * dout).sum(dtype=dtype)
 
 
@@ -267,7 +267,7 @@ inp, dout = rng.normal(1, 2, shape), rng.standard_normal(shape)
 weight, bias = rng.standard_normal(32), rng.standard_normal(32)
 mean, rstd = inp.mean(axis=-1), 1 / np.sqrt(inp.var(axis=-1) + 1e-5)
 dinp, dweight, dbias = np.zeros(shape), np.zeros(32), np.zeros(32)
-exact.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, None, True)
+oracle.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, None, True)
 
 
 def error(h, dtype):

@@ -18,7 +18,7 @@ from collections import OrderedDict
 import numpy as np
 from numba import get_num_threads
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.tile import MR, NR
 from llm_numba.lessons import exercise, ladder, pictures, sized, timing
 from rungs import matmul_cpu
@@ -41,7 +41,7 @@ print(f"{1e-6 * products:.0f} million flops a token in products with weights, {s
 # texts of T tokens. For this op they are nothing but R = B·T rows under one another.)
 
 # %%
-pictures.source(exact.matmul_forward)
+pictures.source(oracle.matmul_forward)
 
 # %% [markdown]
 # There are R·OC sums, each of C terms, and a term costs a multiplication and an addition: two *flops*, floating-point

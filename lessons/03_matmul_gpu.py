@@ -18,7 +18,7 @@
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.lessons import counting, exercise, ladder, pictures, problem, timing, tracing
 from rungs import matmul_cuda, matmul_tensor_cores
 
@@ -36,7 +36,7 @@ LADDER = matmul_cuda.FORWARD
 # the numbers of a row are neighbours.
 
 # %%
-pictures.source(exact.matmul_forward)
+pictures.source(oracle.matmul_forward)
 
 # %% [markdown]
 # For each of the R·OC results there are C multiplications and C additions: $2\,R\,C\,OC$ *flops* (floating-point
@@ -274,8 +274,8 @@ print(f"in the simulator: SIDE = {SIDE}, BIG = {BIG}, DEPTH = {DEPTH}; on a card
 # instruction fetches them. For 16 multiply-adds a thread now issues 2 requests instead of 8. That counts because a
 # multiprocessor starts only so many instructions in a cycle: each one that fetches is one that does not multiply.
 #
-# `four(tile, row, column)` is that instruction. It wants an address that is a multiple of 16 bytes: so the rows have
-# four numbers to spare, as before, and the arrays ask to begin at such an address (the 16 in `cuda.shared.array`).
+# `load_float4(tile, row, column)` is that instruction. It needs an address that is a multiple of 16 bytes: so the rows
+# have four numbers to spare, as before, and the arrays ask to begin at such an address (the 16 in `cuda.shared.array`).
 
 # %%
 pictures.source(matmul_cuda.kernel_v6)

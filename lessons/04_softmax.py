@@ -392,8 +392,8 @@ pictures.source(softmax_cuda.kernel_v3)
 # Rung 3 multiplies by $e^{m - m'}$ at every number, although the largest seldom changes. The model's kernel takes
 # several numbers of its share at a time, first into registers: one rescaling for all of them, and all their readings
 # are under way before the first one is needed. Its `exp` is the card's own instruction for $2^x$, after a
-# multiplication by $\log_2 e$. `widen` and `narrow` convert from and to bf16, numbers of 16 bits, of which lesson 08
-# tells; with float32 they do nothing.
+# multiplication by $\log_2 e$. `to_float` and `to_storage` convert from and to bf16, 16-bit numbers (lesson
+# 08); with float32 they do nothing.
 
 # %%
 from llm_numba.cuda.classifier import classifier_kernel  # noqa: E402

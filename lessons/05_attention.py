@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.lessons import exercise, ladder, pictures, timing
 from rungs import attention_cpu, attention_cuda
 
@@ -200,13 +200,13 @@ qkv, out, att, dqkv = (
     np.empty((1, 1, T)),
     np.empty((1, T, 3 * HS)),
 )
-exact.attention_forward(out, att, qkv, 1, None)
-exact.attention_backward(dqkv, dy[None], out, att, qkv, 1, None)
+oracle.attention_forward(out, att, qkv, 1, None)
+oracle.attention_backward(dqkv, dy[None], out, att, qkv, 1, None)
 
 
 def loss_of(moved):
     y = np.empty_like(out)
-    exact.attention_forward(y, np.empty_like(att), moved, 1, None)
+    oracle.attention_forward(y, np.empty_like(att), moved, 1, None)
     return (y * dy).sum()
 
 
@@ -218,7 +218,7 @@ for t, c, name in ((3, 5, "dq"), (3, HS + 5, "dk"), (3, 2 * HS + 5, "dv")):
     assert abs(dqkv[0, t, c] - measured) < 1e-6
 
 # %%
-pictures.source(exact.attention_backward)
+pictures.source(oracle.attention_backward)
 
 # %% [markdown]
 # ### Two rungs and the model's
@@ -341,7 +341,7 @@ pictures.source(model_attention.make_backward_kernels)
 # weights kept, loop by loop, is in `cpu/plain.py`:
 #
 # ```sh
-# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.plain:attention_forward_v1
+# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.naive:attention_forward_v1
 # ```
 #
 # ## Exercise: attention in one pass over the keys

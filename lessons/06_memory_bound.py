@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.jit import exp
 from llm_numba.cpu.residual import residual_backward
 from llm_numba.lessons import counting, exercise, ladder, pictures, timing, tracing
@@ -91,8 +91,8 @@ pictures.show(figure)
 x = np.linspace(-4, 4, 401)
 y, slope = np.empty_like(x), np.empty_like(x)
 probability = np.array([0.5 * (1 + math.erf(a / math.sqrt(2))) for a in x])
-exact.gelu_forward(y, x)
-exact.gelu_backward(slope, x, np.ones_like(x))
+oracle.gelu_forward(y, x)
+oracle.gelu_backward(slope, x, np.ones_like(x))
 
 figure, (left, right) = pictures.new(1, 2, width=8.5, height=2.8)
 left.plot(x, y, color=COLOURS[0], label="gelu(x)")
@@ -239,9 +239,9 @@ pictures.show(pictures.draw_times(found))
 # %%
 h, points = 1e-5, rng.normal(0, 2, 1000)
 up, down, gradient = np.empty(1000), np.empty(1000), np.empty(1000)
-exact.gelu_forward(up, points + h)
-exact.gelu_forward(down, points - h)
-exact.gelu_backward(gradient, points, np.ones(1000))
+oracle.gelu_forward(up, points + h)
+oracle.gelu_forward(down, points - h)
+oracle.gelu_backward(gradient, points, np.ones(1000))
 print(f"off by {np.abs((up - down) / (2 * h) - gradient).max():.0e} at most")
 assert np.allclose((up - down) / (2 * h), gradient, atol=1e-8)
 

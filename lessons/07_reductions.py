@@ -20,7 +20,7 @@ from collections import Counter
 import numba
 import numpy as np
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.lessons import counting, exercise, faults, ladder, pictures, sized, timing, tracing
 from llm_numba.lessons.problem import arguments
 from rungs import reductions_cpu, reductions_cuda
@@ -107,7 +107,7 @@ pictures.show(figure)
 # ### v1: one core
 
 # %%
-pictures.source(exact.global_norm_squared, reductions_cpu.global_norm_squared_v1)
+pictures.source(oracle.global_norm_squared, reductions_cpu.global_norm_squared_v1)
 
 # %% [markdown]
 # ### All cores, and why `+=` races
@@ -336,7 +336,7 @@ if found:
 # and as tokens its letters:
 
 # %%
-text = inspect.getsource(exact)
+text = inspect.getsource(oracle)
 common = Counter(text).most_common(40)
 figure, axis = pictures.new(width=8, height=2.4)
 axis.bar(range(len(common)), [count for _, count in common], color=pictures.COLOURS[0])

@@ -24,15 +24,16 @@ from statistics import median
 import numpy as np
 from numba import get_num_threads
 
-from llm_numba import exact, model, train
+from llm_numba import oracle, train
 from llm_numba.arena import Arena, training_groups
 from llm_numba.bench.measuring import measure
 from llm_numba.bench.races import new_steps, sizes_of
 from llm_numba.bench.tables import table
 from llm_numba.bench.worker import WorkerFailed, torch_worker
-from llm_numba.config import PRESETS, preset
-from llm_numba.cuda.card import available, cards
+from llm_numba.cuda.gpu import available, cards
 from llm_numba.lessons import FAST, exercise, ladder, pictures, sized, timing
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import PRESETS, preset
 from llm_numba.ops import get_ops
 from llm_numba.plot import COLOURS
 from rungs import _whole_step as whole_step
@@ -103,7 +104,7 @@ assert formula == flops
 def gradients_by(ops, dtype, config, B, T, weights=None):
     """(the gradients, the loss, the weights) of one step; with random weights where none are given."""
     groups = training_groups(config, B, T, ops, "reuse")
-    arena = Arena(exact.in_float64(groups) if dtype == "float64" else groups, config, "reuse", ops)
+    arena = Arena(oracle.in_float64(groups) if dtype == "float64" else groups, config, "reuse", ops)
     m = arena.training()
     model.initialise(get_ops("cpu"), arena, seed=1)
     if weights is not None:
@@ -116,7 +117,7 @@ def gradients_by(ops, dtype, config, B, T, weights=None):
 
 small = preset("nano")
 got, loss, weights = gradients_by(ops, "float32", small, 3, 17)
-right, right_loss, _ = gradients_by(exact, "float64", small, 3, 17, weights)
+right, right_loss, _ = gradients_by(oracle, "float64", small, 3, 17, weights)
 errors = {name: np.abs(got[name] - right[name]).max() / np.abs(right[name]).max() for name in right}
 worst = max(errors, key=errors.get)
 print(f"loss {loss:.7f}, in float64 {right_loss:.7f}")

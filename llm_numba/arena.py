@@ -15,7 +15,8 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
-from llm_numba.config import GPT2Config
+from llm_numba.models.config import GPT2Config
+from llm_numba.util.files import format_bytes
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 RUN = 64  # elements: a tensor is padded to whole runs, so that groups of different dtypes stay in step, run by run
@@ -324,14 +325,6 @@ class Arena:
         names = places.keys() & {"logits", "losses", "targets", "lnf", "dlnf"}
         runs = [(first, min(first + step, rows)) for first in range(0, rows, step)]
         return [SimpleNamespace(**{name: view(name, *run) for name in names}) for run in runs]
-
-
-def format_bytes(nbytes: int) -> str:
-    """1536 -> "1.5 KiB"."""
-    size, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"
 
 
 def format_map(places: list[Place], nbytes: int) -> str:

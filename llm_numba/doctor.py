@@ -12,9 +12,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from llm_numba import __version__
-from llm_numba.cuda import card
-from llm_numba.errors import Parser, UserError, exit_with
-from llm_numba.limits import cgroup_limit, sensible_threads, usable_cpus
+from llm_numba.cuda import gpu
+from llm_numba.util.cli import Parser, UserError, exit_with
+from llm_numba.util.host import cgroup_limit, sensible_threads, usable_cpus
 
 PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "safetensors", "tiktoken")
 VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # the widest first
@@ -37,7 +37,7 @@ def report(name: str, say: Callable[[], str]) -> bool:
 
 def why_not_cuda(loads: bool) -> str | None:
     try:
-        return card.obstacle() or (None if loads else "numba.cuda does not load")
+        return gpu.obstacle() or (None if loads else "numba.cuda does not load")
     except Exception as error:
         return words(error)
 
@@ -69,7 +69,7 @@ def cores() -> str:
 def memory() -> str:
     import psutil
 
-    from llm_numba.arena import format_bytes
+    from llm_numba.util.files import format_bytes
 
     limit, now = cgroup_limit("memory.max"), psutil.virtual_memory()
     allowed = f"; a cgroup allows {format_bytes(limit)}" if limit else ""
@@ -111,7 +111,7 @@ def try_an_op(device: str) -> str:
 
 
 def numba_cuda() -> str:
-    card.load_driver()  # for its words where the package is missing
+    gpu.load_driver()  # for its words where the package is missing
     return version("numba-cuda")
 
 
@@ -121,20 +121,20 @@ def load_numba_cuda() -> str:
 
 
 def toolkit() -> str:
-    major = card.load_driver().CUDA_VERSION // 1000
-    missing = card.missing_parts()
+    major = gpu.load_driver().CUDA_VERSION // 1000
+    missing = gpu.missing_parts()
     if missing:
-        raise UserError(f"CUDA {major}, without {', '.join(missing)}: {card.INSTALL}")
-    return f"CUDA {major}: {', '.join((*card.LIBRARIES, 'libdevice'))}"
+        raise UserError(f"CUDA {major}, without {', '.join(missing)}: {gpu.INSTALL}")
+    return f"CUDA {major}: {', '.join((*gpu.LIBRARIES, 'libdevice'))}"
 
 
-def describe(index: int, found: card.Card) -> str:
+def describe(index: int, found: gpu.Card) -> str:
     from llm_numba.arena import format_bytes
 
     precision = "fp32 and bf16" if found.has_bf16 else "fp32, no bf16"
-    if found.capability < card.OLDEST:
+    if found.capability < gpu.OLDEST:
         precision = "too old"
-    return f"{found}, {precision}, {format_bytes(found.memory)}, {format_bytes(card.free_memory(index))} free"
+    return f"{found}, {precision}, {format_bytes(found.memory)}, {format_bytes(gpu.free_memory(index))} free"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,13 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     loads = installed and report("numba.cuda", load_numba_cuda)
     if installed:
         report("toolkit", toolkit)
-    if installed and report("driver", lambda: f"for CUDA {card.driver_version()}"):
-        if report("cards", lambda: str(len(card.cards()))):
-            for index, found in enumerate(card.cards()):
+    if installed and report("driver", lambda: f"for CUDA {gpu.driver_version()}"):
+        if report("cards", lambda: str(len(gpu.cards()))):
+            for index, found in enumerate(gpu.cards()):
                 report(f"card {index}", lambda index=index, found=found: describe(index, found))
     reason = why_not_cuda(loads)
     if not reason:
-        dtype = "bf16" if card.cards()[0].has_bf16 else "fp32"
+        dtype = "bf16" if gpu.cards()[0].has_bf16 else "fp32"
         runs[f"--device cuda --dtype {dtype}"] = report("ops", lambda: run_op("cuda"))
     runs["--device cudasim"] = report("simulator", lambda: run_op("cudasim"))
 

@@ -13,15 +13,19 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from llm_numba import checkpoint, data, hellaswag, model, settings
-from llm_numba.arena import DTYPES, Arena, Groups, format_bytes, layout, training_groups
-from llm_numba.config import GPT2Config
-from llm_numba.errors import Parser, UserError, exit_with
-from llm_numba.loader import Loader
+from llm_numba.arena import DTYPES, Arena, Groups, layout, training_groups
+from llm_numba.data import corpus as data
+from llm_numba.data import hellaswag
+from llm_numba.data.loader import Loader
+from llm_numba.data.shards import Span
+from llm_numba.formats.pretrained import Weights, of_checkpoint
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import DEVICES, choose_device, get_ops
-from llm_numba.settings import Settings
-from llm_numba.shards import Span
-from llm_numba.weights import Weights, of_checkpoint
+from llm_numba.training import checkpoint, settings
+from llm_numba.training.settings import Settings
+from llm_numba.util.cli import Parser, UserError, exit_with
+from llm_numba.util.files import format_bytes
 
 BATCH_TOKENS = 4096  # of a batch, unless --batch-size says otherwise or memory is short
 UNUSED = ("master", "gradients", "m", "v", "activation gradients")  # groups of training, by a forward pass

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llm_numba import huggingface, llmc
-from llm_numba.errors import Parser, UserError, exit_with
-from llm_numba.weights import LLMC_MODEL, LLMC_TOKENIZER, PUBLISHED, Weights, open_weights, pad
+from llm_numba.formats import huggingface, llmc
+from llm_numba.formats.pretrained import LLMC_MODEL, LLMC_TOKENIZER, PUBLISHED, Weights, open_weights, pad
+from llm_numba.util.cli import Parser, UserError, exit_with
 
 FILES = {huggingface.CONFIG, huggingface.WEIGHTS, huggingface.TOKENIZER, huggingface.TOKENIZER_CONFIG, LLMC_MODEL,
          LLMC_TOKENIZER}  # fmt: skip

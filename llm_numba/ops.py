@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from types import ModuleType, SimpleNamespace
 
-from llm_numba.errors import UserError
+from llm_numba.util.cli import UserError
 
 # file of the backend -> its ops -> the arguments an op writes or accumulates into
 CONTRACT = {
@@ -60,7 +60,7 @@ def choose_device(device: str) -> str:
     """The device that "auto" means here; any other is itself."""
     if device != "auto":
         return device
-    from llm_numba.cuda.card import available
+    from llm_numba.cuda.gpu import available
 
     return "cuda" if available() else "cpu"
 
@@ -73,7 +73,7 @@ def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_
     Errors: UserError where the device or its dtype is not to be had.
     """
     if device == "cuda":
-        from llm_numba.cuda.card import check_card
+        from llm_numba.cuda.gpu import check_card
 
         check_card(dtype)
     if device == "cpu" and dtype != "fp32":

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm_numba.errors import Parser, UserError, exit_with, quiet_ctrl_c
-from llm_numba.runlog import SMOOTH
-from llm_numba.shards import write_whole
+from llm_numba.training.log import SMOOTH
+from llm_numba.util.cli import Parser, UserError, exit_with, quiet_ctrl_c
+from llm_numba.util.files import write_whole
 
 # a column -> the names it goes by, in lower case and with _ for every other sign
 NAMES = {

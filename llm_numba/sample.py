@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from llm_numba import model
 from llm_numba.arena import Arena, Groups, TensorSpec, activation_specs, in_precision, parameter_specs
-from llm_numba.checkpoint import load, newest, sizes_of
-from llm_numba.config import GPT2Config
-from llm_numba.errors import Parser, UserError, exit_with
+from llm_numba.data.tokenizer import tokenizer_from_state
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import DEVICES, choose_device, get_ops
-from llm_numba.settings import Settings, check
-from llm_numba.tokenizer import tokenizer_from_state
+from llm_numba.training.checkpoint import load, newest, sizes_of
+from llm_numba.training.settings import Settings, check
+from llm_numba.util.cli import Parser, UserError, exit_with
 
 CHUNK = 16  # tokens of a prompt that go through the model together
 

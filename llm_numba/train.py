@@ -1,6 +1,6 @@
 """Train a GPT-2: python -m llm_numba.train (--help lists the settings)."""
 
-from llm_numba.errors import UserError, ctrl_c_at_once, exit_with, quiet_ctrl_c
+from llm_numba.util.cli import UserError, ctrl_c_at_once, exit_with, quiet_ctrl_c
 
 if __name__ == "__main__":
     quiet_ctrl_c()  # the imports take half a second
@@ -20,23 +20,28 @@ from types import SimpleNamespace
 import numpy as np
 import tiktoken
 
-from llm_numba import checkpoint, data, hellaswag, model, outliers, sample, settings, track
-from llm_numba.arena import DTYPES, Arena, format_bytes
-from llm_numba.borrowed import beside, borrow
-from llm_numba.config import GPT2Config
+from llm_numba import sample
+from llm_numba.arena import DTYPES, Arena
+from llm_numba.data import corpus as data
+from llm_numba.data import hellaswag
+from llm_numba.data.loader import Loader
+from llm_numba.data.shards import BLOCK_TOKENS, open_shard
+from llm_numba.data.tokenizer import tokenizer_state
 from llm_numba.eval import scorer
-from llm_numba.finite import NotFinite, checked, keep, without_graphs
-from llm_numba.loader import Loader
+from llm_numba.formats.pretrained import Weights, of_checkpoint, open_weights, set_parameters
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import choose_device, get_ops
-from llm_numba.plan import all_groups, check_memory, micro_batches, plan_memory, plan_of
-from llm_numba.reference import Reference
-from llm_numba.runlog import RunLog
-from llm_numba.schedule import learning_rate
-from llm_numba.settings import Settings
-from llm_numba.shards import BLOCK_TOKENS, open_shard
-from llm_numba.tokenizer import tokenizer_state
-from llm_numba.warmup import warm_up
-from llm_numba.weights import Weights, of_checkpoint, open_weights, set_parameters
+from llm_numba.training import checkpoint, outliers, settings, trackers
+from llm_numba.training.expected_curve import Reference
+from llm_numba.training.log import RunLog
+from llm_numba.training.memory_plan import all_groups, check_memory, micro_batches, plan_memory, plan_of
+from llm_numba.training.nan_check import NotFinite, checked, keep, without_graphs
+from llm_numba.training.override import beside, borrow
+from llm_numba.training.precompile import warm_up
+from llm_numba.training.schedule import learning_rate
+from llm_numba.training.settings import Settings
+from llm_numba.util.files import format_bytes
 
 MOMENTS = ("m", "v")  # groups of the arena that a checkpoint holds beside the parameters; they prefix the names there
 FIRST = {"epoch": 0, "window": 0}  # a loader's first position
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None) -> int | None:
         recorded = settings.from_record(stored[1]["settings"], path)
         given = settings.resume_with(recorded, given, explicit)
     settings.check(given)
-    track.check(given.track)
+    trackers.check(given.track)
     weights = of_checkpoint(*stored) if stored else open_weights(given.init) if given.init else None
     config = weights.config if weights else settings.preset_config(given)
     settings.check_lengths(given, config.max_seq_len)
@@ -202,7 +207,7 @@ def one_step(run) -> None:
         run.update()
     except NotFinite as error:
         keep(run.folder, inputs, before, record)
-        again = f"python -m llm_numba.replay {run.folder}"
+        again = f"python -m llm_numba.debug.replay {run.folder}"
         raise UserError(f"{error}; the step is kept, to run it again: {again}") from error
     loss, norm = float(ops.to_host(m.loss)[0]), math.sqrt(ops.to_host(m.grad_norm_squared)[0])
     skipped = bool(ops.to_host(m.grad_scale)[0] < 0)
@@ -425,7 +430,7 @@ def farewell(run) -> None:
         say(f'  more text    python -m llm_numba.sample {folder} --prompt "{prompt}"')
     say(f"  train on     python -m llm_numba.train --resume {folder} --steps {2 * run.steps}")
     say("  own text     python -m llm_numba.train --data FILE_OR_FOLDER")
-    say("  look inside  python -m llm_numba.inspect " + str(folder))
+    say("  look inside  python -m llm_numba.debug.inspect " + str(folder))
 
 
 if __name__ == "__main__":

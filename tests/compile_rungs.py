@@ -11,11 +11,11 @@ from numba import cuda
 from numba.cuda import dispatcher
 from numba.cuda.compiler import compile as compile_kernel
 
-from llm_numba.borrowed import load
 from llm_numba.lessons import FOLDER
 from llm_numba.lessons.exercise import bound, open_file
 from llm_numba.lessons.ladder import ladders, rung_files, title
 from llm_numba.lessons.problem import arguments
+from llm_numba.training.override import load
 
 CAPABILITY = (8, 0)
 ANSWERS = Path(__file__).parent / "exercises"

@@ -12,9 +12,10 @@ from pathlib import Path
 import numba
 import pytest
 
-from llm_numba import checkpoint, train
+from llm_numba import train
 from llm_numba.cpu import jit  # noqa: F401  chooses Numba's cache folder
-from llm_numba.errors import exit_with
+from llm_numba.training import checkpoint
+from llm_numba.util.cli import exit_with
 
 ROOT = Path(__file__).parents[1]
 DEVICE = os.environ["DEVICE_OF_PROGRAMS"]  # which conftest.py chooses
@@ -61,8 +62,11 @@ def environment(**changes):
     return {name: value for name, value in ours.items() if value is not None}
 
 
+MODULES = {"inspect": "debug.inspect", "diff": "debug.diff", "replay": "debug.replay"}  # of commands with a room
+
+
 def command(name, *arguments):
-    return [sys.executable, "-m", f"llm_numba.{name}", *with_device(name, arguments)]
+    return [sys.executable, "-m", f"llm_numba.{MODULES.get(name, name)}", *with_device(name, arguments)]
 
 
 def run(name, *arguments, cwd, **options):

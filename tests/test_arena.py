@@ -18,7 +18,6 @@ from training import (
     train_step,
 )
 
-from llm_numba import model
 from llm_numba.arena import (
     Arena,
     TensorSpec,
@@ -28,11 +27,12 @@ from llm_numba.arena import (
     layout,
     training_groups,
 )
-from llm_numba.config import GPT2Config, preset
-from llm_numba.errors import UserError
-from llm_numba.finite import checked
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config, preset
 from llm_numba.ops import get_ops
 from llm_numba.sample import sampling_groups
+from llm_numba.training.nan_check import checked
+from llm_numba.util.cli import UserError
 
 PLANS = ["keep", "reuse"]
 ODD = GPT2Config(max_seq_len=33, vocab_size=257, num_layers=3, num_heads=5, channels=35)

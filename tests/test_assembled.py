@@ -20,7 +20,7 @@ EXAMPLES = """
 import numpy as np
 from assembling import array
 from numba import cuda
-from llm_numba.cuda.jit import kernel, narrow
+from llm_numba.cuda.jit import kernel, to_storage
 
 
 @kernel
@@ -59,7 +59,7 @@ def ill_typed(x):
 
 @kernel
 def rounds(x, y):
-    y[0] = narrow(x[0], y)
+    y[0] = to_storage(x[0], y)
 
 @kernel
 def forgotten(x):

@@ -15,7 +15,7 @@ from reference import (
     sum_error,
 )
 
-from llm_numba.errors import UserError
+from llm_numba.util.cli import UserError
 
 # (B, T, NH, HS): head sizes below, at and above a tile's width, T around its multiples, and beyond flash.py's blocks
 CASES = [

@@ -18,10 +18,10 @@ from training import random_parameters, set_parameters
 from llm_numba import bench
 from llm_numba.arena import Arena
 from llm_numba.bench import machine, measuring, op_cases, races, tables, worker
-from llm_numba.config import preset
 from llm_numba.cpu import peak
-from llm_numba.errors import UserError
+from llm_numba.models.config import preset
 from llm_numba.ops import WRITES, get_ops
+from llm_numba.util.cli import UserError
 
 NANO = preset("nano")
 BEGIN, END = tables.markers("cpu", "fp32")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from training import compute_gradients, copy_of, new_run, random_batch, random_parameters, set_batch, set_parameters
 
-from llm_numba import model
-from llm_numba.config import GPT2Config
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import get_ops
 
 pytestmark = pytest.mark.gpu

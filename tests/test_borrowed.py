@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from programs import QUICK, cache, environment, losses_of, refused, run_here, write_text  # noqa: F401
 
-from llm_numba.borrowed import borrow, split
-from llm_numba.errors import UserError
 from llm_numba.ops import get_ops
+from llm_numba.training.override import borrow, split
+from llm_numba.util.cli import UserError
 
 pytestmark = pytest.mark.compiled
 SMALL = (*QUICK, "--sequence-length", 8, "--batch-size", 2, "--tokens-per-step", 32, "--steps", 3, "--sample-tokens", 2)
-PLAIN = "llm_numba.cpu.plain"
+PLAIN = "llm_numba.cpu.naive"
 OWN = """
 from llm_numba.cpu.gelu import gelu_forward as right
 
@@ -106,7 +106,8 @@ def test_a_cached_function_of_ones_own_is_found_again(tmp_path):
     """Numba reads it from disk in the second process, and with it the module's name."""
     file = tmp_path / "own.py"
     file.write_text("from numba import njit\n@njit(cache=True, parallel=True)\ndef own(x):\n    return x + 1\n")
-    code = f"from llm_numba.borrowed import load; f = load({str(file)!r}, '').own; print(f(1), len(f._cache_hits))"
+    code = "from llm_numba.training.override import load; "
+    code += f"f = load({str(file)!r}, '').own; print(f(1), len(f._cache_hits))"
     for hits in (0, 1):
         run = subprocess.run(
             [sys.executable, "-c", code],

@@ -16,9 +16,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from llm_numba import checkpoint as module
-from llm_numba.checkpoint import checkpoint_path, load, newest, prune, save
-from llm_numba.errors import UserError
+from llm_numba.training import checkpoint as module
+from llm_numba.training.checkpoint import checkpoint_path, load, newest, prune, save
+from llm_numba.util.cli import UserError
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ({"kind": "bpe", "pattern": "\\p{L}+é\n"}, bytes(range(256)))
@@ -193,8 +193,8 @@ def run_script(script, *arguments, prefix=()):
 FULL = """
 import resource, sys
 import numpy as np
-from llm_numba.checkpoint import checkpoint_path, load, save
-from llm_numba.errors import UserError
+from llm_numba.training.checkpoint import checkpoint_path, load, save
+from llm_numba.util.cli import UserError
 folder, limit = sys.argv[1], int(sys.argv[2])
 tensors = {"a": np.arange(1000), "b": np.ones(20_000, np.float32)}
 for step in 1, 2:
@@ -267,7 +267,7 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
 KILLED = """
 import sys
 import numpy as np
-from llm_numba.checkpoint import checkpoint_path, prune, save
+from llm_numba.training.checkpoint import checkpoint_path, prune, save
 for step in range(1, 10**9):
     save(checkpoint_path(sys.argv[1], step), {"a": np.full(2_000_000, step)}, {"step": step})
     prune(sys.argv[1], 3, 0)

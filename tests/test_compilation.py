@@ -12,7 +12,7 @@ import hashlib, sys
 sys.path[:0] = {paths!r}
 import numpy as np
 from training import new_run, random_batch, random_parameters, set_parameters, train_step
-from llm_numba.config import GPT2Config
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import get_ops
 
 config, rng = GPT2Config(130, 97, 1, 2, 130), np.random.default_rng(7)

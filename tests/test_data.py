@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_numba import data
-from llm_numba.data import find_files, prepare
-from llm_numba.errors import UserError
-from llm_numba.loader import Loader
-from llm_numba.shards import Span, open_shard, write_shard
-from llm_numba.tokenizer import END_OF_TEXT, load_tokenizer
+from llm_numba.data import corpus as data
+from llm_numba.data.corpus import find_files, prepare
+from llm_numba.data.loader import Loader
+from llm_numba.data.shards import Span, open_shard, write_shard
+from llm_numba.data.tokenizer import END_OF_TEXT, load_tokenizer
+from llm_numba.util.cli import UserError
 
 BPE = load_tokenizer("bpe", ["the cat sat on the mat\n\n  and so on, 12 times; été à 東京\n" * 9], 280)
 
@@ -148,7 +148,7 @@ def test_damaged_shard(tmp_path, damage, message):
 
 @pytest.mark.parametrize("at", [0, 7, 8, 20])
 def test_token_outside_the_vocabulary(tmp_path, monkeypatch, at):
-    monkeypatch.setattr("llm_numba.shards.BLOCK_TOKENS", 8)
+    monkeypatch.setattr("llm_numba.data.shards.BLOCK_TOKENS", 8)
     tokens = np.full(21, 256)
     tokens[at:] = 257  # the first one is named
     write_shard(tmp_path / "a.bin", tokens)
@@ -531,7 +531,7 @@ def test_the_default_text(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(library))
     corpus = prepare([], [], "bytes", None, 0)
     assert corpus.encoding.decode(read(corpus.train)[1:]) == "pass\n" * 20
-    monkeypatch.setattr(data.platform, "python_version", lambda: "3.99")
+    monkeypatch.setattr(corpus.platform, "python_version", lambda: "3.99")
     no_work(monkeypatch)
     with pytest.raises(AssertionError, match="again"):
         prepare([], [], "bytes", None, 0)
@@ -539,7 +539,7 @@ def test_the_default_text(monkeypatch, tmp_path):
 
 def test_the_second_start_imports_neither_the_learner_nor_the_progress_bar(text):
     script = (
-        "import sys; from llm_numba.data import prepare; "
+        "import sys; from llm_numba.data.corpus import prepare; "
         f"prepare([{str(text)!r}], [], 'bpe', 270, 0.1); print({{'rustbpe', 'tqdm', 'numba'}} & set(sys.modules))"
     )
     outputs = [

@@ -20,8 +20,8 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint
 from llm_numba.ops import BACKEND, CONTRACT, WRITES
+from llm_numba.training import checkpoint
 
 pytestmark = pytest.mark.compiled
 SMALL = (*QUICK, "--sequence-length", 8, "--batch-size", 1, "--steps", 3, "--sample-tokens", 2)

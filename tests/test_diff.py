@@ -1,6 +1,6 @@
 """Two devices side by side: that faults are found where they are, in whom they are, and nowhere else.
 
-Most tests compare two devices that both are NumPy in float32 (exact.py), one of which is broken on purpose.
+Most tests compare two devices that both are NumPy in float32 (oracle.py), one of which is broken on purpose.
 """
 
 import re
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from programs import cache, files_in, refused, run_here, write_text  # noqa: F401
 
-from llm_numba import diff, exact
-from llm_numba.config import PRESETS, GPT2Config
+from llm_numba import oracle
+from llm_numba.debug import diff
+from llm_numba.models.config import PRESETS, GPT2Config
 from llm_numba.ops import WRITES, get_ops
 
 B, T, L = 2, 3, 2
@@ -35,7 +36,7 @@ def numpy_device(dtype, faults=None):
     faults, calls = faults or {}, dict.fromkeys(WRITES, 0)
 
     def follow(name):
-        op = diff.through_float32(getattr(exact, name)) if dtype == "bf16" else getattr(exact, name)
+        op = diff.through_float32(getattr(oracle, name)) if dtype == "bf16" else getattr(oracle, name)
 
         def call(*arguments):
             op(*arguments)
@@ -45,7 +46,7 @@ def numpy_device(dtype, faults=None):
 
         return call
 
-    return SimpleNamespace(**{**vars(exact), **{name: follow(name) for name in WRITES}})
+    return SimpleNamespace(**{**vars(oracle), **{name: follow(name) for name in WRITES}})
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_weights_that_are_not_finite(compare, monkeypatch):
         initialise(ops, arena, seed)
         arena.tensors["parameters", "fcb"][1, 3] = np.nan
 
-    monkeypatch.setattr("llm_numba.model.initialise", broken)
+    monkeypatch.setattr("llm_numba.models.gpt2.initialise", broken)
     assert compare()[0] == 0
 
 

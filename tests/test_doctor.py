@@ -8,8 +8,8 @@ import pytest
 from programs import environment, run
 
 from llm_numba import doctor
-from llm_numba.cuda import card
-from llm_numba.errors import UserError
+from llm_numba.cuda import gpu
+from llm_numba.util.cli import UserError
 
 MIB = 1 << 20
 T4 = ("Tesla T4", (7, 5), 15 << 30)
@@ -59,11 +59,11 @@ class Driver:
 def machine(monkeypatch):
     """A function that gives this machine a driver and cards, and all of the toolkit."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(card, "missing_parts", lambda: [])
+    monkeypatch.setattr(gpu, "missing_parts", lambda: [])
 
     def has(*cards, **options):
         driver = Driver(*cards, **options)
-        monkeypatch.setattr(card, "load_driver", lambda: driver)
+        monkeypatch.setattr(gpu, "load_driver", lambda: driver)
         return driver
 
     return has
@@ -71,17 +71,17 @@ def machine(monkeypatch):
 
 def test_cards_are_listed_with_what_they_can(machine):
     machine(A100, T4)
-    assert card.cards() == [card.Card(*A100), card.Card(*T4)]
-    assert [one.has_bf16 for one in card.cards()] == [True, False]
-    assert str(card.cards()[1]) == "Tesla T4 (compute capability 7.5)"
-    assert card.driver_version() == "13.2"
+    assert gpu.cards() == [gpu.Card(*A100), gpu.Card(*T4)]
+    assert [one.has_bf16 for one in gpu.cards()] == [True, False]
+    assert str(gpu.cards()[1]) == "Tesla T4 (compute capability 7.5)"
+    assert gpu.driver_version() == "13.2"
 
 
 @pytest.mark.parametrize("dtype, cards", [("fp32", [T4]), ("fp32", [A100, P100]), ("bf16", [A100, T4])])
 def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
     machine(*cards)
-    card.check_card(dtype)
-    assert card.available() and card.obstacle() is None
+    gpu.check_card(dtype)
+    assert gpu.available() and gpu.obstacle() is None
 
 
 @pytest.mark.parametrize(
@@ -115,28 +115,28 @@ def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
 )
 def test_an_obstacle_is_told_in_one_line(machine, cards, options, reason):
     machine(*cards, **options)
-    assert card.obstacle() == reason and not card.available()
+    assert gpu.obstacle() == reason and not gpu.available()
     with pytest.raises(UserError) as refusal:
-        card.check_card("fp32")
+        gpu.check_card("fp32")
     assert str(refusal.value) == f"--device cuda: {reason}; or use --device cpu"
 
 
 @pytest.mark.parametrize("version, toolkit", [(13000, 12090), (13000, 13050)])
 def test_a_driver_serves_every_toolkit_of_its_major_version_and_before(machine, version, toolkit):
     machine(T4, version=version, toolkit=toolkit)
-    assert card.available()
+    assert gpu.available()
 
 
 def test_cards_that_are_hidden_are_told_from_none(machine, monkeypatch):
     machine(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert card.obstacle() == "there is no NVIDIA card among CUDA_VISIBLE_DEVICES=''"
+    assert gpu.obstacle() == "there is no NVIDIA gpu among CUDA_VISIBLE_DEVICES=''"
 
 
 def test_bf16_needs_a_card_that_has_it(machine):
     machine(T4, A100)
     with pytest.raises(UserError) as refusal:
-        card.check_card("bf16")
+        gpu.check_card("bf16")
     assert str(refusal.value) == (
         "--dtype bf16: Tesla T4 (compute capability 7.5) has none, it comes with 8.0; use --dtype fp32"
     )
@@ -144,8 +144,8 @@ def test_bf16_needs_a_card_that_has_it(machine):
 
 def test_a_toolkit_that_is_not_whole_is_an_obstacle(machine, monkeypatch):
     machine(A100)
-    monkeypatch.setattr(card, "missing_parts", lambda: ["nvvm", "libdevice"])
-    assert card.obstacle() == f"nvvm, libdevice of the CUDA toolkit not found: {card.INSTALL}"
+    monkeypatch.setattr(gpu, "missing_parts", lambda: ["nvvm", "libdevice"])
+    assert gpu.obstacle() == f"nvvm, libdevice of the CUDA toolkit not found: {gpu.INSTALL}"
 
 
 def test_parts_of_the_toolkit_are_looked_for_one_by_one(monkeypatch):
@@ -157,23 +157,23 @@ def test_parts_of_the_toolkit_are_looked_for_one_by_one(monkeypatch):
 
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
     monkeypatch.setattr(pathfinder, "find_bitcode_lib", lambda name: name)
-    assert card.missing_parts() == ["nvvm", "nvJitLink"]
+    assert gpu.missing_parts() == ["nvvm", "nvJitLink"]
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(card, "find_spec", lambda name: None)
-    assert card.obstacle() == f"numba-cuda is not installed: {card.INSTALL}"
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu.obstacle() == f"numba-cuda is not installed: {gpu.INSTALL}"
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    assert card.obstacle().startswith("cuda-bindings cannot be loaded (") and card.obstacle().endswith(card.INSTALL)
+    assert gpu.obstacle().startswith("cuda-bindings cannot be loaded (") and gpu.obstacle().endswith(gpu.INSTALL)
 
 
 def test_free_memory_is_asked_for_in_a_context_that_is_given_back(machine):
     driver = machine(A100)
-    assert card.free_memory(0) == 3 * MIB
+    assert gpu.free_memory(0) == 3 * MIB
     driver.failing["cuMemGetInfo"] = "CUDA_ERROR_UNKNOWN"
     with pytest.raises(UserError, match="CUDA_ERROR_UNKNOWN to cuMemGetInfo"):
-        card.free_memory(0)
+        gpu.free_memory(0)
     assert driver.contexts == 0
 
 
@@ -222,7 +222,7 @@ def test_the_doctor_never_ends_in_a_traceback(machine, monkeypatch, capsys):
         assert f"  {row:<14} {told}\n" in printed
     assert "CUDA_ERROR_UNKNOWN to cuMemGetInfo" in printed
     assert printed.endswith("runs here: nothing\ndoes not:  --device cuda: numba.cuda does not load\n")
-    monkeypatch.setattr(card, "load_driver", broken)
+    monkeypatch.setattr(gpu, "load_driver", broken)
     assert doctor.main([]) == 1
     assert capsys.readouterr().out.endswith(f"does not:  --device cuda: {told}\n")
 

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from programs import environment, error_line, files_in
 
-from llm_numba import data, datasets, download, settings, shards
-from llm_numba.errors import UserError, exit_with
+from llm_numba.data import corpus as data
+from llm_numba.data import datasets, download, shards
+from llm_numba.training import settings
+from llm_numba.util.cli import UserError, exit_with
 
 CONTENT = np.random.default_rng(0).bytes(1_000_003)  # several blocks, and a rest
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -204,10 +206,8 @@ def test_a_server_that_does_not_go_on(server, remote, tmp_path, fault, requests)
 
 
 def command_to_fetch(path, remote):
-    program = (
-        "import sys; from pathlib import Path; from llm_numba.download import Remote, fetch; from llm_numba.errors "
-    )
-    program += "import exit_with; path, url, size, sha256 = sys.argv[1:]; "
+    program = "import sys; from pathlib import Path; from llm_numba.data.download import Remote, fetch; "
+    program += "from llm_numba.util.cli import exit_with; path, url, size, sha256 = sys.argv[1:]; "
     program += "exit_with(lambda: fetch(Path(path), Remote(url, int(size), sha256)))"
     return [sys.executable, "-c", program, str(path), *map(str, remote)]
 

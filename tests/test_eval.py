@@ -20,14 +20,16 @@ from programs import (
 )
 from training import random_parameters
 
-from llm_numba import checkpoint, data, hellaswag
 from llm_numba import eval as evaluation
 from llm_numba.arena import DTYPES, layout, parameter_specs
-from llm_numba.config import PRESETS
+from llm_numba.data import corpus as data
+from llm_numba.data import hellaswag
+from llm_numba.data.shards import write_shard
+from llm_numba.data.tokenizer import load_tokenizer, tokenizer_state
+from llm_numba.models.config import PRESETS
 from llm_numba.ops import get_ops
-from llm_numba.settings import Settings, to_record
-from llm_numba.shards import write_shard
-from llm_numba.tokenizer import load_tokenizer, tokenizer_state
+from llm_numba.training import checkpoint
+from llm_numba.training.settings import Settings, to_record
 
 pytestmark = pytest.mark.compiled
 NANO = PRESETS["nano"]

@@ -10,9 +10,9 @@ import reference
 from test_model import assert_near, by_layer, error, golden, logits_of, parameter_gradients  # noqa: F401
 from training import compute_gradients, copy_of, loss_of, random_batch, random_parameters, set_parameters, train_step
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.arena import Arena, training_groups
-from llm_numba.config import GPT2Config
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import CONTRACT
 
 B, T, C, NH = 2, 5, 6, 3
@@ -20,11 +20,11 @@ SIXTEEN_DIGITS = 1e-13  # a few hundred roundings of 1e-16
 
 
 def exact_run(config, B, T):
-    groups = exact.in_float64(training_groups(config, B, T, exact, "reuse"))
-    arena = Arena(groups, config, "keep", exact)
+    groups = oracle.in_float64(training_groups(config, B, T, oracle, "reuse"))
+    arena = Arena(groups, config, "keep", oracle)
     m = arena.training()
     m.limits[...] = np.inf
-    return SimpleNamespace(ops=exact, arena=arena, m=m, updates=0)
+    return SimpleNamespace(ops=oracle, arena=arena, m=m, updates=0)
 
 
 def assert_equal(name, got, expected):
@@ -36,7 +36,7 @@ def test_the_contract(file):
     """Every op, with the arguments of the CPU's."""
     cpu = importlib.import_module(f"llm_numba.cpu.{file}")
     for name in CONTRACT[file]:
-        ops = [getattr(module, name) for module in (cpu, exact)]
+        ops = [getattr(module, name) for module in (cpu, oracle)]
         signatures = [list(inspect.signature(getattr(op, "py_func", op)).parameters) for op in ops]
         assert signatures[0] == signatures[1], name
 
@@ -64,8 +64,8 @@ def test_encoder(normal, rng):
     wte, wpe, dout = normal(7, C), normal(T + 2, C), normal(B, T, C)
     tokens = rng.integers(0, 3, (B, T), dtype=np.int32)
     out, dwte, dwpe = written(B, T, C), np.ones((7, C)), np.ones((T + 2, C))
-    exact.encoder_forward(out, tokens, wte, wpe)
-    exact.encoder_backward(dwte, dwpe, dout, tokens)
+    oracle.encoder_forward(out, tokens, wte, wpe)
+    oracle.encoder_backward(dwte, dwpe, dout, tokens)
     assert_equal("out", out, reference.encoder_forward(tokens, wte, wpe))
     for got, expected in zip((dwte, dwpe), reference.encoder_backward(dout, tokens, wte, wpe), strict=True):
         assert_equal("backward", got, 1 + expected)
@@ -74,15 +74,15 @@ def test_encoder(normal, rng):
 def test_layernorm(normal):
     inp, weight, bias, dout = normal(B, T, C), normal(C), normal(C), normal(B, T, C)
     out, mean, rstd = written(B, T, C), written(B, T), written(B, T)
-    exact.layernorm_forward(out, mean, rstd, inp, weight, bias)
+    oracle.layernorm_forward(out, mean, rstd, inp, weight, bias)
     for got, expected in zip((out, mean, rstd), reference.layernorm_forward(inp, weight, bias), strict=True):
         assert_equal("forward", got, expected)
     gradients = np.ones((B, T, C)), np.ones(C), np.ones(C)
-    exact.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None, True)
+    oracle.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None, True)
     expected = reference.layernorm_backward(dout, inp, weight, bias)
     for got, gradient in zip(gradients, expected, strict=True):
         assert_equal("backward", got, 1 + gradient)
-    exact.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None, False)
+    oracle.layernorm_backward(*gradients, dout, inp, weight, mean, rstd, None, False)
     for got, gradient in zip(gradients, (1 + 2 * expected[0], *expected[1:]), strict=True):
         assert_equal("not accumulating", got, gradient)
 
@@ -91,15 +91,15 @@ def test_layernorm(normal):
 def test_matmul(normal, with_bias):
     inp, weight, bias, dout = normal(B, T, C), normal(4, C), normal(4) if with_bias else None, normal(B, T, 4)
     out, dinp, dweight, dbias = written(B, T, 4), written(B, T, C), np.ones((4, C)), np.ones(4) if with_bias else None
-    exact.matmul_forward(out, inp, weight, bias, None)
-    exact.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, True)
+    oracle.matmul_forward(out, inp, weight, bias, None)
+    oracle.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, True)
     assert_equal("out", out, reference.matmul_forward(inp, weight, bias))
     expected = reference.matmul_backward(dout, inp, weight)
     assert_equal("dinp", dinp, expected[0])
     assert_equal("dweight", dweight, 1 + expected[1])
     if with_bias:
         assert_equal("dbias", dbias, 1 + expected[2])
-    exact.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, False)
+    oracle.matmul_backward(dinp, dweight, dbias, dout, inp, weight, None, False)
     assert_equal("dweight, not accumulating", dweight, expected[1])
     if with_bias:
         assert_equal("dbias, not accumulating", dbias, expected[2])
@@ -110,8 +110,8 @@ def test_attention(normal, scale):
     qkv, dout = normal(B, T, 3 * C), normal(B, T, C)
     qkv[..., : 2 * C] *= np.sqrt(scale)
     out, att, dqkv = written(B, T, C), written(B, NH, T), written(B, T, 3 * C)
-    exact.attention_forward(out, att, qkv, NH, None)
-    exact.attention_backward(dqkv, dout, out, att, qkv, NH, None)
+    oracle.attention_forward(out, att, qkv, NH, None)
+    oracle.attention_backward(dqkv, dout, out, att, qkv, NH, None)
     expected, weights = reference.attention_forward(qkv, NH)
     q, k, _ = (reference.split_heads(x, NH) for x in np.split(qkv, 3, axis=-1))
     first_scores = (q * k[:, :, :1]).sum(-1) / np.sqrt(C // NH)
@@ -127,7 +127,7 @@ def test_attention_with_a_cache(normal):
     """In pieces of 2, 1 and 2 tokens it is what it is in one."""
     qkv, out, cache = normal(B, T, 3 * C), written(B, T, C), written(B, T + 3, 2, C)
     for start, stop in (0, 2), (2, 3), (3, 5):
-        exact.attention_cached_forward(out[:, start:stop], cache, qkv[:, start:stop], [start], NH)
+        oracle.attention_cached_forward(out[:, start:stop], cache, qkv[:, start:stop], [start], NH)
     assert_equal("out", out, reference.attention_forward(qkv, NH)[0])
     assert_equal("cache", cache[:, :T].reshape(B, T, 2 * C), qkv[..., C:])
     assert np.isnan(cache[:, T:]).all()
@@ -135,13 +135,13 @@ def test_attention_with_a_cache(normal):
 
 def test_gelu_and_residual(normal):
     inp, dout, out, dinp = 3 * normal(B, T, C), normal(B, T, C), written(B, T, C), written(B, T, C)
-    exact.gelu_forward(out, inp)
-    exact.gelu_backward(dinp, inp, dout)
+    oracle.gelu_forward(out, inp)
+    oracle.gelu_backward(dinp, inp, dout)
     assert_equal("out", out, reference.gelu_forward(inp))
     assert_equal("dinp", dinp, reference.gelu_backward(dout, inp))
     weight, bias, normed, mean, rstd = normal(C), normal(C), written(B, T, C), written(B, T), written(B, T)
-    exact.residual_layernorm_forward(out, normed, mean, rstd, inp, dout, weight, bias)
-    exact.residual_backward(dinp, dout)
+    oracle.residual_layernorm_forward(out, normed, mean, rstd, inp, dout, weight, bias)
+    oracle.residual_backward(dinp, dout)
     assert_equal("residual", out, inp + dout)
     for got, expected in zip((normed, mean, rstd), reference.layernorm_forward(out, weight, bias), strict=True):
         assert_equal("normalised", got, expected)
@@ -152,11 +152,11 @@ def test_gelu_and_residual(normal):
 def test_classifier(normal, rng, write):
     before, targets, losses = normal(B, T, 9), rng.integers(0, 7, (B, T), dtype=np.int32), written(B, T)
     logits = before.copy()
-    exact.fused_classifier(logits, losses, targets, 0.3, 7, write)
+    oracle.fused_classifier(logits, losses, targets, 0.3, 7, write)
     assert_equal("losses", losses, reference.classifier_forward(before, targets, 7))
     assert_equal("logits", logits, reference.classifier_backward(0.3, before, targets, 7) if write else before)
     loss = np.array([2.0])
-    exact.add_mean(loss, losses, 0.25)
+    oracle.add_mean(loss, losses, 0.25)
     assert loss[0] == pytest.approx(2 + 0.25 * losses.mean(), rel=SIXTEEN_DIGITS)
 
 
@@ -175,7 +175,7 @@ def test_classifier(normal, rng, write):
 )
 def test_clip(loss, norm, limits, highest, scale):
     grad_scale = np.array([7.0])
-    exact.clip(grad_scale, np.array([loss]), np.array([norm**2.0]), np.array(limits), highest)
+    oracle.clip(grad_scale, np.array([loss]), np.array([norm**2.0]), np.array(limits), highest)
     assert grad_scale[0] == scale
 
 
@@ -184,14 +184,14 @@ def test_adamw(normal, rng):
     params, grads, m, v = normal(n), normal(n), normal(n), normal(n) ** 2
     rates, scale = (np.array([1e-2]), 0.9, 0.95, 1e-8, 0.1, np.array([3])), np.array([0.5])
     expected = reference.adamw_update(params, grads, m, v, decays, *rates, scale)
-    exact.adamw_update(params, None, grads, m, v, decays, *rates, None, scale)
+    oracle.adamw_update(params, None, grads, m, v, decays, *rates, None, scale)
     for got, value in zip((params, m, v), expected, strict=True):
         assert_equal("adamw_update", got, value)
     before = params.copy()
-    exact.adamw_update(params, None, grads, m, v, decays, *rates, None, np.array([-1.0]))
+    oracle.adamw_update(params, None, grads, m, v, decays, *rates, None, np.array([-1.0]))
     assert (params == before).all()
     norm = np.empty(1)
-    exact.global_norm_squared(norm, grads, None)
+    oracle.global_norm_squared(norm, grads, None)
     assert norm[0] == pytest.approx(np.linalg.norm(grads) ** 2, rel=SIXTEEN_DIGITS)
 
 

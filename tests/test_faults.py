@@ -32,8 +32,9 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, sample
-from llm_numba.shards import write_shard
+from llm_numba import sample
+from llm_numba.data.shards import write_shard
+from llm_numba.training import checkpoint
 
 pytestmark = pytest.mark.compiled
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
@@ -70,7 +71,7 @@ def copy(short, tmp_path):
 SLOW_DISK = """
 import os, sys, time
 from llm_numba import train
-from llm_numba.errors import exit_with
+from llm_numba.util.cli import exit_with
 fsync = os.fsync
 os.fsync = lambda handle: (time.sleep(0.03), fsync(handle), time.sleep(0.03))
 exit_with(lambda: train.main(sys.argv[1:]))

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from training import logits_of, new_run, random_parameters
 
-from llm_numba import export, huggingface
-from llm_numba.config import GPT2Config
-from llm_numba.errors import UserError
+from llm_numba import export
+from llm_numba.data.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer
+from llm_numba.formats import huggingface
+from llm_numba.formats.pretrained import Weights, open_weights, set_parameters
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import get_ops
-from llm_numba.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer
-from llm_numba.weights import Weights, open_weights, set_parameters
+from llm_numba.util.cli import UserError
 
 torch = pytest.importorskip("torch", reason="transformers computes with PyTorch, which is not installed")
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, inspect
+from llm_numba.debug import inspect
+from llm_numba.training import checkpoint
 
 pytestmark = pytest.mark.compiled
 B, T, C, L, NH, V, Vp = 2, 32, 16, 2, 2, 257, 384

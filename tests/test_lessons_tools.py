@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numba import config, cuda, njit, prange
 
-from llm_numba.errors import UserError
 from llm_numba.lessons import __main__ as program
 from llm_numba.lessons import exercise, notebooks, results, timing
 from llm_numba.lessons.counting import count, instructions, turns
@@ -17,6 +16,7 @@ from llm_numba.lessons.faults import faults
 from llm_numba.lessons.ladder import Ladder, Wrong, check, ladders, title
 from llm_numba.lessons.problem import Problem, garbage, mistake, normal
 from llm_numba.lessons.tracing import simulate, simulate_cpu
+from llm_numba.util.cli import UserError
 
 pytestmark = [
     pytest.mark.compiled,

@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from llm_numba import limits
+from llm_numba.util import host
 
 MIB = 2**20
 
@@ -23,11 +23,11 @@ def machine(monkeypatch, tmp_path):
             (folder / "thread_siblings_list").write_text(siblings)
         (tmp_path / "cpu.max").write_text(quota)
         (tmp_path / "cgroup").write_text("0::/")
-        monkeypatch.setattr(limits, "CPUS", tmp_path / "cpus")
-        monkeypatch.setattr(limits, "usable_cpus", lambda: set(twins))
+        monkeypatch.setattr(host, "CPUS", tmp_path / "cpus")
+        monkeypatch.setattr(host, "usable_cpus", lambda: set(twins))
 
-    monkeypatch.setattr(limits, "CGROUPS", tmp_path)
-    monkeypatch.setattr(limits, "OWN_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host, "OWN_CGROUP", tmp_path / "cgroup")
     return make
 
 
@@ -40,10 +40,10 @@ def test_limits_of_cgroups_count_from_the_own_to_the_root(machine, tmp_path, mon
     (own / "memory.max").write_text("1048576\n")
     (tmp_path / "a" / "memory.max").write_text("max\n")
     (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n0::/a/b\n")
-    assert limits.cgroup_limit("cpu.max") == 1.5 and limits.cgroup_limit("memory.max") == MIB
-    assert limits.cgroup_limit("pids.max") is None
-    monkeypatch.setattr(limits, "OWN_CGROUP", tmp_path / "no such file")
-    assert limits.cgroup_limit("cpu.max") is None
+    assert host.cgroup_limit("cpu.max") == 1.5 and host.cgroup_limit("memory.max") == MIB
+    assert host.cgroup_limit("pids.max") is None
+    monkeypatch.setattr(host, "OWN_CGROUP", tmp_path / "no such file")
+    assert host.cgroup_limit("cpu.max") is None
 
 
 THREADS = """
@@ -66,7 +66,7 @@ print(*(",".join(map(str, sorted(cpus))) for cpus in others if cpus != before))
 def test_workers_have_a_core_each_and_the_main_thread_none():
     """Where threads take all cores; not with fewer, nor where somebody else decided. On a machine of one core nothing
     is bound."""
-    cores = {",".join(map(str, sorted(core))) for core in limits.usable_cores()}
+    cores = {",".join(map(str, sorted(core))) for core in host.usable_cores()}
 
     def bound(threads=0, **changes):
         env = {k: v for k, v in os.environ.items() if k != "NUMBA_NUM_THREADS"} | changes
@@ -74,7 +74,7 @@ def test_workers_have_a_core_each_and_the_main_thread_none():
         return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
 
     found = bound()
-    wanted = len(cores) - 1 if limits.sensible_threads() == len(cores) else 0
+    wanted = len(cores) - 1 if host.sensible_threads() == len(cores) else 0
     assert len(found) == len(set(found)) == wanted and set(found) <= cores
     assert bound(1) == [] and bound(OMP_PROC_BIND="false") == []
 
@@ -95,31 +95,31 @@ FOUR_CORES = {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 4: "0,4", 5: "1,5", 6: "2,
 )
 def test_a_thread_for_each_physical_core(machine, twins, quota, threads):
     machine(twins, quota)
-    assert limits.sensible_threads() == threads
+    assert host.sensible_threads() == threads
 
 
 def test_cores_where_the_system_does_not_tell(machine, monkeypatch):
     machine({})
-    monkeypatch.setattr(limits, "usable_cpus", lambda: {0, 1, 2})
+    monkeypatch.setattr(host, "usable_cpus", lambda: {0, 1, 2})
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
-    assert limits.sensible_threads() == 3
+    assert host.sensible_threads() == 3
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 2)
-    assert limits.sensible_threads() == 2
+    assert host.sensible_threads() == 2
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: None)
-    assert limits.sensible_threads() == 3
+    assert host.sensible_threads() == 3
 
 
 def test_memory_of_a_container(machine, tmp_path):
     machine({0: "0"})
-    free = limits.available_memory()
+    free = host.available_memory()
     assert 0 < free <= psutil.virtual_memory().total
     taken = psutil.Process().memory_info().rss
     (tmp_path / "memory.max").write_text(str(taken + 100 * MIB))
-    assert limits.available_memory() == pytest.approx(100 * MIB, abs=10 * MIB)
+    assert host.available_memory() == pytest.approx(100 * MIB, abs=10 * MIB)
     (tmp_path / "memory.max").write_text("4096")
-    assert limits.available_memory() == 0
+    assert host.available_memory() == 0
 
 
 def test_the_cpus_that_this_process_may_use():
-    assert limits.usable_cpus() <= set(range(os.cpu_count()))
-    assert 1 <= limits.sensible_threads() <= len(limits.usable_cpus())
+    assert host.usable_cpus() <= set(range(os.cpu_count()))
+    assert 1 <= host.sensible_threads() <= len(host.usable_cpus())

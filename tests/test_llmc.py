@@ -6,9 +6,10 @@ import pytest
 from programs import error_line
 from training import random_batch, random_parameters
 
-from llm_numba import arena, check_reference, llmc
-from llm_numba.config import GPT2Config
-from llm_numba.errors import UserError, exit_with
+from llm_numba import arena
+from llm_numba.formats import llmc, llmc_parity
+from llm_numba.models.config import GPT2Config
+from llm_numba.util.cli import UserError, exit_with
 
 torch = pytest.importorskip("torch", reason="the answers are PyTorch's, which is not installed")
 torch_gpt2 = pytest.importorskip("torch_gpt2")
@@ -72,7 +73,7 @@ def files(request, tmp_path):
 
 def replay(folder, *arguments):
     files = [folder / "model.bin", folder / "state.bin"]
-    return check_reference.main([*map(str, files), "--device", "cpu", *map(str, arguments)])
+    return llmc_parity.main([*map(str, files), "--device", "cpu", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("rows", [B * T, 4], ids=["logits_at_once", "in_parts"])

@@ -28,9 +28,10 @@ from training import (
     train_step,
 )
 
-from llm_numba import model, sample
+from llm_numba import sample
 from llm_numba.arena import Arena, parameter_specs
-from llm_numba.config import GPT2Config
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config
 from llm_numba.ops import get_ops
 
 pytestmark = pytest.mark.compiled

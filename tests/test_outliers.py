@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from llm_numba.outliers import WINDOW, limit, z_score
+from llm_numba.training.outliers import WINDOW, limit, z_score
 
 
 def filled(seed=0):

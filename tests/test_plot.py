@@ -10,8 +10,8 @@ import pytest
 from programs import refused
 
 from llm_numba import plot
-from llm_numba.errors import UserError
 from llm_numba.plot import COLOURS, STYLES, Run, picture, read_run, smooth
+from llm_numba.util.cli import UserError
 
 OURS = [
     {

@@ -17,8 +17,10 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, data, outliers, replay
-from llm_numba.shards import write_shard
+from llm_numba.data import corpus as data
+from llm_numba.data.shards import write_shard
+from llm_numba.debug import replay
+from llm_numba.training import checkpoint, outliers
 
 pytestmark = pytest.mark.compiled
 EXPLODES = ("--learning-rate", 1e30, "--schedule", "constant", "--grad-clip", 0, "--steps", 20, "--check-finite")
@@ -50,7 +52,7 @@ def test_the_step_again(broken, tmp_path, capfd):
     folder, line = broken
     first, semicolon, rest = line.partition("; the step is kept")
     assert "step 5: layer 1 fch[0, 0, 5] is nan after matmul_forward" in first
-    assert rest.endswith(f"python -m llm_numba.replay {folder}\n")
+    assert rest.endswith(f"python -m llm_numba.debug.replay {folder}\n")
     before = files_in(folder)
     for arguments in (folder,), (folder / "bad_step.safetensors",), (folder, "--device", "cpu"):
         assert refused(capfd, *arguments, program=replay) == first + "\n"

@@ -17,8 +17,9 @@ from programs import (
     started,
 )
 
-from llm_numba import checkpoint, sample
-from llm_numba.shards import write_shard
+from llm_numba import sample
+from llm_numba.data.shards import write_shard
+from llm_numba.training import checkpoint
 
 pytestmark = pytest.mark.compiled
 PROMPT = "the cat"
@@ -66,9 +67,9 @@ def test_greedy_in_every_way(write):
 
 def test_greedy_is_the_likeliest(write, trained, ops):
     """The first letter, by the model run as in training, over the whole prompt at once."""
-    from llm_numba import model
     from llm_numba.arena import Arena, training_groups
-    from llm_numba.config import PRESETS
+    from llm_numba.models import gpt2 as model
+    from llm_numba.models.config import PRESETS
     from llm_numba.ops import get_ops
 
     tensors, _, _ = checkpoint.load(checkpoint.newest(trained))

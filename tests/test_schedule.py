@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llm_numba.schedule import SCHEDULES, learning_rate
+from llm_numba.training.schedule import SCHEDULES, learning_rate
 
 PEAK = 3e-4
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from llm_numba import settings as module
-from llm_numba.config import PRESETS
-from llm_numba.errors import UserError
-from llm_numba.settings import (
+from llm_numba.models.config import PRESETS
+from llm_numba.training import settings as module
+from llm_numba.training.settings import (
     FIELDS,
     PRESET_DEFAULTS,
     RANGES,
@@ -25,6 +24,7 @@ from llm_numba.settings import (
     to_record,
     tokenizer_kind,
 )
+from llm_numba.util.cli import UserError
 
 FLAGS = {name: "--" + name.replace("_", "-") for name in FIELDS}
 # a command line that gives every setting, none its default
@@ -340,7 +340,8 @@ def test_resume_errors(started, then, words):
 
 def test_numba_is_not_imported():
     code = (
-        "import sys, llm_numba.settings, llm_numba.schedule, llm_numba.outliers, llm_numba.checkpoint\n"
+        "import sys, llm_numba.training.settings, llm_numba.training.schedule\n"
+        "import llm_numba.training.outliers, llm_numba.training.checkpoint\n"
         "sys.exit('numba' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -31,13 +31,16 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, data, inspect, plot, replay, sample
-from llm_numba import settings as run_settings
-from llm_numba.errors import UserError
-from llm_numba.loader import Loader
-from llm_numba.runlog import RunLog
-from llm_numba.shards import Span, open_shard
-from llm_numba.tokenizer import tokenizer_from_state, tokenizer_state
+from llm_numba import plot, sample
+from llm_numba.data import corpus as data
+from llm_numba.data.loader import Loader
+from llm_numba.data.shards import Span, open_shard
+from llm_numba.data.tokenizer import tokenizer_from_state, tokenizer_state
+from llm_numba.debug import inspect, replay
+from llm_numba.training import checkpoint
+from llm_numba.training import settings as run_settings
+from llm_numba.training.log import RunLog
+from llm_numba.util.cli import UserError
 
 pytestmark = pytest.mark.compiled
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

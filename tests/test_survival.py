@@ -31,8 +31,10 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, data, errors
-from llm_numba.shards import write_shard
+from llm_numba.data import corpus as data
+from llm_numba.data.shards import write_shard
+from llm_numba.training import checkpoint
+from llm_numba.util import cli
 
 pytestmark = [pytest.mark.compiled, pytest.mark.skipif(os.name == "nt", reason="needs POSIX")]
 KILLS = 50
@@ -64,12 +66,12 @@ KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from llm_numba import exact, train
-from llm_numba.errors import exit_with
+from llm_numba import oracle, train
+from llm_numba.util.cli import exit_with
 
 own = dict(is_compiled=lambda: False, set_threads=lambda n: None, capture=lambda f: f, describe_device=lambda: "NumPy",
            peak_flops=lambda dtype: 1e9)
-train.get_ops = lambda *_: SimpleNamespace(**vars(exact) | own)
+train.get_ops = lambda *_: SimpleNamespace(**vars(oracle) | own)
 
 def start(*what):
     child = os.fork()
@@ -360,8 +362,8 @@ def test_ctrl_c_while_c_calls_python(text, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(train, name, noting(name, getattr(train, name)))
     before = signal.getsignal(signal.SIGINT)
     run_here(*QUICK, "--data", text, "--steps", 1, "--out", tmp_path / "run")
-    assert handlers["get_ops"] is handlers["warm_up"] is errors._leave
-    assert handlers["read_data"] is before and handlers["one_step"] not in (before, errors._leave)
+    assert handlers["get_ops"] is handlers["warm_up"] is cli._leave
+    assert handlers["read_data"] is before and handlers["one_step"] not in (before, cli._leave)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -371,7 +373,7 @@ def test_ctrl_c_in_the_first_half_second(text, tmp_path):
     for delay in (0, 0.05, 0.15, 0.25, 0.3, 0.35):
         with started([*arguments[:1], "-X", "importtime", *arguments[1:]], tmp_path) as process:
             for line in process.stderr:  # a line for each module that is loaded
-                if b"llm_numba.errors" in line:
+                if b"llm_numba.util.cli" in line:
                     break
             process.stderr.readline()  # the next module: by now it has said who takes a Ctrl-C
             time.sleep(delay)

@@ -14,8 +14,8 @@ import tiktoken.registry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_numba.errors import UserError
-from llm_numba.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, tokenizer_from_state, tokenizer_state
+from llm_numba.data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, tokenizer_from_state, tokenizer_state
+from llm_numba.util.cli import UserError
 
 TEXTS = ["the cat sat on the mat, the cat's hat\n\n  and 1234 hats;\n" * 9, "naïve façade – 東京タワー 🙂\r\n" * 5]
 BYTES = load_tokenizer("bytes", (), None)
@@ -52,7 +52,7 @@ def test_bpe_learns_the_same_in_every_process():
     """Neither the hash seed nor the number of threads matters. A real text has many ties to get wrong."""
     script = (
         "import argparse, hashlib, inspect, textwrap\n"
-        "from llm_numba.tokenizer import load_tokenizer, tokenizer_state\n"
+        "from llm_numba.data.tokenizer import load_tokenizer, tokenizer_state\n"
         "texts = [inspect.getsource(argparse), inspect.getsource(textwrap)] * 2\n"
         "for _ in range(2):\n"
         "    print(hashlib.sha256(tokenizer_state(load_tokenizer('bpe', texts, 600))[1]).hexdigest())\n"

@@ -21,8 +21,9 @@ from programs import (
     write_text,
 )
 
-from llm_numba import checkpoint, data
-from llm_numba.outliers import WINDOW
+from llm_numba.data import corpus as data
+from llm_numba.training import checkpoint
+from llm_numba.training.outliers import WINDOW
 
 pytestmark = pytest.mark.compiled
 ROW = {"step", "loss", "loss_z", "norm", "norm_z", "learning_rate", *TIMES, "skipped"}
@@ -305,7 +306,7 @@ def test_other_data_on_resume(tmp_path, capfd, change):
 
 def test_shards_without_a_tokenizer(tmp_path, capsys):
     tokens = np.random.default_rng(0).integers(0, 97, 5000).astype(np.uint16)
-    from llm_numba.shards import write_shard
+    from llm_numba.data.shards import write_shard
 
     write_shard(tmp_path / "a.bin", tokens)
     arguments = ("--tokenizer", "none", "--vocab-size", 97, "--steps", 3, "--out", tmp_path / "run")
@@ -337,7 +338,7 @@ def test_the_plan_of_the_memory(tmp_path, monkeypatch, capsys):
 def test_the_reference_curve(text, tmp_path, monkeypatch, capsys):
     """A run with the reference's settings is told, once, when its losses are far from the recorded ones."""
     reference = tmp_path / "reference.json"
-    monkeypatch.setattr("llm_numba.reference.CURVE", reference)
+    monkeypatch.setattr("llm_numba.training.expected_curve.CURVE", reference)
     for scale, notes in ((1.0, 0), (0.5, 1)):
         out = tmp_path / str(scale)
         losses = [5.55] * 25  # the first 20 steps of a low learning rate stay there
@@ -349,11 +350,11 @@ def test_the_reference_curve(text, tmp_path, monkeypatch, capsys):
 
 def test_a_run_becomes_the_reference(text, tmp_path, monkeypatch):
     """`record` takes the curve, the settings that decide it and the picture from a run."""
-    from llm_numba import reference
+    from llm_numba.training import expected_curve
 
-    monkeypatch.setattr(reference, "CURVE", tmp_path / "curve.json")
+    monkeypatch.setattr(expected_curve, "CURVE", tmp_path / "curve.json")
     run_here(*QUICK, "--data", text, "--steps", 45, "--out", tmp_path / "run")
-    reference.record(tmp_path / "run")
+    expected_curve.record(tmp_path / "run")
     known = json.loads((tmp_path / "curve.json").read_text())
     losses = losses_of(tmp_path / "run")
     assert known["curve"] == [[n, pytest.approx(sum(losses[n - 20 : n]) / 20, abs=1e-4)] for n in (20, 40)]

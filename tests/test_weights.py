@@ -33,12 +33,15 @@ from programs import (
 )
 from training import random_parameters
 
-from llm_numba import checkpoint, data, export, huggingface, llmc
-from llm_numba.config import GPT2Config
-from llm_numba.errors import UserError
-from llm_numba.shards import open_shard
-from llm_numba.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer, tokenizer_from_state
-from llm_numba.weights import Weights, open_weights
+from llm_numba import export
+from llm_numba.data import corpus as data
+from llm_numba.data.shards import open_shard
+from llm_numba.data.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer, tokenizer_from_state
+from llm_numba.formats import huggingface, llmc
+from llm_numba.formats.pretrained import Weights, open_weights
+from llm_numba.models.config import GPT2Config
+from llm_numba.training import checkpoint
+from llm_numba.util.cli import UserError
 
 pytestmark = pytest.mark.compiled
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from llm_numba import model
 from llm_numba.arena import Arena, parameter_specs, training_groups
+from llm_numba.models import gpt2 as model
 
 SETTINGS = SimpleNamespace(grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 

@@ -16,9 +16,9 @@ import math
 import numpy as np
 
 from llm_numba.arena import parameter_specs
-from llm_numba.config import GPT2Config
 from llm_numba.lessons.exercise import Exercise
 from llm_numba.lessons.problem import Problem
+from llm_numba.models.config import GPT2Config
 
 
 def count_parameters(total, sizes):

@@ -19,7 +19,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.lessons.exercise import Exercise
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -41,7 +41,7 @@ def inputs(rng, R, C):
 EXERCISE = Exercise(
     "gelu_backward",
     Problem(
-        exact.gelu_backward,
+        oracle.gelu_backward,
         inputs,
         ("dinp",),
         (dict(R=1, C=1), dict(R=3, C=5), dict(R=2, C=257), dict(R=97, C=3)),

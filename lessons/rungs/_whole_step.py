@@ -18,7 +18,7 @@ import numpy as np
 
 from llm_numba.bench.measuring import by_the_clock, measure
 from llm_numba.bench.races import new_steps
-from llm_numba.config import preset
+from llm_numba.models.config import preset
 from llm_numba.ops import WRITES, get_ops
 from llm_numba.train import flops_per_token
 

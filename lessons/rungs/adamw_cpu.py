@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.arena import RUN
 from llm_numba.cpu.adamw import adamw_update
 from llm_numba.lessons.ladder import Ladder
@@ -84,7 +84,7 @@ def inputs(rng, n):
 
 UPDATE = Ladder(
     "adamw_update",
-    Problem(exact.adamw_update, inputs, ("params", "m", "v"), (dict(n=1), dict(n=3), dict(n=97), dict(n=257))),
+    Problem(oracle.adamw_update, inputs, ("params", "m", "v"), (dict(n=1), dict(n=3), dict(n=97), dict(n=257))),
     (adamw_update_v1, adamw_update_v2, adamw_update_v3, adamw_update),
     timed=dict(n=1 << 24),
     quick=dict(n=1 << 12),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.arena import RUN
 from llm_numba.cuda.adamw import adamw_update, correction
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
@@ -102,7 +102,7 @@ def inputs(rng, n):
 UPDATE = Ladder(
     "adamw_update",
     Problem(
-        exact.adamw_update,
+        oracle.adamw_update,
         inputs,
         ("params", "m", "v"),
         (dict(n=1), dict(n=3), dict(n=97), dict(n=257)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact, lessons
+from llm_numba import lessons, oracle
 from llm_numba.cpu.attention import attention_backward, attention_forward, attention_scratch_size
 from llm_numba.cpu.jit import dot, exp, largest, sum_of
 from llm_numba.lessons.ladder import Ladder
@@ -253,7 +253,7 @@ def forward_inputs(rng, B, T, C, NH):
 
 def backward_inputs(rng, B, T, C, NH):
     qkv, out, att = 2 * normal(rng, B, T, 3 * C), garbage(B, T, C), garbage(B, NH, T)
-    exact.attention_forward(out, att, qkv, NH, None)
+    oracle.attention_forward(out, att, qkv, NH, None)
     return dict(
         dqkv=garbage(B, T, 3 * C), dout=normal(rng, B, T, C), out=out, att=att, qkv=qkv, num_heads=NH,
         scratch=scratch_for(B, T, C, NH),
@@ -268,7 +268,7 @@ TIMED, QUICK = dict(B=1, T=1024, C=768, NH=12), dict(B=1, T=64, C=48, NH=3)
 
 FORWARD = Ladder(
     "attention_forward",
-    Problem(exact.attention_forward, forward_inputs, ("out", "att"), SIZES),
+    Problem(oracle.attention_forward, forward_inputs, ("out", "att"), SIZES),
     (attention_forward_v1, attention_forward_v2, attention_forward_v3, attention_forward),
     timed=TIMED,
     quick=QUICK,
@@ -277,7 +277,7 @@ FORWARD = Ladder(
 )
 BACKWARD = Ladder(
     "attention_backward",
-    Problem(exact.attention_backward, backward_inputs, ("dqkv",), SIZES, tolerance=3e-5),
+    Problem(oracle.attention_backward, backward_inputs, ("dqkv",), SIZES, tolerance=3e-5),
     (attention_backward_v1, attention_backward_v2, attention_backward),
     timed=TIMED,
     quick=QUICK,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba import exact, lessons
+from llm_numba import lessons, oracle
 from llm_numba.cuda.attention import attention_forward, attention_scratch_size
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
@@ -172,7 +172,7 @@ COUNTED = dict(B=1, T=32, C=lessons.sized(16, 4), NH=1)
 
 FORWARD = Ladder(
     "attention_forward",
-    Problem(exact.attention_forward, forward_inputs, ("out", "att"), lessons.sized(MANY, FEW), device="cuda"),
+    Problem(oracle.attention_forward, forward_inputs, ("out", "att"), lessons.sized(MANY, FEW), device="cuda"),
     (attention_forward_v1, attention_forward_v2, attention_forward_v3, attention_forward),
     timed=TIMED,
     quick=QUICK,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.layernorm import layernorm_backward, layernorm_forward, layernorm_scratch_size
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -213,7 +213,7 @@ def forward_inputs(rng, B, T, C):
 
 def backward_inputs(rng, B, T, C):
     inp, mean, rstd = normal(rng, B, T, C) + 1, garbage(B, T), garbage(B, T)
-    exact.layernorm_forward(garbage(B, T, C), mean, rstd, inp, ONE, ZERO)
+    oracle.layernorm_forward(garbage(B, T, C), mean, rstd, inp, ONE, ZERO)
     return dict(
         dinp=normal(rng, B, T, C), dweight=normal(rng, C), dbias=normal(rng, C),
         dout=normal(rng, B, T, C), inp=inp, weight=normal(rng, C), mean=mean, rstd=rstd,
@@ -226,7 +226,7 @@ TIMED, QUICK = dict(B=16, T=1024, C=768), dict(B=1, T=64, C=96)
 
 FORWARD = Ladder(
     "layernorm_forward",
-    Problem(exact.layernorm_forward, forward_inputs, ("out", "mean", "rstd"), SIZES),
+    Problem(oracle.layernorm_forward, forward_inputs, ("out", "mean", "rstd"), SIZES),
     (layernorm_forward_v1, layernorm_forward_v2, layernorm_forward_v3, layernorm_forward_v4, layernorm_forward),
     timed=TIMED,
     quick=QUICK,
@@ -236,7 +236,7 @@ FORWARD = Ladder(
 )
 BACKWARD = Ladder(
     "layernorm_backward",
-    Problem(exact.layernorm_backward, backward_inputs, ("dinp", "dweight", "dbias"), SIZES),
+    Problem(oracle.layernorm_backward, backward_inputs, ("dinp", "dweight", "dbias"), SIZES),
     (layernorm_backward_v1, layernorm_backward_v2, layernorm_backward_v3, layernorm_backward),
     timed=TIMED,
     quick=QUICK,

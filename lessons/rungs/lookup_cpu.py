@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.encoder import encoder_forward
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -52,7 +52,7 @@ def inputs(rng, B, T, C, Vp):
 FORWARD = Ladder(
     "encoder_forward",
     Problem(
-        exact.encoder_forward,
+        oracle.encoder_forward,
         inputs,
         ("out",),
         (

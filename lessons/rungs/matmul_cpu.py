@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.matmul import matmul_forward, matmul_scratch_size
 from llm_numba.cpu.tile import MR, NR, add_scaled, stack_array
 from llm_numba.lessons.ladder import Ladder
@@ -200,7 +200,7 @@ def inputs(rng, R, C, OC, bias):
 FORWARD = Ladder(
     "matmul_forward",
     Problem(
-        exact.matmul_forward,
+        oracle.matmul_forward,
         inputs,
         ("out",),
         (

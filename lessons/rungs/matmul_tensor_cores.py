@@ -2,7 +2,7 @@
 
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, blocks_for, device, float32, stream, uint16, uint32, widen
+from llm_numba.cuda.jit import SIMULATED, blocks_for, device, float32, stream, to_float, uint16, uint32
 from llm_numba.cuda.matmul import matmul_scratch_size, multiply
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -18,7 +18,7 @@ if SIMULATED:
     A, B = np.empty((16, 16), float32), np.empty((16, 8), float32)  # a warp's, put together from its threads' shares
 
     def halves(both):
-        return widen(uint16(both & 0xFFFF)), widen(uint16(both >> 16))
+        return to_float(uint16(both & 0xFFFF)), to_float(uint16(both >> 16))
 
     @device
     def mma(sums, a, b0, b1):

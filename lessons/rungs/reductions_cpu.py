@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.encoder import encoder_backward
 from llm_numba.cpu.global_norm import global_norm_scratch_size, global_norm_squared
 from llm_numba.lessons.ladder import Ladder
@@ -102,7 +102,7 @@ def encoder_inputs(rng, B, T, C, Vp):
 
 NORM = Ladder(
     "global_norm_squared",
-    Problem(exact.global_norm_squared, norm_inputs, ("out",), tuple(dict(n=n) for n in (1, 3, 97, 257, 40000))),
+    Problem(oracle.global_norm_squared, norm_inputs, ("out",), tuple(dict(n=n) for n in (1, 3, 97, 257, 40000))),
     (global_norm_squared_v1, global_norm_squared_v2, global_norm_squared_v3, global_norm_squared),
     timed=dict(n=1 << 25),
     quick=dict(n=1 << 17),
@@ -113,7 +113,7 @@ NORM = Ladder(
 ENCODER = Ladder(
     "encoder_backward",
     Problem(
-        exact.encoder_backward,
+        oracle.encoder_backward,
         encoder_inputs,
         ("dwte", "dwpe"),
         (

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import cuda
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cuda.encoder import encoder_backward
 from llm_numba.cuda.global_norm import global_norm_scratch_size, global_norm_squared
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
@@ -217,7 +217,7 @@ def encoder_inputs(rng, B, T, C, Vp):
 NORM = Ladder(
     "global_norm_squared",
     Problem(
-        exact.global_norm_squared,
+        oracle.global_norm_squared,
         norm_inputs,
         ("out",),
         tuple(dict(n=n) for n in (1, 3, 97, 257)),
@@ -241,7 +241,7 @@ NORM = Ladder(
 ENCODER = Ladder(
     "encoder_backward",
     Problem(
-        exact.encoder_backward,
+        oracle.encoder_backward,
         encoder_inputs,
         ("dwte", "dwpe"),
         (

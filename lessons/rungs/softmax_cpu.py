@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cpu.classifier import fused_classifier
 from llm_numba.cpu.jit import exp
 from llm_numba.lessons.ladder import Ladder
@@ -134,7 +134,7 @@ def inputs(rng, B, T, V, Vp):
 CLASSIFIER = Ladder(
     "fused_classifier",
     Problem(
-        exact.fused_classifier,
+        oracle.fused_classifier,
         inputs,
         ("logits", "losses"),
         (

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba import exact
+from llm_numba import oracle
 from llm_numba.cuda.classifier import fused_classifier
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
@@ -154,7 +154,7 @@ def inputs(rng, B, T, V, Vp):
 CLASSIFIER = Ladder(
     "fused_classifier",
     Problem(
-        exact.fused_classifier,
+        oracle.fused_classifier,
         inputs,
         ("logits", "losses"),
         (

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from llm_numba.arena import DTYPES, format_bytes, layout, training_groups
+from llm_numba.arena import DTYPES, layout, training_groups
 from llm_numba.bench import op_cases, races, tables
 from llm_numba.bench.machine import describe_machine
 from llm_numba.bench.worker import Build, WorkerFailed, build_shim, torch_worker
-from llm_numba.config import PRESETS, GPT2Config, preset
-from llm_numba.errors import Parser, UserError
+from llm_numba.models.config import PRESETS, GPT2Config, preset
 from llm_numba.ops import DEVICES, choose_device, get_ops
-from llm_numba.settings import Settings
-from llm_numba.shards import write_whole
-from llm_numba.warmup import warm_up
+from llm_numba.training.precompile import warm_up
+from llm_numba.training.settings import Settings
+from llm_numba.util.cli import Parser, UserError
+from llm_numba.util.files import format_bytes, write_whole
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 SAMPLED = 64  # tokens

@@ -1,7 +1,7 @@
 import sys
 
 from llm_numba.bench import main
-from llm_numba.errors import exit_with
+from llm_numba.util.cli import exit_with
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")

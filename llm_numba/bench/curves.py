@@ -15,18 +15,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llm_numba import data, model, settings
 from llm_numba.arena import Arena
 from llm_numba.bench.races import sizes_of
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
-from llm_numba.config import GPT2Config, preset
-from llm_numba.errors import Parser, UserError, exit_with
-from llm_numba.loader import Loader
+from llm_numba.data import corpus as data
+from llm_numba.data.loader import Loader
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config, preset
 from llm_numba.ops import DEVICES, choose_device, get_ops
-from llm_numba.plan import all_groups, check_memory
-from llm_numba.schedule import learning_rate
-from llm_numba.settings import Settings
 from llm_numba.train import update
+from llm_numba.training import settings
+from llm_numba.training.memory_plan import all_groups, check_memory
+from llm_numba.training.schedule import learning_rate
+from llm_numba.training.settings import Settings
+from llm_numba.util.cli import Parser, UserError, exit_with
 
 SHOWN = 20  # steps from one line of the table to the next, and the steps over which its losses are averaged
 

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
 from llm_numba.arena import RUN
-from llm_numba.config import GPT2Config
+from llm_numba.models.config import GPT2Config
 
 # of the largest expected number; an op that is right loses about 1e-6, or half a unit of bf16, 2**-9, once or twice
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2**-7}

@@ -13,14 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from llm_numba import model, sample
+from llm_numba import sample
 from llm_numba.arena import DTYPES, Arena, training_groups
 from llm_numba.bench import op_cases, tables
 from llm_numba.bench.measuring import by_the_clock, measure, peak_memory, resident
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
-from llm_numba.config import GPT2Config
-from llm_numba.settings import Settings
+from llm_numba.models import gpt2 as model
+from llm_numba.models.config import GPT2Config
 from llm_numba.train import flops_per_token, update
+from llm_numba.training.settings import Settings
 
 OP_SECONDS, STEP_SECONDS = 0.3, 2.0  # of one turn
 GREEDY = SimpleNamespace(temperature=0, top_k=0, top_p=1.0)

@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from llm_numba.arena import format_bytes
-from llm_numba.errors import UserError
-from llm_numba.shards import write_whole
+from llm_numba.util.cli import UserError
+from llm_numba.util.files import format_bytes, write_whole
 
 BUILDS = {
     "torch": "PyTorch as installed",

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from numba import config, njit  # noqa: E402
 
 from llm_numba.cpu.vectors import choose_features  # noqa: E402
-from llm_numba.folders import cache_folder  # noqa: E402
+from llm_numba.util.cache import cache_folder  # noqa: E402
 
 
 def use_own_cache() -> None:

@@ -9,14 +9,14 @@ import numpy as np
 from numba import config, get_num_threads, njit, prange, set_num_threads
 
 from llm_numba.arena import ALIGNMENT, TensorSpec, count, parameter_specs
-from llm_numba.config import GPT2Config
 from llm_numba.cpu.attention import attention_scratch_size
 from llm_numba.cpu.global_norm import global_norm_scratch_size
 from llm_numba.cpu.jit import PARALLEL
 from llm_numba.cpu.layernorm import layernorm_scratch_size
 from llm_numba.cpu.matmul import matmul_scratch_size
-from llm_numba.errors import UserError
-from llm_numba.limits import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
+from llm_numba.models.config import GPT2Config
+from llm_numba.util.cli import UserError
+from llm_numba.util.host import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
 
 BOUND_ALREADY = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}  # by whoever set one of these
 

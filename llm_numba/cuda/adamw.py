@@ -10,11 +10,11 @@ from llm_numba.cuda.jit import (
     device,
     float32,
     kernel,
-    narrow,
     sized,
     stream,
+    to_float,
+    to_storage,
     uint32,
-    widen,
 )
 
 uint64 = np.uint64
@@ -87,7 +87,7 @@ def adamw_kernel(
     for number in range(first, min(first + BLOCK, params.shape[0]), THREADS):
         i = uint64(number)  # spares each access the test whether the index counts from the end of the array
         decay = weight_decay if decays[uint64(number // RUN)] else ZERO
-        gradient, weight = grads[i] * scale, widen(weights[i])
+        gradient, weight = grads[i] * scale, to_float(weights[i])
         m_new = m_keep * m[i] + m_gain * gradient
         v_new = v_keep * v[i] + v_gain * gradient * gradient
         m[i] = m_new
@@ -96,9 +96,9 @@ def adamw_kernel(
         weight -= rate * (move + decay * weight)
         if weights.itemsize == 2:
             weight = round_stochastically(weight, random_bits(number, step[0], seed[0]))
-        weights[i] = narrow(weight, weights)
+        weights[i] = to_storage(weight, weights)
         if has_master:
-            params[i] = narrow(weight, params)
+            params[i] = to_storage(weight, params)
 
 
 def adamw_update(

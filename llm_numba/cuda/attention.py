@@ -21,16 +21,16 @@ from llm_numba.cuda.jit import (
     blocks_for,
     device,
     float32,
-    four,
     kernel,
-    narrow,
+    load_float4,
     sized,
     stream,
+    to_float,
+    to_storage,
     uint16,
-    widen,
 )
 from llm_numba.cuda.matmul import has_tensor_cores
-from llm_numba.errors import UserError
+from llm_numba.util.cli import UserError
 
 PAD = 4
 ZERO, ONE = float32(0), float32(1)
@@ -58,7 +58,7 @@ def load_rows(tile, rows, first, channel, HS, threads):
     for step in range(tile.shape[0] * width // threads):
         i, c = (step * threads + thread) // width, (step * threads + thread) % width
         # the address is always good, so that no load waits for a decision
-        number = widen(rows[min(first + i, rows.shape[0] - 1), channel + min(c, HS - 1)])
+        number = to_float(rows[min(first + i, rows.shape[0] - 1), channel + min(c, HS - 1)])
         tile[i, c] = number if first + i < rows.shape[0] and c < HS else ZERO
 
 
@@ -72,9 +72,9 @@ def multiply(scores, a, b):
             scores[r, s] = ZERO
     for c in range(0, a.shape[1] - PAD, 4):
         for s in range(S):
-            b4 = four(b, x + s * (b.shape[0] // S), c)
+            b4 = load_float4(b, x + s * (b.shape[0] // S), c)
             for r in range(R):
-                a4 = four(a, y + r * (a.shape[0] // R), c)
+                a4 = load_float4(a, y + r * (a.shape[0] // R), c)
                 for i in range(4):
                     scores[r, s] += a4[i] * b4[i]
 
@@ -88,10 +88,10 @@ def add_weighted(acc, weights, b, row, TX):
     x, y = cuda.threadIdx.x, cuda.threadIdx.y
     for j in range(0, b.shape[0], 4):
         for r in range(R):
-            row[r, 0], row[r, 1], row[r, 2], row[r, 3] = four(weights, y + r * (weights.shape[0] // R), j)
+            row[r, 0], row[r, 1], row[r, 2], row[r, 3] = load_float4(weights, y + r * (weights.shape[0] // R), j)
         for group in range(channels // 4):
             for i in range(4):
-                b4 = four(b, j + i, (group * TX + x) * 4)
+                b4 = load_float4(b, j + i, (group * TX + x) * 4)
                 for r in range(R):
                     for e in range(4):
                         acc[r, group * 4 + e] += row[r, i] * b4[e]
@@ -128,7 +128,7 @@ def store_rows(rows, acc, tile, first, channel, HS, TX, threads):
     for n in range(y * cuda.blockDim.x + x, tile.shape[0] * width, threads):
         i, c = n // width, n % width
         if first + i < rows.shape[0] and c < HS:
-            rows[first + i, channel + c] = narrow(tile[i, c], rows)
+            rows[first + i, channel + c] = to_storage(tile[i, c], rows)
 
 
 def make_forward_kernel(width: int, BQ: int, BK: int, TY: int, TX: int):
@@ -221,7 +221,7 @@ def dot_rows_kernel(delta, dout, out, HS):
     t0 = cuda.blockIdx.x * DOT_ROWS
     for i in range(min(DOT_ROWS, out.shape[1] - t0)):
         for c in range(thread, HS, DOT_THREADS):
-            products[i, c] = widen(dout[b, t0 + i, h * HS + c]) * widen(out[b, t0 + i, h * HS + c])
+            products[i, c] = to_float(dout[b, t0 + i, h * HS + c]) * to_float(out[b, t0 + i, h * HS + c])
     cuda.syncthreads()
     if thread < DOT_ROWS and t0 + thread < out.shape[1]:
         total = ZERO
@@ -362,7 +362,7 @@ def attend_kernel(out, cache, qkv, position, lanes, HS, scale):
     group, groups, first = thread // lanes, CHUNK // lanes, h * HS
     end = position[0] + t + 1
     for c in range(thread, HS, CHUNK):
-        q[c] = widen(qkv[b, t, first + c])
+        q[c] = to_float(qkv[b, t, first + c])
     for i in range(thread, SUMS, CHUNK):
         sums[i] = ZERO
     top, total = NOTHING, ZERO
@@ -373,7 +373,7 @@ def attend_kernel(out, cache, qkv, position, lanes, HS, scale):
         if s < end:
             score = ZERO
             for c in range(HS):
-                score += q[c] * widen(cache[b, s, 0, first + c])
+                score += q[c] * to_float(cache[b, s, 0, first + c])
             score *= scale
         before, top = top, max(top, block_max(score, scratch))
         shrink, weight = math.exp(before - top), math.exp(score - top)
@@ -385,7 +385,7 @@ def attend_kernel(out, cache, qkv, position, lanes, HS, scale):
         for c in range(thread % lanes, HS, lanes):
             value = sums[group * WIDEST + c] * shrink
             for i in range(group, min(CHUNK, end - s0), groups):
-                value += weights[i] * widen(cache[b, s0 + i, 1, first + c])
+                value += weights[i] * to_float(cache[b, s0 + i, 1, first + c])
             sums[group * WIDEST + c] = value
         cuda.syncthreads()
     inverse = ONE / block_sum(total, scratch)
@@ -393,7 +393,7 @@ def attend_kernel(out, cache, qkv, position, lanes, HS, scale):
         value = ZERO
         for i in range(groups):
             value += sums[i * WIDEST + c]
-        out[b, t, first + c] = narrow(value * inverse, out)
+        out[b, t, first + c] = to_storage(value * inverse, out)
 
 
 FORWARD = {width: make_forward_kernel(width, *tiles) for width, tiles in FORWARD_TILES.items()}
@@ -414,9 +414,9 @@ def head_of(C: int, num_heads: int) -> tuple[int, int, np.float32]:
 def on_tensor_cores(qkv, HS: int):
     """The module of kernels for tensor cores where it serves this dtype, head size and card, else None."""
     if qkv.dtype == uint16 and HS in (64, 128) and has_tensor_cores():
-        from llm_numba.cuda import flash_mma
+        from llm_numba.cuda import attention_mma  # not in the simulator, which has none of its instructions
 
-        return flash_mma
+        return attention_mma
     return None
 
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kernel, narrow, sized, stream, widen
+from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kernel, sized, stream, to_float, to_storage
 
 float64, uint64 = np.float64, np.uint64
 THREADS = sized(1024, 8)
@@ -43,7 +43,7 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
     top, total = LOWEST, ZERO
     for first in range(thread, chunks_end, STRIDE):
         for k in range(CHUNK):
-            x[k] = widen(row[uint64(first + k * THREADS)])
+            x[k] = to_float(row[uint64(first + k * THREADS)])
         old_top = top
         for k in range(CHUNK):
             top = max(top, x[k])
@@ -51,7 +51,7 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
         for k in range(CHUNK):
             total += exp(x[k] - top)
     for c in range(chunks_end + thread, V, THREADS):
-        logit, old_top = widen(row[c]), top
+        logit, old_top = to_float(row[c]), top
         top = max(top, logit)
         total = total * exp(old_top - top) + exp(logit - top)
 
@@ -59,7 +59,7 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
     shared = cuda.shared.array(THREADS, float32)
     row_top = block_max(top, shared)
     row_total = block_sum(total * exp(top - row_top), shared)
-    at_target = widen(row[target])
+    at_target = to_float(row[target])
     if thread == 0:
         losses[i] = math.log(row_total) + (row_top - at_target)
     if not write_dlogits:
@@ -69,15 +69,15 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
     scale = dloss / row_total
     for first in range(thread, chunks_end, STRIDE):
         for k in range(CHUNK):
-            x[k] = widen(row[uint64(first + k * THREADS)])
+            x[k] = to_float(row[uint64(first + k * THREADS)])
         for k in range(CHUNK):
-            row[uint64(first + k * THREADS)] = narrow(exp(x[k] - row_top) * scale, row)
+            row[uint64(first + k * THREADS)] = to_storage(exp(x[k] - row_top) * scale, row)
     for c in range(chunks_end + thread, V, THREADS):
-        row[c] = narrow(exp(widen(row[c]) - row_top) * scale, row)
+        row[c] = to_storage(exp(to_float(row[c]) - row_top) * scale, row)
     for c in range(V + thread, row.shape[0], THREADS):
-        row[c] = narrow(ZERO, row)
+        row[c] = to_storage(ZERO, row)
     if thread == target % THREADS:  # the one who has written this column
-        row[target] = narrow(exp(at_target - row_top) * scale - dloss, row)
+        row[target] = to_storage(exp(at_target - row_top) * scale - dloss, row)
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 from numba import cuda
 
-from llm_numba.cuda.jit import blocks_for, float32, int32, kernel, narrow, sized, stream, uint32, widen
+from llm_numba.cuda.jit import blocks_for, float32, int32, kernel, sized, stream, to_float, to_storage, uint32
 
 ZERO = float32(0)
 BLOCK = sized(256, 4)  # threads
@@ -28,11 +28,11 @@ def encoder_forward_kernel(out, tokens, wte, wpe):
     for k in range(EACH):
         c = first + k * BLOCK
         if c < C:
-            sums[k] = widen(wte[token, c]) + widen(wpe[t, c])
+            sums[k] = to_float(wte[token, c]) + to_float(wpe[t, c])
     for k in range(EACH):
         c = first + k * BLOCK
         if c < C:
-            out[b, t, c] = narrow(sums[k], out)
+            out[b, t, c] = to_storage(sums[k], out)
 
 
 @kernel(launch_bounds=(BLOCK, 6))  # most of its time it waits for tokens: many blocks at once
@@ -101,7 +101,7 @@ def dwte_kernel(dwte, dout, tokens):
                 row = rows[min(listed + j, count - 1)]
                 for k in range(EACH):
                     c = first + k * BLOCK
-                    sums[k] += widen(dout[row, c]) if listed + j < count and c < C else ZERO
+                    sums[k] += to_float(dout[row, c]) if listed + j < count and c < C else ZERO
 
     for k in range(EACH):
         c = first + k * BLOCK
@@ -120,7 +120,7 @@ def dwpe_kernel(dwpe, dout):
     if c < dout.shape[2]:
         total = ZERO
         for b in range(dout.shape[0]):
-            total += widen(dout[b, t, c])
+            total += to_float(dout[b, t, c])
         dwpe[t, c] += total
 
 

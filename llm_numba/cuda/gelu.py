@@ -7,7 +7,7 @@ import math
 
 from numba import cuda
 
-from llm_numba.cuda.jit import THREADS, blocks_for, device, float32, kernel, narrow, sized, stream, uint32, widen
+from llm_numba.cuda.jit import THREADS, blocks_for, device, float32, kernel, sized, stream, to_float, to_storage, uint32
 
 EACH = sized(8, 2)  # numbers of a thread: it takes several loads on their way at once to keep the memory busy
 
@@ -37,11 +37,11 @@ def gelu_forward_kernel(out, inp):
     for k in range(EACH):
         i = first + k * THREADS
         if i < out.shape[0]:
-            x[k] = widen(inp[i])
+            x[k] = to_float(inp[i])
     for k in range(EACH):
         i = first + k * THREADS
         if i < out.shape[0]:
-            out[i] = narrow(x[k] * sigmoid_of_2u(x[k]), out)
+            out[i] = to_storage(x[k] * sigmoid_of_2u(x[k]), out)
 
 
 @kernel
@@ -55,12 +55,12 @@ def gelu_backward_kernel(dinp, inp, dout):
     for k in range(EACH):
         i = first + k * THREADS
         if i < dinp.shape[0]:
-            x[k], dy[k] = widen(inp[i]), widen(dout[i])
+            x[k], dy[k] = to_float(inp[i]), to_float(dout[i])
     for k in range(EACH):
         i = first + k * THREADS
         if i < dinp.shape[0]:
             s = sigmoid_of_2u(x[k])
-            dinp[i] = narrow(dy[k] * (s - x[k] * s * (ONE - s) * (LINEAR + THREE * CUBIC * x[k] * x[k])), dinp)
+            dinp[i] = to_storage(dy[k] * (s - x[k] * s * (ONE - s) * (LINEAR + THREE * CUBIC * x[k] * x[k])), dinp)
 
 
 def gelu_forward(out, inp):

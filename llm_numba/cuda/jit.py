@@ -1,8 +1,8 @@
 """How every kernel is compiled and launched, and the small device functions that several of them use.
 
 A bf16 tensor is an array of uint16, the upper half of a float32's bits: Numba has no such type of its own that works in
-every kind of memory. A kernel reads it by `widen` and writes it by `narrow`, computes in float32, and serves float32
-tensors as it is, as both functions then do nothing.
+every kind of memory. A kernel reads it with `to_float`, computes in float32 and writes
+it with `to_storage`. For float32 tensors both functions do nothing, so one kernel serves both.
 
 With NUMBA_ENABLE_CUDASIM=1, Numba runs the kernels as plain Python, with one thread of the operating system for each of
 CUDA's. What that simulator does not know is replaced at the end of this file, and nowhere else; what it is too slow for
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numba import config, cuda
 
-from llm_numba.folders import cache_folder
+from llm_numba.util.cache import cache_folder
 
 float32, int32, int64, uint16, uint32 = np.float32, np.int32, np.int64, np.uint16, np.uint32
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -113,7 +113,7 @@ if not SIMULATED:
     I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
     @intrinsic
-    def widen(typingctx, number):
+    def to_float(typingctx, number):
         """float32 <- a number of a float32 or of a bf16 tensor."""
 
         def codegen(context, builder, sig, args):
@@ -124,7 +124,7 @@ if not SIMULATED:
         return signature(types.float32, number), codegen
 
     @intrinsic
-    def narrow(typingctx, number, tensor):
+    def to_storage(typingctx, number, tensor):
         """What stands for number (float32) in the tensor: itself, or the nearest bf16, to even where two are near."""
         is_bf16 = tensor.dtype == types.uint16
 
@@ -146,7 +146,7 @@ if not SIMULATED:
         return signature(types.float32, types.float32), codegen
 
     @intrinsic
-    def four(typingctx, tile, row, column):
+    def load_float4(typingctx, tile, row, column):
         """Four neighbours in a row of a float32 tile in shared memory, read at once; column is a multiple of four.
 
         They must lie at a multiple of 16 bytes, and do where all of a kernel's shared arrays have such sizes.
@@ -220,16 +220,16 @@ else:
     config.CUDA_WARN_ON_IMPLICIT_COPY = 0
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # as compiled: inf, and not a word
 
-    def widen(number):
+    def to_float(number):
         return uint16(number).view(bfloat16).astype(float32) if isinstance(number, uint16) else float32(number)
 
-    def narrow(number, tensor):
+    def to_storage(number, tensor):
         return float32(number).astype(bfloat16).view(uint16) if tensor.dtype == uint16 else float32(number)
 
     def exp2(number):
         return np.exp2(number)
 
-    def four(tile, row, column):
+    def load_float4(tile, row, column):
         return tile[row, column : column + 4]
 
     def _shared_array(self, shape, dtype, alignment=None):

@@ -10,7 +10,7 @@ import math
 
 from numba import cuda
 
-from llm_numba.cuda.jit import WARP, block_sum, blocks_for, float32, kernel, narrow, sized, stream, uint32, widen
+from llm_numba.cuda.jit import WARP, block_sum, blocks_for, float32, kernel, sized, stream, to_float, to_storage, uint32
 
 EPSILON = float32(1e-5)
 ZERO, ONE = float32(0), float32(1)
@@ -50,15 +50,15 @@ def forward_kernel(C: int, adds: bool):
         total = ZERO
         for k in range(each):
             c = thread + k * threads
-            x[k] = widen(inp[row, c]) if c < C else ZERO
+            x[k] = to_float(inp[row, c]) if c < C else ZERO
             if adds and c < C:
-                x[k] += widen(more[row, c])
+                x[k] += to_float(more[row, c])
         for k in range(each):
             c = thread + k * threads
             if adds and c < C:
-                rounded = narrow(x[k], residual)
+                rounded = to_storage(x[k], residual)
                 residual[row, c] = rounded
-                x[k] = widen(rounded)
+                x[k] = to_float(rounded)
             total += x[k]
         # reduce: the variance as an average of squares, since that of inp**2 - mean**2 would cancel
         m = block_sum(total, shared) / float32(C)
@@ -71,11 +71,11 @@ def forward_kernel(C: int, adds: bool):
         for k in range(each):
             c = thread + k * threads
             if c < C:
-                x[k] = (x[k] - m) * r * widen(weight[c]) + widen(bias[c])
+                x[k] = (x[k] - m) * r * to_float(weight[c]) + to_float(bias[c])
         for k in range(each):
             c = thread + k * threads
             if c < C:
-                out[row, c] = narrow(x[k], out)
+                out[row, c] = to_storage(x[k], out)
         if thread == 0:
             mean[row] = m
             rstd[row] = r
@@ -114,7 +114,7 @@ def backward_kernel(C: int):
             for k in range(each):
                 c = thread + k * threads
                 if c < C:
-                    norm[k], dnorm[k], dx[k] = widen(inp[row, c]), widen(dout[row, c]), widen(dinp[row, c])
+                    norm[k], dnorm[k], dx[k] = to_float(inp[row, c]), to_float(dout[row, c]), to_float(dinp[row, c])
             # reduce: a channel's sums over the rows go on, the row's over the channels are the block's
             dnorm_total, dnorm_norm_total = ZERO, ZERO
             for k in range(each):
@@ -123,7 +123,7 @@ def backward_kernel(C: int):
                     norm[k] = (norm[k] - m) * r
                     dweight[k] += dnorm[k] * norm[k]
                     dbias[k] += dnorm[k]
-                    dnorm[k] *= widen(weight[c])
+                    dnorm[k] *= to_float(weight[c])
                     dnorm_total += dnorm[k]
                     dnorm_norm_total += dnorm[k] * norm[k]
             dnorm_average = block_sum(dnorm_total, shared) / float32(C)
@@ -133,7 +133,7 @@ def backward_kernel(C: int):
                 c = thread + k * threads
                 if c < C:
                     dx[k] += r * (dnorm[k] - dnorm_average - norm[k] * dnorm_norm_average)
-                    dinp[row, c] = narrow(dx[k], dinp)
+                    dinp[row, c] = to_storage(dx[k], dinp)
 
         for k in range(each):
             c = thread + k * threads

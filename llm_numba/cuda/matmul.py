@@ -9,19 +9,19 @@ import functools
 
 from numba import cuda
 
-from llm_numba.cuda import matmul_plain
+from llm_numba.cuda import matmul_simt
 from llm_numba.cuda.jit import (
     SIMULATED,
     THREADS,
     blocks_for,
     float32,
     kernel,
-    narrow,
     sized,
     stream,
+    to_float,
+    to_storage,
     uint16,
     uint32,
-    widen,
     with_shared,
 )
 
@@ -52,10 +52,10 @@ def add_parts(out, parts, bias, with_bias, accumulate):
             for p in range(parts.shape[0]):
                 total += parts[p, m, n]
             if with_bias:
-                total += widen(bias[n])
+                total += to_float(bias[n])
             if accumulate:
-                total += widen(out[m, n])
-            out[m, n] = narrow(total, out)
+                total += to_float(out[m, n])
+            out[m, n] = to_storage(total, out)
 
 
 @kernel
@@ -71,7 +71,7 @@ def column_sums(out, x, rows):
     total = float32(0)
     if c < x.shape[1]:
         for r in range(piece * rows + lane, min(piece * rows + rows, x.shape[0]), LANES):
-            total += widen(x[r, c])
+            total += to_float(x[r, c])
     sums[lane, column] = total
     cuda.syncthreads()
     if lane == 0 and c < x.shape[1]:
@@ -122,7 +122,7 @@ def multiply(out, a, b, scratch, bias=None, a_by_columns=False, b_by_columns=Fal
     result = scratch[: parts * M * N].reshape(parts, M, N) if parts > 1 else out.reshape(1, M, N)
     bias, with_bias = (b.reshape(-1), False) if bias is None else (bias, True)  # b only stands where an array must
     tiles_m, tiles_n = blocks_for(M, way.TILE_M), blocks_for(N, way.TILE_N)
-    grid = matmul_plain.NEIGHBOURS * tiles_n, blocks_for(tiles_m, matmul_plain.NEIGHBOURS), parts
+    grid = matmul_simt.NEIGHBOURS * tiles_n, blocks_for(tiles_m, matmul_simt.NEIGHBOURS), parts
     product = with_shared(way.KERNELS[a_by_columns, b_by_columns], grid, way.BLOCK, way.SHARED_BYTES)
     product(result, a, b, bias, with_bias and parts == 1, accumulate and parts == 1, K_part)
     if parts > 1:
@@ -150,7 +150,7 @@ def best_way(*matrices):
         from llm_numba.cuda import matmul_mma  # not in the simulator, which has none of its instructions
 
         return matmul_mma
-    return matmul_plain
+    return matmul_simt
 
 
 @functools.cache

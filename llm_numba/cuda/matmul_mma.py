@@ -14,7 +14,7 @@ from numba import cuda
 from numpy import uint8
 
 from llm_numba.cuda.jit import device, float32, kernel, uint32
-from llm_numba.cuda.matmul_plain import tile_of_block
+from llm_numba.cuda.matmul_simt import tile_of_block
 from llm_numba.cuda.tensor_cores import (
     address,
     close_group,

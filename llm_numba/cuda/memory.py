@@ -6,14 +6,14 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba import limits
 from llm_numba.arena import TensorSpec, count, parameter_specs
-from llm_numba.config import GPT2Config
 from llm_numba.cuda.attention import attention_scratch_size
 from llm_numba.cuda.global_norm import global_norm_scratch_size
 from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
 from llm_numba.cuda.layernorm import layernorm_scratch_size
 from llm_numba.cuda.matmul import matmul_scratch_size
+from llm_numba.models.config import GPT2Config
+from llm_numba.util import host
 
 LEFT_TO_THE_DRIVER = 512 * 2**20
 ITEMS = sized(8, 256)  # numbers of a thread
@@ -126,7 +126,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
 def available_memory() -> int:
     """Bytes of the card that can be allocated; a little is left to the driver, which loads the kernels there."""
     if SIMULATED:
-        return limits.available_memory()
+        return host.available_memory()
     return max(0, cuda.current_context().get_memory_info().free - LEFT_TO_THE_DRIVER)
 
 

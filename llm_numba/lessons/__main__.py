@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from llm_numba.errors import Parser, exit_with, quiet_ctrl_c
+from llm_numba.util.cli import Parser, exit_with, quiet_ctrl_c
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_results(device: str) -> int:
-    from llm_numba.errors import UserError
     from llm_numba.lessons import results
+    from llm_numba.util.cli import UserError
 
     path = results.write(device)
     if path is None:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm_numba.borrowed import load
-from llm_numba.errors import UserError
 from llm_numba.lessons import FOLDER
 from llm_numba.lessons.problem import Problem, arguments, is_array, mistake, right_answer
 from llm_numba.lessons.tracing import Trace, simulate, simulate_cpu
+from llm_numba.training.override import load
+from llm_numba.util.cli import UserError
 
 OF_AN_ARRAY = 12  # numbers that an example shows
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from llm_numba.borrowed import load
-from llm_numba.errors import UserError
 from llm_numba.lessons import FOLDER
 from llm_numba.lessons.counting import total
 from llm_numba.lessons.problem import Problem, arguments, largest_error, mistake
 from llm_numba.lessons.tracing import Trace, simulate
+from llm_numba.training.override import load
+from llm_numba.util.cli import UserError
 
 
 class Ladder(NamedTuple):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from llm_numba.errors import UserError
 from llm_numba.lessons import FOLDER
-from llm_numba.shards import write_whole
+from llm_numba.util.cli import UserError
+from llm_numba.util.files import write_whole
 
 MISSING = 'the packages for notebooks are missing: pip install -e ".[lessons]"'
 TIMEOUT = 900  # seconds of a cell

@@ -16,7 +16,7 @@ SEED = 20190214
 
 
 class Problem(NamedTuple):
-    """oracle: the right answer in NumPy, with the arguments of the kernel, best one of llm_numba.exact.
+    """oracle: the right answer in NumPy, with the arguments of the kernel, best one of llm_numba.oracle.
     inputs: inputs(rng, **sizes) -> the arguments by name, in the order of the signature; arrays that are written are
         full of NaN (`garbage`), those that accumulate are not.
     writes: the names of the arrays that are written; an argument "scratch" may change too, and is not compared.

@@ -12,7 +12,7 @@ from llm_numba.bench.tables import table, write_readme
 from llm_numba.lessons import FOLDER
 from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
 from llm_numba.lessons.timing import COLUMNS, cells, times
-from llm_numba.shards import write_whole
+from llm_numba.util.files import write_whole
 
 BEGIN, END = "<!-- lessons -->", "<!-- end of lessons -->"
 README = FOLDER.parent / "README.md"

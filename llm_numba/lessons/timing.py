@@ -20,10 +20,10 @@ from llm_numba.bench.machine import describe_machine
 from llm_numba.bench.measuring import measure
 from llm_numba.bench.tables import flops_rate, table
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
-from llm_numba.errors import UserError
 from llm_numba.lessons import FAST, FOLDER
 from llm_numba.lessons.ladder import Ladder, Wrong, file_of, in_words, ladders, title
 from llm_numba.lessons.problem import arguments, difference, right_answer
+from llm_numba.util.cli import UserError
 
 ROUNDS, SECONDS = 3, 0.2  # of each rung, in turn
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # of llm_numba.bench.torch_side
@@ -40,7 +40,7 @@ def times(ladder: Ladder, sizes: dict | None = None) -> dict | None:
     sizes = sizes or (ladder.quick if FAST else ladder.timed)
     if ladder.problem.device == "cpu":
         return times_here(ladder, sizes)
-    from llm_numba.cuda.card import available
+    from llm_numba.cuda.gpu import available
 
     return None if FAST or not available() else times_on_card(ladder, sizes)
 

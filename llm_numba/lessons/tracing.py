@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from numba import config
 
-from llm_numba.errors import UserError
+from llm_numba.util.cli import UserError
 
 
 class Access(NamedTuple):

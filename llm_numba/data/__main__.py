@@ -1,0 +1,5 @@
+from llm_numba.data.datasets import main
+from llm_numba.util.cli import exit_with
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,103 @@
+"""Text <-> token ids: GPT-2's vocabulary, a byte pair encoding learned from your text, or plain bytes.
+
+All three are a `tiktoken.Encoding`: `encode_ordinary(text)`, `decode(tokens)`, `n_vocab`, `eot_token`.
+"""
+
+import base64
+from collections.abc import Iterable
+
+import tiktoken
+
+from llm_numba.util.cli import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# GPT-2's rule for cutting text into words, no merge crosses a cut (Radford et al. 2019; tiktoken's fast spelling of it)
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def load_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> tiktoken.Encoding:
+    """The encoding called `name`; its last id is `<|endoftext|>`.
+
+    gpt2   GPT-2's own 50257 tokens; tiktoken downloads them once, or finds them in TIKTOKEN_CACHE_DIR
+    bytes  the 256 bytes and `<|endoftext|>`
+    bpe    exactly `vocab_size` tokens, learned from `texts`: the same texts always give the same tokens
+
+    `texts` and `vocab_size` matter to bpe alone.
+    Errors: an unknown name; gpt2 out of reach; a vocab_size below 257 or more than `texts` can give.
+    """
+    if name == "gpt2":
+        return _gpt2()
+    if name == "bytes":
+        return _encoding(name, [bytes([byte]) for byte in range(256)])
+    if name == "bpe":
+        return _encoding(name, _learn(texts, vocab_size))
+    raise UserError(f"--tokenizer {name}: choose gpt2, bpe or bytes (or none, for token shards without samples)")
+
+
+def tokenizer_state(encoding: tiktoken.Encoding) -> tuple[dict, bytes]:
+    """What rebuilds `encoding` with no network and no text: a JSON-able dict, and the ranks as a `.tiktoken` file.
+
+    A line of the ranks is the token in base64, a space and its rank: the id, and the priority of its merge.
+    """
+    state = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": dict(encoding._special_tokens)}
+    ranked = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    return state, b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranked)
+
+
+def tokenizer_from_state(state: dict, ranks: bytes) -> tiktoken.Encoding:
+    """The encoding that `tokenizer_state` took apart. Errors: a state or ranks that it cannot have written."""
+    try:
+        tokens = {}
+        for line in ranks.splitlines():
+            token, rank = line.split()
+            tokens[base64.b64decode(token, validate=True)] = int(rank)
+        return checked_encoding(state["name"], tokens, state["special_tokens"], state["pat_str"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the stored tokenizer is damaged ({error}): take the files from a good copy") from error
+
+
+def checked_encoding(
+    name: str, tokens: dict[bytes, int], special: dict[str, int], pattern: str = PATTERN
+) -> tiktoken.Encoding:
+    """The encoding of these ids; a token's id is the priority of its merge too.
+
+    Errors: ValueError or TypeError where an id is missing or there twice, or a byte or `<|endoftext|>` has none.
+    """
+    ids = [*tokens.values(), *special.values()]
+    if sorted(ids) != list(range(len(ids))):
+        raise ValueError("the ids are not 0, 1, 2, ... without a gap")
+    if END_OF_TEXT not in special or b"" in tokens or any(bytes([byte]) not in tokens for byte in range(256)):
+        raise ValueError(f"a byte or {END_OF_TEXT} has no id, or nothing has one")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=tokens, special_tokens=special)
+
+
+def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
+
+
+def _gpt2() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        raise UserError(
+            f"--tokenizer gpt2: its vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
+            "folder that has it, or use --tokenizer bpe or bytes (token shards: none, with --vocab-size 50257)"
+        ) from error
+
+
+def _learn(texts: Iterable[str], vocab_size: int | None) -> list[bytes]:
+    """The `vocab_size - 1` tokens of a byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909), by rank."""
+    import rustbpe
+
+    if vocab_size is None or vocab_size < 257:
+        raise UserError(f"--vocab-size {vocab_size}: --tokenizer bpe needs 257 or more: the bytes and {END_OF_TEXT}")
+    learner = rustbpe.Tokenizer()
+    learner.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
+    tokens = [bytes(token) for token, _ in sorted(learner.get_mergeable_ranks(), key=lambda pair: pair[1])]
+    if len(tokens) < vocab_size - 1:
+        raise UserError(
+            f"--vocab-size {vocab_size}: the text gives only {len(tokens) + 1} tokens: give more text or a smaller size"
+        )
+    return tokens

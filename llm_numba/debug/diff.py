@@ -1,0 +1,239 @@
+"""Where two devices part: python -m llm_numba.debug.diff --devices cpu cuda
+
+Runs one step on both with the same weights and the same batch, and compares every tensor in the order in which the step
+makes it. Which of two is wrong, a third says that computes in float64; and what rounding may change, plain NumPy in the
+same precision as the device (oracle.py): an error is rounding as long as it is at most MULTIPLE times NumPy's.
+"""
+
+import functools
+import sys
+from itertools import groupby
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from llm_numba.arena import DTYPES, Arena, layout
+from llm_numba.debug.inspect import Source, add_source_flags, check_source_flags, one_batch, read_source, step_groups
+from llm_numba.models.config import PRESETS
+from llm_numba.models.gpt2 import set_parameter
+from llm_numba.ops import DEVICES, WRITES, get_ops
+from llm_numba.util.cli import Parser, UserError, exit_with
+from llm_numba.util.files import format_bytes
+
+# How much larger than NumPy's an error of rounding may be: sums in another order come out up to 4 times as far off.
+# In bfloat16 nearly all is lost where tensors are stored, at the same places in NumPy and on a GPU.
+MULTIPLE = {"float32": 8, "bfloat16": 3}
+LEAST = 2.0**-23  # two roundings of float32, which stand for NumPy's error where that happens to be smaller
+
+
+class Row(NamedTuple):
+    """A tensor's line; of what is a pair the first is device A's. Errors are against float64."""
+
+    heading: str
+    name: str
+    largest: float  # of the absolute differences
+    index: tuple[int, ...]  # where it is
+    relative: float  # |A - B| / |B|, of the whole tensors
+    ulps: float  # the largest difference in the float32 numbers that lie between
+    errors: tuple[float, float]  # |X - exact| / |exact|
+    excess: tuple[float, float]  # the error, or that of the worst element, in what rounding explains: above 1 is wrong
+
+    @property
+    def differs(self) -> bool:
+        return not max(self.excess) <= 1
+
+
+def compare(heading: str, name: str, pair, exact, rounded, dtypes) -> Row:
+    """The line of a tensor. pair: A's and B's; exact: in float64; rounded: NumPy's in the precisions of A and B, which
+    dtypes names."""
+    pair, exact = [x.astype(np.float64) for x in pair], exact.astype(np.float64)
+    difference = distance(*pair)
+    index = np.unravel_index(difference.argmax(), difference.shape)
+    a, b = (np.float32(abs(x[index])) for x in pair)
+    errors = [errors_of(x, exact) for x in pair]
+    explained = [
+        MULTIPLE[dtype] * np.maximum(errors_of(x.astype(np.float64), exact), LEAST)
+        for x, dtype in zip(rounded, dtypes, strict=True)
+    ]
+    return Row(
+        heading,
+        name,
+        difference[index],
+        tuple(map(int, index)),
+        errors_of(*pair)[0],
+        difference[index] / np.spacing(max(a, b)) if difference[index] else 0.0,
+        tuple(whole for whole, _ in errors),
+        tuple((error / limit).max() for error, limit in zip(errors, explained, strict=True)),
+    )
+
+
+def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """|x - y| of each element: 0 also where both are the same infinity or NaN, and infinite where only one is NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.where(
+            (x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf)
+        )
+
+
+def errors_of(x: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """How far x is off, as a whole and at its worst element: the root of the mean square of x - exact, and the largest
+    |x - exact|, in the root of the mean square of exact."""
+    off = distance(x, exact)
+    if not off.any():
+        return np.zeros(2)
+    scale = root_mean_square(exact[np.isfinite(exact)])
+    with np.errstate(divide="ignore"):
+        return np.array([root_mean_square(off), off.max()]) / scale
+
+
+def root_mean_square(x: np.ndarray) -> np.float64:
+    return np.sqrt(np.mean(np.square(x))) if x.size else np.float64(0)
+
+
+def through_float32(op):
+    """The op for tensors in bfloat16: it computes in float32, and what it leaves is rounded."""
+
+    @functools.wraps(op)
+    def run(*arguments):
+        wide = [x.astype(np.float32) if getattr(x, "dtype", None) == ml_dtypes.bfloat16 else x for x in arguments]
+        op(*wide)
+        for argument, x in zip(arguments, wide, strict=True):
+            if x is not argument:
+                argument[...] = x
+
+    return run
+
+
+def rows_of(source: Source, devices: list[SimpleNamespace], dtypes: list[str]) -> list[Row]:
+    """The line of every tensor of one step, in the order in which it makes them; the ops of A and B, their dtypes."""
+    from llm_numba import oracle  # loads Numba, which has to be told before whether to simulate a GPU
+
+    def in_numpy(dtype):
+        wide = {name: through_float32(getattr(oracle, name)) for name in WRITES} if dtype == "bfloat16" else {}
+        return SimpleNamespace(**vars(oracle) | wide)
+
+    def groups_of(ops, dtype):
+        return step_groups(source, ops, "reuse", dtype)  # "reuse": attention keeps the same on every device
+
+    precisions = list(dict.fromkeys(dtypes))
+    backends = [(ops, groups_of(ops, dtype)) for ops, dtype in zip(devices, dtypes, strict=True)]
+    backends += [(in_numpy(dtype), groups_of(oracle, dtype)) for dtype in precisions]
+    backends += [(oracle, oracle.in_float64(groups_of(oracle, "float32")))]
+    check_memory(source, backends, oracle)
+
+    runs = []
+    for ops, groups in backends:
+        arena = Arena(groups, source.config, "keep", ops)
+        runs.append((ops, arena, arena.training()))
+    numpy_runs = dict(zip(precisions, runs[2:], strict=False))
+    first = numpy_runs.get("bfloat16", runs[2])  # the others get its weights, which are rounded already
+    source.fill(*first)
+    for ops, arena, m in runs:
+        for name, values in first[1].named("parameters").items():
+            set_parameter(ops, arena, name, values)
+        ops.to_device(m.tokens, first[2].tokens)
+        ops.to_device(m.targets, first[2].targets)
+
+    rows = []
+    with np.errstate(invalid="ignore", over="ignore"):  # the rows tell of what is not finite
+        for step in zip(*(one_batch(*run) for run in runs), strict=True):
+            heading, name, _ = step[0]
+            *pair, truth = [tensor for _, _, tensor in (*step[:2], step[-1])]
+            rounded = [step[2 + precisions.index(dtype)][2] for dtype in dtypes]
+            rows.append(compare(heading, name, pair, truth, rounded, dtypes))
+    return rows
+
+
+def check_memory(source: Source, backends, host) -> None:
+    """Raise a UserError where a device has not the memory for its run, or the host for all of them."""
+    needed = [layout(groups, source.config.num_layers, "keep")[1] for _, groups in backends]
+    for ops, nbytes in (*zip((ops for ops, _ in backends), needed, strict=True), (host, sum(needed))):
+        available = ops.available_memory()
+        if nbytes > available:
+            raise UserError(
+                f"--batch-size {source.B}: the tensors need {format_bytes(nbytes)}, but {format_bytes(available)} "
+                "of memory are available; give a smaller --batch-size or --sequence-length, or a smaller model"
+            )
+
+
+def table(rows: list[Row], names: list[str], whole: bool) -> str:
+    """All rows, or those that differ and of each heading the one that is nearest to it."""
+    columns = f"{'tensor':<16} {'largest difference':<28} {'relative':>9} {'ulps':>9}"
+    lines = [columns + "".join(f" {'error of ' + name:>17}" for name in names)]
+    for heading, group in groupby(rows, key=lambda row: row.heading):
+        group = list(group)
+        worst = max(group, key=lambda row: max(row.excess))
+        shown = [row for row in group if whole or row.differs or row is worst]
+        lines += ["", heading if whole or len(shown) == len(group) else f"{heading}: {len(shown)} of {len(group)}"]
+        lines += [line_of(row) for row in shown]
+    return "\n".join(lines)
+
+
+def line_of(row: Row) -> str:
+    where = f"{row.largest:.2e} at [{', '.join(map(str, row.index))}]" if row.largest else "none"
+    errors = "".join(f" {error:>17.1e}" for error in row.errors)
+    return f"{row.name:<16} {where:<28} {row.relative:>9.1e} {row.ulps:>9.3g}{errors}" + (
+        "   <---" if row.differs else ""
+    )
+
+
+def verdict(rows: list[Row], names: list[str]) -> str:
+    """Which tensor is the first that rounding does not explain, and which device is wrong there."""
+    differing = [row for row in rows if row.differs]
+    if not differing:
+        return f"{names[0]} and {names[1]} agree: both are within rounding in all {len(rows)} tensors"
+    row = differing[0]
+    excess = dict(zip(names, row.excess, strict=True))
+    wrong, other = sorted(names, key=lambda name: excess[name], reverse=True)
+    also = "is within rounding" if excess[other] <= 1 else f"is wrong too, by {excess[other]:.3g} times"
+    return (
+        f"{wrong} is wrong: {row.name} ({row.heading}) is the first of {len(differing)} of {len(rows)} tensors beyond "
+        f"rounding, {excess[wrong]:.3g} times as far from float64 as rounding explains; {other} {also}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m llm_numba.debug.diff",
+        description="Run one batch forward and backward on two devices, and tell where they differ and which is wrong.",
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "source",
+        nargs="?",
+        metavar="RUN",
+        help="a run folder or a checkpoint, with a batch of its data",
+    )
+    model.add_argument("--preset", choices=PRESETS, help="instead: random weights and tokens (without either: nano)")
+    add_source_flags(parser)
+    parser.add_argument(
+        "--devices",
+        nargs=2,
+        choices=DEVICES[1:],
+        default=["cpu", "cuda"],
+        metavar=("A", "B"),
+        help=f"two of {', '.join(DEVICES[1:])} (default: cpu cuda)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="the GPU's; the CPU computes in float32")
+    parser.add_argument("--all", action="store_true", help="print every tensor, not only the worst of each part")
+    args = parser.parse_args(argv)
+    check_source_flags(args)
+    names = args.devices
+    if "cpu" not in names or names[0] == names[1]:
+        raise UserError(f"--devices {' '.join(names)}: expected cpu and either cuda or cudasim, in any order")
+
+    dtypes = ["fp32" if name == "cpu" else args.dtype for name in names]
+    # the simulator first: Numba has to be told before it is loaded
+    found = {name: get_ops(name, dtype) for name, dtype in sorted(zip(names, dtypes, strict=True), reverse=True)}
+    source = read_source(args.source or args.preset or "nano", args.batch_size, args.sequence_length, args.seed)
+    rows = rows_of(source, [found[name] for name in names], [DTYPES[dtype] for dtype in dtypes])
+    print(table(rows, names, args.all))
+    print("\n" + verdict(rows, names))
+    return int(any(row.differs for row in rows))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    exit_with(main)

@@ -1,0 +1,564 @@
+"""The settings of a training run: one table for the command line, `--help`, the run's record and the resume check.
+
+Nothing here imports Numba: the command line is read before Numba is loaded.
+"""
+
+import argparse
+import difflib
+import math
+import shlex
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from llm_numba.models.config import PRESETS, GPT2Config, preset
+from llm_numba.ops import CONTRACT, DEVICES, WRITES
+from llm_numba.training.outliers import WINDOW
+from llm_numba.training.override import split
+from llm_numba.training.schedule import SCHEDULES, WSD_DECAY
+from llm_numba.util.cli import Parser, UserError
+from llm_numba.util.host import usable_cpus
+
+# preset -> the settings whose default differs from Settings' own
+PRESET_DEFAULTS = {
+    "nano": {"sequence_length": 16, "batch_size": 1, "learning_rate": 3e-3},
+    "tiny": {"batch_size": 16, "steps": 600, "learning_rate": 3e-3, "warmup": 40, "val_every": 100},
+}
+INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: its sizes, and weights that know something
+AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2; with --init: its own
+FIXED_VOCABULARIES = {"gpt2": 50257, "bytes": 257}
+VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
+
+RANGES = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "at least 0 and at most 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "above 0 and below 1": lambda x: 0 < x < 1,
+}
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
+
+
+def option(group, default, help, unit="", choices=(), must="", free=False, once=False):
+    """One setting: a field whose metadata says all that the command line, its help and the checks need.
+
+    unit: what the value counts or names; must: a key of RANGES; free: a resumed run may change it;
+    once: it holds for one start only and a resumed run does not inherit it.
+    """
+    metadata = dict(group=group, help=help, unit=unit, choices=tuple(choices), must=must, free=free or once, once=once)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. A field `batch_size` is the flag `--batch-size`."""
+
+    out: str = option(
+        "run",
+        "",
+        "where the run's settings, log and checkpoints go; without it: the next free runs/PRESET-NNN, or runs/init-NNN",
+        "FOLDER",
+    )
+    resume: str = option(
+        "run",
+        "",
+        "go on with an earlier run: its folder (for its newest checkpoint) or a checkpoint file",
+        "PATH",
+        once=True,
+    )
+    seed: int = option(
+        "run", 42, "where the random numbers of weights, data order and samples start", "N", must="at least 0"
+    )
+    threads: int = option(
+        "run",
+        0,
+        "CPU threads; 0: one for each physical core that this process may use",
+        "THREADS",
+        must="at least 0",
+        free=True,
+    )
+    plan_memory: bool = option("run", False, "say how much memory these settings need, and stop", once=True)
+    device: str = option(
+        "run",
+        "auto",
+        "where the model runs: auto is a CUDA card where there is one, else the CPU; cudasim runs the CUDA kernels in "
+        "Numba's simulator, slowly, for a debugger",
+        choices=DEVICES,
+        free=True,
+    )
+    dtype: str = option(
+        "run",
+        "fp32",
+        "the precision of parameters and activations; bf16 needs a CUDA card, and is several times faster there",
+        choices=("fp32", "bf16"),
+        free=True,
+    )
+    stochastic_rounding: bool = option(
+        "run",
+        False,
+        "with bf16: round each update by chance instead of keeping a float32 copy of the parameters",
+        free=True,
+    )
+    recompute: str = option(
+        "run",
+        "none",
+        "what the backward pass computes again instead of remembering it: slower, with less memory",
+        choices=("none", "gelu", "gelu+layernorm"),
+        free=True,
+    )
+    graph: bool = option(
+        "run", True, "replay a step on a CUDA card as one recorded graph; --no-graph is for debugging", free=True
+    )
+
+    preset: str = option("model", "tiny", "the model's sizes", choices=PRESETS)
+    init: str = option(
+        "model",
+        "",
+        "start from these weights, with their sizes and tokenizer, instead of a --preset and random numbers: gpt2, "
+        "gpt2-medium, gpt2-large or gpt2-xl (downloaded), a folder of Hugging Face's, an llm.c .bin, a run or a "
+        "checkpoint",
+        "SOURCE",
+    )
+    sequence_length: int = option(
+        "model", 0, "T, how many tokens the model sees at once; 0: the model's context", "TOKENS", must="at least 0"
+    )
+
+    data: tuple = option(
+        "data",
+        (),
+        "what to train on: text files, folders, globs or token shards; without it: Python's standard library",
+        "PATH",
+    )
+    val_data: tuple = option(
+        "data", (), "what to validate on, as for --data; without it: a part of the training data", "PATH"
+    )
+    tokenizer: str = option(
+        "data",
+        "auto",
+        "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's own, bytes makes each byte a token, "
+        "none is for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init its own",
+        choices=("auto", "bpe", "gpt2", "bytes", "none"),
+    )
+    vocab_size: int = option(
+        "data",
+        0,
+        "V, the tokens of a bpe tokenizer or of your token shards; 0: the model's",
+        "TOKENS",
+        must="at least 0",
+    )
+    val_fraction: float = option(
+        "data",
+        0.05,
+        "the part of the training data that is kept for validation where there is no --val-data, from 0 to 1",
+        "FRACTION",
+        must="above 0 and below 1",
+    )
+    shuffle: bool = option("data", True, "visit the training data in random order, a new one each epoch")
+
+    batch_size: int = option("batch", 8, "B, the sequences of one micro-batch", "SEQUENCES", must="at least 1")
+    tokens_per_step: int = option(
+        "batch",
+        0,
+        "the tokens of one update: gradients add up over TOKENS / (B T) micro-batches; 0: B T, one micro-batch",
+        "TOKENS",
+        must="at least 0",
+    )
+    steps: int = option(
+        "batch",
+        0,
+        "how many updates the run makes; 0: as many as --epochs needs",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+    epochs: float = option(
+        "batch",
+        1.0,
+        "how often the run goes through the training data, if --steps is 0",
+        "EPOCHS",
+        must="above 0",
+        free=True,
+    )
+    overfit: bool = option(
+        "batch", False, "train on the first batch only: its loss must go towards 0, or something is wrong"
+    )
+
+    learning_rate: float = option("optimiser", 3e-4, "the peak learning rate", "RATE", must="above 0")
+    schedule: str = option(
+        "optimiser",
+        "cosine",
+        "how the learning rate falls after the warm-up: along a cosine, in a line, not at all (constant), or only over "
+        f"the last {WSD_DECAY:.0%} of the steps (wsd)",
+        choices=SCHEDULES,
+    )
+    warmup: int = option(
+        "optimiser", 0, "the learning rate first rises to its peak over this many steps", "STEPS", must="at least 0"
+    )
+    final_fraction: float = option(
+        "optimiser",
+        0.1,
+        "the learning rate at the end, as a fraction of its peak, from 0 to 1",
+        "FRACTION",
+        must="at least 0 and at most 1",
+    )
+    beta1: float = option(
+        "optimiser", 0.9, "AdamW: how much of the gradients' mean a step keeps", "BETA", must="at least 0 and below 1"
+    )
+    beta2: float = option(
+        "optimiser",
+        0.95,
+        "AdamW: how much of the squared gradients' mean a step keeps",
+        "BETA",
+        must="at least 0 and below 1",
+    )
+    eps: float = option("optimiser", 1e-8, "AdamW: added to the divisor, which may be near 0", "EPS", must="above 0")
+    weight_decay: float = option(
+        "optimiser",
+        0.1,
+        "AdamW: the pull of matrices towards 0 (biases and LayerNorms have none)",
+        "RATE",
+        must="at least 0",
+    )
+    grad_clip: float = option(
+        "optimiser",
+        1.0,
+        "gradients with a larger norm than this are scaled down to it; 0: never",
+        "NORM",
+        must="at least 0",
+    )
+    skip_loss_z: float = option(
+        "optimiser",
+        0.0,
+        f"skip an update whose loss is over Z standard deviations above the mean of the last {WINDOW} steps; 0: never",
+        "Z",
+        must="at least 0",
+    )
+    skip_norm_z: float = option(
+        "optimiser", 0.0, "the same for the norm of the gradients; 0: never", "Z", must="at least 0"
+    )
+
+    val_every: int = option(
+        "looking",
+        50,
+        "steps from one validation to the next; 0: only at the end",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+    val_batches: int = option(
+        "looking", 20, "batches over which a validation averages the loss", "BATCHES", must="at least 1", free=True
+    )
+    eval_every: int = option(
+        "looking",
+        0,
+        "steps from one test on HellaSwag, all of it, to the next; 0: no test",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+    eval_data: str = option(
+        "looking",
+        "",
+        "HellaSwag's examples, as JSON lines; without it: those that python -m llm_numba.data hellaswag fetches",
+        "FILE",
+        free=True,
+    )
+    sample_every: int = option(
+        "looking",
+        0,
+        "steps from one sample of text to the next; 0: only at the end",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+    sample_tokens: int = option("looking", 64, "the length of a sample", "TOKENS", must="at least 1", free=True)
+    checkpoint_every: int = option(
+        "looking",
+        100,
+        "steps from one checkpoint to the next; 0: only at the end",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+    keep: int = option("looking", 3, "how many of the last checkpoints stay on disk", "N", must="at least 1", free=True)
+    keep_every: int = option(
+        "looking",
+        0,
+        "the checkpoints of every STEPS-th step stay on disk for ever; 0: none does",
+        "STEPS",
+        must="at least 0",
+        free=True,
+    )
+
+    track: str = option(
+        "looking",
+        "none",
+        "send the log to a tracker too: tensorboard (into the run folder), wandb or trackio",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+        free=True,
+    )
+
+    no_jit: bool = option(
+        "debugging",
+        False,
+        "run every op as plain Python, so that a debugger can step in: slow, use --preset nano",
+        once=True,
+    )
+    interpret: tuple = option(
+        "debugging",
+        (),
+        "run these as plain Python, all else compiled: layers (layernorm) or ops (layernorm_backward)",
+        "NAME",
+        once=True,
+    )
+    use: tuple = option(
+        "debugging",
+        (),
+        "put functions of your own in the place of ops: OP=MODULE:NAME, such as "
+        "matmul_forward=llm_numba.cpu.naive:matmul_forward_v1, or a .py file as MODULE; the first batch says how long "
+        "each takes and how far it is off",
+        "OP=MODULE:NAME",
+        once=True,
+    )
+    check_finite: bool = option(
+        "debugging",
+        False,
+        "stop at the first nan or infinity, name its layer, tensor, index and step, and keep that step for "
+        "python -m llm_numba.debug.replay (slow)",
+        once=True,
+    )
+
+
+FIELDS = {f.name: f for f in fields(Settings)}
+
+
+def parse(argv: list[str]) -> tuple[Settings, set[str]]:
+    """The settings that a command line asks for, and the names of those that it gives explicitly.
+
+    `--help` prints and leaves. Errors: UserError for an unknown flag, or a value of the wrong type or choice; whether
+    the values make sense (`check`) is asked later, as a resumed run may bring other ones.
+    """
+    given, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], map(_flag, FIELDS), 1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown argument {shlex.quote(unknown[0])}{hint} (--help lists them all)")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    presets = INIT_DEFAULTS if given.get("init") else PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
+    asked = _change(Settings(**presets), given)
+    if "warmup" not in given and asked.steps:  # a preset's warm-up gives way to a run that is shorter than the preset's
+        asked = replace(asked, warmup=min(asked.warmup, asked.steps // 10))
+    return asked, set(given)
+
+
+def check(settings: Settings) -> None:
+    """Raise a UserError that names the flag, its value and what was expected, unless every value makes sense."""
+    if settings.init and settings.preset:
+        raise UserError(
+            f"--preset {settings.preset}: the model's sizes come with --init {settings.init}; leave --preset out"
+        )
+    for name, value in asdict(settings).items():
+        choices, must = FIELDS[name].metadata["choices"], FIELDS[name].metadata["must"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{_typed(name, value)}: must be a finite number")
+        if must and not RANGES[must](value):
+            raise UserError(f"{_typed(name, value)}: must be {must}")
+        if choices and value not in choices and not (name == "preset" and settings.init):
+            raise UserError(f"{_typed(name, value)}: choose one of {', '.join(choices)}")
+
+    cores = len(usable_cpus())
+    if settings.threads > cores:
+        raise UserError(f"--threads {settings.threads}: this process may use {cores} cores; give 1 to {cores}, or 0")
+
+    if not settings.init:
+        check_lengths(settings, PRESETS[settings.preset].max_seq_len)
+
+    if settings.device.startswith("cuda") and (settings.no_jit or settings.interpret):
+        flag = "--no-jit" if settings.no_jit else "--interpret"
+        raise UserError(f"{flag}: is for --device cpu; to step into a CUDA kernel use --device cudasim")
+    if settings.dtype == "bf16" and settings.device == "cpu":
+        raise UserError("--dtype bf16: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
+    if settings.stochastic_rounding and settings.dtype != "bf16":
+        raise UserError("--stochastic-rounding: is for --dtype bf16; with fp32 nothing is rounded to it")
+
+    if settings.steps and settings.warmup > settings.steps:
+        raise UserError(f"--warmup {settings.warmup}: must be at most --steps, which is {settings.steps}")
+
+    kind = tokenizer_kind(settings)
+    if settings.init and kind == "bpe":
+        raise UserError(
+            f"--tokenizer bpe: learns tokens that the weights of --init {settings.init} do not know; leave it out"
+        )
+    if settings.vocab_size and kind not in VOCAB_SIZES:
+        raise UserError(
+            f"--vocab-size {settings.vocab_size}: is for --tokenizer bpe or none; the vocabulary of "
+            f"{settings.init or kind} is fixed"
+        )
+    if settings.vocab_size:
+        low, high = VOCAB_SIZES[kind]
+        if not low <= settings.vocab_size <= high:
+            raise UserError(f"--vocab-size {settings.vocab_size}: with --tokenizer {kind} it must be {low} to {high}")
+
+    if settings.eval_every and kind == "none":
+        raise UserError(f"--eval-every {settings.eval_every}: HellaSwag is text, which --tokenizer none cannot read")
+
+    for value in settings.use:
+        split(value)
+
+    for name in settings.interpret:
+        if name not in CONTRACT and name not in WRITES:
+            near = (difflib.get_close_matches(name, [*CONTRACT, *WRITES], 1) or ["layernorm_backward"])[0]
+            raise UserError(
+                f"--interpret {shlex.quote(name)}: choose layers ({', '.join(CONTRACT)}) or ops, such as {near}"
+            )
+
+
+def check_lengths(settings: Settings, context: int) -> None:
+    """The part of `check` that depends on the model's context; with `--init` that is known once the source is open."""
+    if settings.sequence_length > context:
+        flag = f"--sequence-length {settings.sequence_length}"
+        whose = f"--init {settings.init}" if settings.init else f"--preset {settings.preset}"
+        raise UserError(f"{flag}: the context of {whose} is {context}; give 1 to {context}")
+
+    micro_batch = settings.batch_size * (settings.sequence_length or context)
+    if settings.tokens_per_step % micro_batch:
+        below = settings.tokens_per_step // micro_batch * micro_batch
+        nearest = f"{below} or {below + micro_batch}" if below else micro_batch
+        raise UserError(
+            f"--tokens-per-step {settings.tokens_per_step}: must be a multiple of B T, batch size times sequence "
+            f"length ({settings.batch_size} x {micro_batch // settings.batch_size} = {micro_batch}), such as {nearest}"
+        )
+
+
+def tokenizer_kind(settings: Settings) -> str:
+    """The tokenizer that `--tokenizer` means: bpe, gpt2, bytes or none; auto goes by the preset; with `--init` it is
+    init, the one that comes with the weights."""
+    if settings.tokenizer != "auto":
+        return settings.tokenizer
+    if settings.init:
+        return "init"
+    return AUTO_TOKENIZER.get(settings.preset, "gpt2")
+
+
+def preset_config(settings: Settings) -> GPT2Config:
+    """The sizes that `--preset`, `--tokenizer` and `--vocab-size` ask for, where there is no `--init`."""
+    known = FIXED_VOCABULARIES.get(tokenizer_kind(settings)) or settings.vocab_size
+    return preset(settings.preset, **({"vocab_size": known} if known else {}))
+
+
+def resume_with(recorded: Settings, given: Settings, explicit: set[str]) -> Settings:
+    """The settings of a resumed run: those it was started with, changed where the command line says so and may.
+
+    given, explicit: what `parse` returned. Settings for one start only come from `given` alone.
+    Errors: UserError for an explicit setting that differs and is not free. The result is still to be checked.
+    """
+    once = {name: getattr(given, name) for name, f in FIELDS.items() if f.metadata["once"]}
+    if "dtype" in explicit and given.dtype == "fp32":  # where nothing is left to be rounded by chance
+        recorded = replace(recorded, stochastic_rounding=False)
+    changes = {name: getattr(given, name) for name in FIELDS if name in explicit}
+    for name, value in changes.items():
+        before = getattr(recorded, name)
+        if value != before and not FIELDS[name].metadata["free"]:
+            raise UserError(
+                f"{_typed(name, value)}: the run was started {_typed(name, before, prefix='with ')}, which cannot "
+                f"change on resume; leave {_flag(name)} out, or start a new run without --resume"
+            )
+    return _change(recorded, {**once, **changes})
+
+
+def to_record(settings: Settings) -> dict:
+    """The settings as JSON types, for the run folder's settings.json and for checkpoints."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+
+
+def from_record(record: dict, source: str | Path) -> Settings:
+    """The settings that `to_record` made into `record`; `source`, the file it was read from, is named in errors.
+
+    Errors: UserError for a key that is missing or unknown, or a value of another type. The result is not checked yet.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{source}: expected a JSON object of settings, found {record!r:.40}")
+    for problem, names in ("lacks", FIELDS.keys() - record.keys()), ("has unknown", record.keys() - FIELDS.keys()):
+        if names:
+            raise UserError(
+                f"{source}: {problem} settings {', '.join(sorted(names))}: another version wrote it, or an edit"
+            )
+    values = {}
+    for name, value in record.items():
+        kind = FIELDS[name].type
+        if kind is float and type(value) is int:
+            value = float(value)
+        elif kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = tuple(value)
+        if type(value) is not kind:
+            raise UserError(f"{source}: {name} is {value!r:.40}, expected {KINDS[kind]}")
+        values[name] = value
+    return Settings(**values)
+
+
+def _change(settings: Settings, changes: dict) -> Settings:
+    """`settings` with `changes`; epochs alone count again, even where a number of steps would hide them."""
+    if "epochs" in changes and "steps" not in changes:
+        changes = {**changes, "steps": 0}
+    return replace(settings, **changes)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _typed(name: str, value, prefix: str = "") -> str:
+    """A setting as one types it: `--batch-size 8`, `--no-shuffle`, `without --overfit`."""
+    flag = _flag(name)
+    if value is False and FIELDS[name].default is True:
+        return f"{prefix}--no-{name.replace('_', '-')}"
+    if value is False or value in ("", ()):
+        return f"without {flag}"
+    if value is True:
+        return prefix + flag
+    return f"{prefix}{flag} {shlex.join(value) if isinstance(value, tuple) else shlex.quote(str(value))}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m llm_numba.train",
+        usage="%(prog)s [options]",
+        description="Train a GPT-2. Without options: a tiny one, on the Python standard library's sources.\n\n"
+        "  %(prog)s --preset nano --steps 100\n"
+        "  %(prog)s --data book.txt --batch-size 16\n"
+        "  %(prog)s --resume runs/tiny-000 --epochs 2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # only what is given explicitly shows up in the result
+        allow_abbrev=False,
+    )
+    groups = {}
+    for name, f in FIELDS.items():
+        meta = f.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        if f.default is True:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif f.default is False:
+            kind = dict(action="store_true")
+        elif f.type is tuple:
+            kind = dict(action="extend", nargs="+", metavar=meta["unit"])
+        elif meta["choices"]:
+            kind = dict(choices=meta["choices"])
+        else:
+            kind = dict(type=f.type, metavar=meta["unit"])
+        groups[meta["group"]].add_argument(_flag(name), help=_help(name).replace("%", "%%"), **kind)
+    return parser
+
+
+def _help(name: str) -> str:
+    """The help of a setting, with its default, those of the presets, and whether a resumed run may change it."""
+    f = FIELDS[name]
+    if f.type is bool:
+        own = "on" if f.default else "off"
+    else:
+        own = "none" if f.default in ("", ()) else f.default
+    defaults = [str(own)] + [f"{preset} {d[name]}" for preset, d in PRESET_DEFAULTS.items() if name in d]
+    defaults += [f"--init {INIT_DEFAULTS[name] or 'none'}"] if name in INIT_DEFAULTS else []
+    free = "; may change on resume" if f.metadata["free"] and not f.metadata["once"] else ""
+    return f"{f.metadata['help']} (default: {', '.join(defaults)}{free})"
