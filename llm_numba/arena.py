@@ -80,10 +80,8 @@ def parameter_specs(config: GPT2Config) -> list[TensorSpec]:
     ]
 
 
-def activation_specs(
-    config: GPT2Config, B: int, T: int, attention: list[TensorSpec], recompute: str = "none"
-) -> list[TensorSpec]:
-    """What a forward pass writes, in its order; `attention` is what the backend's attention saves.
+def activation_specs(config: GPT2Config, B: int, T: int, recompute: str = "none") -> list[TensorSpec]:
+    """What a forward pass writes, in its order.
 
     recompute: what the backward pass computes again from what it is made of, so that all layers can share it.
     """
@@ -98,7 +96,7 @@ def activation_specs(
         TensorSpec("ln1_mean", (B, T), **each, **exact),
         TensorSpec("ln1_rstd", (B, T), **each, **exact),
         TensorSpec("qkv", (B, T, 3 * C), **each),
-        *attention,
+        TensorSpec("lse", (B, config.num_heads, T), **each, **exact),
         TensorSpec("atty", (B, T, C), **each),
         TensorSpec("attproj", (B, T, C), shares="branch", **each),
         TensorSpec("residual2", (B, T, C), **each),
@@ -165,7 +163,6 @@ def training_groups(
     B: int,
     T: int,
     backend: SimpleNamespace,
-    attention: str,
     dtype: str = "float32",
     master: bool = False,
     micro_batches: int = 1,
@@ -173,19 +170,18 @@ def training_groups(
 ) -> Groups:
     """Everything that training needs, group by group.
 
-    attention: what that op saves, as under a plan of this name; dtype: of the parameters and activations; master: keep
-    the parameters in float32 too; recompute: "none", "gelu" or "gelu+layernorm".
+    dtype: of the parameters and activations; master: keep the parameters in float32 too; recompute: "none", "gelu" or
+    "gelu+layernorm".
     """
     parameters = parameter_specs(config)
     exact = [spec._replace(dtype="float32") for spec in parameters]
-    saved = backend.attention_specs(config, B, T, attention)
     groups = {
         "parameters": parameters,
         "master": exact if master else [],
         "gradients": [spec._replace(name="d" + spec.name) for spec in exact],
         "m": exact,
         "v": exact,
-        "activations": activation_specs(config, B, T, saved, recompute),
+        "activations": activation_specs(config, B, T, recompute),
         "activation gradients": activation_gradient_specs(config, B, T),
         "inputs": input_specs(B, T, micro_batches, count(parameters, config.num_layers) // RUN),
         "scratch": [TensorSpec("scratch", (backend.scratch_size(config, B, T),), "float32")],

@@ -55,7 +55,7 @@ def read(path: Path) -> Trained:
 
 def forward_groups(config: GPT2Config, B: int, T: int, ops, dtype: str = "float32") -> Groups:
     """What a forward pass and its losses need; all layers share one set of activations."""
-    groups = training_groups(config, B, T, ops, "reuse", dtype)
+    groups = training_groups(config, B, T, ops, dtype)
     shared = [spec._replace(shares=spec.name) if spec.per_layer else spec for spec in groups["activations"]]
     return {group: specs for group, specs in groups.items() if group not in UNUSED} | {"activations": shared}
 

@@ -4,7 +4,7 @@ Destinations come first, then what is saved for the backward, then inputs; sizes
 The residual stream's gradient accumulates (`+=`), those of parameters do where `accumulate` says so, which a step's
 first micro-batch does not; every other gradient is written (`=`).
 An op that needs memory beside its results takes it from `scratch`, a flat float32 array whose content means nothing
-before and after; how much it must hold is the backend's `scratch_size(config, B, T)`.
+before and after. `<op>_scratch`, beside the op, takes the op's other arguments and returns how many floats it needs.
 """
 
 import importlib
@@ -24,9 +24,10 @@ CONTRACT = {
     },
     "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
     "attention": {
-        "attention_forward": ("out", "att"),
+        "attention_forward": ("out", "lse"),
         "attention_backward": ("dqkv",),
         "attention_cached_forward": ("out", "cache"),
+        "attention_weights": ("weights",),
     },
     "gelu": {"gelu_forward": ("out",), "gelu_backward": ("dinp",)},
     "residual": {"residual_layernorm_forward": ("residual", "out", "mean", "rstd"), "residual_backward": ("dinp",)},
@@ -44,7 +45,6 @@ BACKEND = {
         "view",
         "to_host",
         "set_threads",
-        "attention_specs",
         "scratch_size",
         "capture",
         "describe_device",

@@ -27,10 +27,10 @@ CHUNK = 16  # tokens of a prompt that go through the model together
 
 def sampling_groups(config: GPT2Config, ops, dtype: str = "float32") -> Groups:
     """What sampling needs beside the parameters: the cache, and activations for a chunk and for one token."""
-    cache = TensorSpec("att", (1, config.max_seq_len, 2, config.channels), per_layer=True)
+    cache = TensorSpec("lse", (1, config.max_seq_len, 2, config.channels), per_layer=True)
 
     def activations(T):
-        specs = activation_specs(config, 1, T, [])
+        specs = [spec for spec in activation_specs(config, 1, T) if spec.name != "lse"]
         return [spec._replace(shares=f"{spec.name} of {T}") if spec.per_layer else spec for spec in specs] + [
             TensorSpec("tokens", (1, T), "int32"),
             TensorSpec("position", (1,), "int32"),
@@ -76,8 +76,8 @@ def stepper(ops, arena: Arena, group: str) -> Callable:
     m = arena.namespace("parameters", "cache", group)
     wpe = arena.tensors["parameters", "wpe"]
 
-    def attention(out, cache, qkv, num_heads, scratch):
-        ops.attention_cached_forward(out, cache, qkv, m.position, num_heads)
+    def attention(out, cache, qkv, num_heads, num_kv_heads, scratch):
+        ops.attention_cached_forward(out, cache, qkv, m.position, num_heads, num_kv_heads)
 
     writing = SimpleNamespace(**{**vars(ops), "attention_forward": attention})
 

@@ -46,7 +46,7 @@ def ops(device):
 
 
 def all_groups(ops, config=ODD):
-    return training_groups(config, B, T, ops, "keep") | sampling_groups(config, ops)
+    return training_groups(config, B, T, ops) | sampling_groups(config, ops)
 
 
 def bytes_of(place):
@@ -92,7 +92,7 @@ def test_sizes_of_every_tensor(ops, device):
         "activation gradients": activation_gradients,
         "inputs": inputs,
     }
-    places, nbytes = layout(training_groups(ODD, B, T, ops, "keep"), 3, "keep")
+    places, nbytes = layout(training_groups(ODD, B, T, ops), 3, "keep")
     found = {group: {p.spec.name: p.shape for p in places if p.group == group} for group in expected}
     assert found == expected
     for group in expected:  # in this order, which is also that of a checkpoint
@@ -111,7 +111,7 @@ def test_sizes_of_every_tensor(ops, device):
 
 
 def test_under_reuse_attention_keeps_one_number_a_query(ops):
-    places, _ = layout(training_groups(ODD, B, T, ops, "reuse"), 3, "reuse")
+    places, _ = layout(training_groups(ODD, B, T, ops), 3, "reuse")
     assert [p.shape for p in places if p.spec.name == "att"] == [(3, 3, 5, 17)]
 
 
@@ -119,7 +119,7 @@ def test_gpt2_has_the_parameters_that_it_should(ops):
     """Known numbers: 124,439,808 and so on, plus the rows that pad the vocabulary from 50257 to 50304."""
     for name, published in (("d12", 124_439_808), ("d24", 354_823_168), ("d36", 774_030_080), ("d48", 1_557_611_200)):
         config = preset(name)
-        places, _ = layout(training_groups(config, 1, 1, ops, "reuse"), config.num_layers, "reuse")
+        places, _ = layout(training_groups(config, 1, 1, ops), config.num_layers, "reuse")
         for group in ("parameters", "gradients", "m", "v"):
             assert sum(math.prod(p.shape) for p in places if p.group == group) == published + 47 * config.channels
 
@@ -152,7 +152,7 @@ def test_no_room_is_lost(ops, plan):
 
 def test_what_shares_under_reuse(ops):
     """Nothing that the backward reads of the forward: only branches that the stream has taken up, and gradients."""
-    places, _ = layout(training_groups(ODD, B, T, ops, "reuse"), 3, "reuse")
+    places, _ = layout(training_groups(ODD, B, T, ops), 3, "reuse")
     by_slot = {}
     for p in places:
         if p.spec.shares:
@@ -253,7 +253,7 @@ def test_namespace(ops, plan):
 
 
 def test_flat_is_the_group_and_its_padding(ops):
-    arena = Arena(training_groups(ODD, B, T, ops, "reuse"), ODD, "reuse", ops)
+    arena = Arena(training_groups(ODD, B, T, ops), ODD, "reuse", ops)
     for name, tensor in arena.named("gradients").items():
         ops.to_device(tensor, 1)
         assert name.startswith("d")

@@ -11,12 +11,12 @@ from llm_numba.models import gpt2 as model
 SETTINGS = SimpleNamespace(grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
-def new_run(ops, config, B, T, plan, more_groups=None, attention=None, micro_batches=1, **options):
-    """An arena for training, and what a step needs of it; attention keeps what it does under `plan`, unless told.
+def new_run(ops, config, B, T, plan, more_groups=None, micro_batches=1, **options):
+    """An arena for training, and what a step needs of it.
 
     options: dtype, master and recompute, as for training_groups.
     """
-    groups = training_groups(config, B, T, ops, attention or plan, micro_batches=micro_batches, **options)
+    groups = training_groups(config, B, T, ops, micro_batches=micro_batches, **options)
     arena = Arena(groups | (more_groups or {}), config, plan, ops)
     m = arena.training(options.get("recompute", "none"))
     ops.to_device(m.limits, np.inf)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from numba import config, get_num_threads, njit, prange, set_num_threads
 
-from llm_numba.arena import ALIGNMENT, TensorSpec, count, parameter_specs
-from llm_numba.cpu.attention import attention_scratch_size
-from llm_numba.cpu.global_norm import global_norm_scratch_size
+from llm_numba.arena import ALIGNMENT, count, parameter_specs
+from llm_numba.cpu.attention import attention_backward_scratch, attention_forward_scratch
+from llm_numba.cpu.global_norm import global_norm_squared_scratch
 from llm_numba.cpu.jit import PARALLEL
-from llm_numba.cpu.layernorm import layernorm_scratch_size
-from llm_numba.cpu.matmul import matmul_scratch_size
+from llm_numba.cpu.layernorm import layernorm_backward_scratch
+from llm_numba.cpu.matmul import matmul_backward_scratch, matmul_forward_scratch
 from llm_numba.models.config import GPT2Config
 from llm_numba.util.cli import UserError
 from llm_numba.util.host import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
@@ -100,19 +100,20 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
-def attention_specs(config: GPT2Config, B: int, T: int, plan: str) -> list[TensorSpec]:
-    """What attention_forward leaves for attention_backward: all weights to be looked at under the plan "keep", under
-    "reuse" one number a query. The ops go by the tensor's shape."""
-    shape = (B, config.num_heads, T, T) if plan == "keep" else (B, config.num_heads, T)
-    return [TensorSpec("att", shape, "float32", per_layer=True)]
-
-
 def scratch_size(config: GPT2Config, B: int, T: int) -> int:
     """Floats of scratch that the most demanding op of a step needs."""
-    C = config.channels
+
+    def shaped(*shape):
+        return np.broadcast_to(np.float32(0), shape)  # has a shape, but no memory
+
+    C, NH = config.channels, config.num_heads
+    x, wide, qkv, lse = shaped(B, T, C), shaped(B, T, 4 * C), shaped(B, T, 3 * C), shaped(B, NH, T)
+    weight, gradients = shaped(C, 4 * C), shaped(count(parameter_specs(config), config.num_layers))
     return max(
-        matmul_scratch_size(B * T, 4 * C, config.padded_vocab_size),
-        attention_scratch_size(B, T, C, config.num_heads),
-        layernorm_scratch_size(C),
-        global_norm_scratch_size(count(parameter_specs(config), config.num_layers)),
+        matmul_forward_scratch(x, wide, weight, None),
+        matmul_backward_scratch(wide, weight, None, x, wide, weight, False),
+        attention_forward_scratch(x, lse, qkv, NH, NH),
+        attention_backward_scratch(qkv, x, x, lse, qkv, NH, NH),
+        layernorm_backward_scratch(x, None, None, x, x, None, None, None, False),
+        global_norm_squared_scratch(None, gradients),
     )

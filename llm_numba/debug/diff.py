@@ -115,7 +115,7 @@ def rows_of(source: Source, devices: list[SimpleNamespace], dtypes: list[str]) -
         return SimpleNamespace(**vars(oracle) | wide)
 
     def groups_of(ops, dtype):
-        return step_groups(source, ops, "reuse", dtype)  # "reuse": attention keeps the same on every device
+        return step_groups(source, ops, dtype)
 
     precisions = list(dict.fromkeys(dtypes))
     backends = [(ops, groups_of(ops, dtype)) for ops, dtype in zip(devices, dtypes, strict=True)]

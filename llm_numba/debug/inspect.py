@@ -157,9 +157,9 @@ def length(T: int, context: int) -> int:
     return T or context
 
 
-def step_groups(source: Source, ops, attention: str, dtype: str) -> Groups:
+def step_groups(source: Source, ops, dtype: str) -> Groups:
     """What a step needs up to its gradients; arguments as for training_groups."""
-    groups = training_groups(source.config, source.B, source.T, ops, attention, dtype)
+    groups = training_groups(source.config, source.B, source.T, ops, dtype)
     return {group: specs for group, specs in groups.items() if group not in MOMENTS}
 
 
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
 
     ops = get_ops(choose_device(args.device), args.dtype)
     source = read_source(args.source, args.batch_size, args.sequence_length, args.seed)
-    groups = step_groups(source, ops, "keep", DTYPES[args.dtype])
+    groups = step_groups(source, ops, DTYPES[args.dtype])
     s = settings.Settings(batch_size=source.B, sequence_length=source.T, dtype=args.dtype, no_jit=True)
     check_memory(groups, s, source.config, ops)
     arena = Arena(groups, source.config, "keep", ops)

@@ -42,7 +42,7 @@ def forward(ops, m):
     ops.layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, m.encoded, first.ln1w, first.ln1b)  # (B, T, C)
     for l in m.layers:
         ops.matmul_forward(l.qkv, l.ln1, l.qkvw, l.qkvb, m.scratch)  # (B, T, 3*C)
-        ops.attention_forward(l.atty, l.att, l.qkv, m.num_heads, m.scratch)  # (B, T, C)
+        ops.attention_forward(l.atty, l.lse, l.qkv, m.num_heads, m.num_heads, m.scratch)  # (B, T, C)
         ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)  # (B, T, C)
         ops.residual_layernorm_forward(
             l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b
@@ -102,7 +102,7 @@ def backward(ops, m, accumulate=False):
             l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch, accumulate
         )
         ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch, accumulate)
-        ops.attention_backward(l.dqkv, l.datty, l.atty, l.att, l.qkv, m.num_heads, m.scratch)
+        ops.attention_backward(l.dqkv, l.datty, l.atty, l.lse, l.qkv, m.num_heads, m.num_heads, m.scratch)
         if "layernorm" in m.recompute:
             ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)
         ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch, accumulate)

@@ -18,12 +18,6 @@ def plan_of(s: Settings) -> str:
     return "keep" if s.check_finite or s.no_jit or s.interpret else "reuse"
 
 
-def attention_of(s: Settings) -> str:
-    """Who steps through attention, or brings his own, has all its weights; --check-finite computes what the run did,
-    bit for bit."""
-    return "keep" if s.no_jit or s.interpret or any("attention" in value for value in s.use) else "reuse"
-
-
 def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
     """All that a run puts into the arena."""
     dtype = DTYPES[s.dtype]
@@ -32,7 +26,6 @@ def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
         s.batch_size,
         T,
         ops,
-        attention_of(s),
         dtype,
         master=s.dtype == "bf16" and not s.stochastic_rounding,
         micro_batches=micro_batches(s, T),
