@@ -10,14 +10,12 @@ is made smaller by `sized`.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numba import config, cuda
 
-from llm_numba.util.cache import cache_folder
+from llm_numba.util.cache import compiled_code_folder
 
 float32, int32, int64, uint16, uint32 = np.float32, np.int32, np.int64, np.uint16, np.uint32
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -84,13 +82,6 @@ def _allow_shared(kernel, types: tuple, nbytes: int) -> None:
         raise RuntimeError(f"a block of this card cannot have {nbytes} bytes of shared memory: {error!r}")
 
 
-def use_own_cache() -> None:
-    """As for the CPU: compiled kernels under a name that changes with any file beside this one."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-cuda-{digest}")
-
-
 def is_compiled() -> bool:
     """Whether Numba compiles the kernels, or simulates them."""
     return not SIMULATED
@@ -102,7 +93,7 @@ def nothing_compiled() -> bool:
 
 
 if not SIMULATED:
-    use_own_cache()
+    config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())
     config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # the last kernels of a step are small, and tests are
 
     from llvmlite import ir
