@@ -20,20 +20,12 @@ ALIGNMENT = 64
 GUARD = 256  # bytes before and after each array
 MOST_INTERPRETED = 256  # elements of an activation in a test that runs as plain Python
 DEVICES = ("cpu", "cudasim", "cuda")
-# Every test outside these files is `quick`, unless it is marked slow itself.
 FAULT_FILES = {"test_faults", "test_strangers", "test_survival"}
 SLOW_FILES = {
-    "test_assembled",
-    "test_bench",
-    "test_bf16",
-    "test_compilation",
-    "test_debugging",
-    "test_devices",
-    "test_huggingface",
-    "test_lessons",
-    "test_llmc",
-    "test_plain_python",
+    *("test_assembled", "test_bench", "test_bf16", "test_borrowed", "test_compilation", "test_debugging"),
+    *("test_devices", "test_huggingface", "test_lessons", "test_llmc", "test_plain_python", "test_weights"),
 }
+QUICK_SIMULATED = 64  # elements of an activation in a quick test in the simulator
 
 
 def pytest_addoption(parser):
@@ -64,14 +56,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", devices(metafunc.config), scope="session")
 
 
+def is_quick(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    large = parameters.get("device") == "cudasim" and math.prod(parameters.get("shape", ())) > QUICK_SIMULATED
+    return not (large or item.path.stem in SLOW_FILES | FAULT_FILES or item.get_closest_marker("slow"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Mark the quick tests. Deselect what the device does not have, and what plain Python or the simulator is too slow
-    for."""
+    """Mark tests as quick or faults. Deselect what the device does not have, and what plain Python or the simulator is
+    too slow for."""
     for item in items:
         if item.path.stem in FAULT_FILES:
             item.add_marker("faults")
-        elif item.path.stem not in SLOW_FILES and not item.get_closest_marker("slow"):
+        if is_quick(item):
             item.add_marker("quick")
 
     def is_excluded(item):
