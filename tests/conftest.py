@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config, items):
         if parameters.get("device") == "cpu" and item.get_closest_marker("gpu"):
             return True
         if parameters.get("device") != "cpu" and parameters.get("kept") == "weights":
-            return True  # attention on a GPU does not keep the weights
+            return True  # a GPU's attention keeps none
         large = math.prod(parameters.get("shape", ())) > MOST_INTERPRETED
         if parameters.get("device") == "cudasim":
             return large or item.get_closest_marker("compiled") or item.get_closest_marker("real")
@@ -90,7 +90,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def ops(device):
-    """The device's ops on host arrays, and their scratch sizes. Each op also checks that its inputs are unchanged."""
+    """The device's ops on arrays in the host's memory, each made to check that it changes only what it may, and their
+    scratch sizes."""
     found = {}
     package = "cpu" if device == "cpu" else "cuda"
     for file in CONTRACT:
