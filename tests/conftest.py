@@ -23,7 +23,8 @@ DEVICES = ("cpu", "cudasim", "cuda")
 FAULT_FILES = {"test_faults", "test_strangers", "test_survival"}
 SLOW_FILES = {
     *("test_assembled", "test_bench", "test_bf16", "test_borrowed", "test_compilation", "test_debugging"),
-    *("test_devices", "test_huggingface", "test_lessons", "test_llmc", "test_plain_python", "test_weights"),
+    *("test_devices", "test_eval", "test_huggingface", "test_lessons", "test_lessons_tools", "test_llmc"),
+    *("test_plain_python", "test_weights"),
 }
 QUICK_SIMULATED = 64  # elements of an activation in a quick test in the simulator
 
