@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from conftest import FAULT_FILES, SLOW_FILES
 
 PACKAGE = Path(__file__).parents[1] / "llm_numba"
 KNOW_MODELS = ("models", "formats")  # formats: the names of tensors in other programs' files
@@ -30,3 +31,9 @@ def names_in(tree):
 def test_no_tensor_of_gpt2_is_named(file):
     found = {f"{name} (line {line})" for name, line in names_in(ast.parse(file.read_text())) if name in GPT2}
     assert not found, ", ".join(sorted(found))
+
+
+def test_the_slow_test_files_exist():
+    """A file that was renamed would become quick unnoticed."""
+    here = Path(__file__).parent
+    assert not {name for name in SLOW_FILES | FAULT_FILES if not (here / f"{name}.py").exists()}
