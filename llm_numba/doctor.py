@@ -140,7 +140,7 @@ def describe(index: int, found: gpu.Card) -> str:
 def main(argv: list[str] | None = None) -> int:
     """0 where the CPU's ops run, else 1."""
     description = "Say what this machine has and lacks, and what can be run on it."
-    Parser(prog="python -m llm_numba.doctor", description=description).parse_args(argv)
+    Parser(prog="llm-numba doctor", description=description).parse_args(argv)
 
     print("versions")
     report("llm_numba", lambda: __version__)
@@ -177,5 +177,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

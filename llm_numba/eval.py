@@ -170,7 +170,7 @@ TASKS = {"val": evaluate_val, "hellaswag": evaluate_hellaswag}
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m llm_numba.eval",
+        prog="llm-numba eval",
         description="Say how good a trained model is. val: the mean loss of a token, and the perplexity, over all "
         "windows of held-out text, one behind the other. hellaswag: the share of beginnings to which the model finds "
         "the right one of four endings: the one that is the likeliest a token (acc_norm), or as a whole (acc). Windows "
@@ -220,5 +220,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

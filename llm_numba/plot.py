@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_numba.training.log import SMOOTH
-from llm_numba.util.cli import Parser, UserError, exit_with, quiet_ctrl_c
+from llm_numba.util.cli import Parser, UserError, exit_with
 from llm_numba.util.files import write_whole
 
 # a column -> the names it goes by, in lower case and with _ for every other sign
@@ -259,7 +259,7 @@ def named_apart(runs: list[Run], paths: list[Path]) -> list[Run]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m llm_numba.plot",
+        prog="llm-numba plot",
         description="Draw the losses, gradient norms, learning rates and speeds of runs into one picture.",
     )
     parser.add_argument(
@@ -289,6 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    quiet_ctrl_c()
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -6,7 +6,6 @@ attention layers, their keys and values, is kept in a cache, so that a new token
 
 import argparse
 import codecs
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,7 +143,7 @@ def load_model(path: Path, ops):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m llm_numba.sample",
+        prog="llm-numba sample",
         description="Print text that a trained model writes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -193,5 +192,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

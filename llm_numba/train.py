@@ -1,10 +1,5 @@
 """Train a GPT-2: python -m llm_numba.train (--help lists the settings)."""
 
-from llm_numba.util.cli import UserError, ctrl_c_at_once, exit_with, quiet_ctrl_c
-
-if __name__ == "__main__":
-    quiet_ctrl_c()  # the imports take half a second
-
 import math
 import signal
 import sys
@@ -41,6 +36,7 @@ from llm_numba.training.override import beside, borrow
 from llm_numba.training.precompile import warm_up
 from llm_numba.training.schedule import learning_rate
 from llm_numba.training.settings import Settings
+from llm_numba.util.cli import UserError, exit_with
 from llm_numba.util.files import format_bytes
 
 MOMENTS = ("m", "v")  # groups of the arena that a checkpoint holds beside the parameters; they prefix the names there
@@ -62,8 +58,7 @@ def main(argv: list[str] | None = None) -> int | None:
     config = weights.config if weights else settings.preset_config(given)
     settings.check_lengths(given, config.max_seq_len)
     device = "cpu" if given.no_jit or given.interpret else choose_device(given.device)
-    with ctrl_c_at_once():
-        ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
+    ops = get_ops(device, given.dtype, given.interpret, given.no_jit)
     ops.set_threads(given.threads)
     if given.plan_memory:
         return plan_memory(given, config, ops)
@@ -130,9 +125,8 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
     else:
         model.initialise(ops, arena, s.seed)
 
-    with ctrl_c_at_once():
-        seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
-        peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
+    seconds = warm_up(ops, config, s) if ops.is_compiled() and not s.interpret else 0.0
+    peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
     ops.to_device(m.seed, s.seed % 2**31)
 
     record, since = settings.to_record(s), state.step if stored else None
@@ -434,6 +428,4 @@ def farewell(run) -> None:
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # none where it was closed, as by >&-
-        sys.stdout.reconfigure(errors="replace")
     exit_with(main)

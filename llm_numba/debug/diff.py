@@ -6,7 +6,6 @@ same precision as the device (oracle.py): an error is rounding as long as it is 
 """
 
 import functools
-import sys
 from itertools import groupby
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -196,7 +195,7 @@ def verdict(rows: list[Row], names: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m llm_numba.debug.diff",
+        prog="llm-numba diff",
         description="Run one batch forward and backward on two devices, and tell where they differ and which is wrong.",
     )
     model = parser.add_mutually_exclusive_group()
@@ -235,5 +234,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -4,7 +4,6 @@ Runs one batch forward and backward with every tensor in memory of its own, and 
 called by its name, behind its layer where there is one for each: encoded, 3.qkv, 3.dqkv.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
@@ -180,7 +179,7 @@ def check_source_flags(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m llm_numba.debug.inspect",
+        prog="llm-numba inspect",
         description="Run one batch forward and backward, and print what every activation and gradient holds.",
     )
     parser.add_argument(
@@ -236,5 +235,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -4,13 +4,7 @@ The run folder's bad_step.safetensors has the parameters, the moments and the ba
 can be run on any device, as plain Python too, without the data of the run.
 """
 
-from llm_numba.util.cli import Parser, UserError, exit_with, quiet_ctrl_c
-
-if __name__ == "__main__":
-    quiet_ctrl_c()
-
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +16,7 @@ from llm_numba.training import settings
 from llm_numba.training.checkpoint import load, sizes_of
 from llm_numba.training.memory_plan import all_groups, check_memory, micro_batches
 from llm_numba.training.nan_check import checked, kept
+from llm_numba.util.cli import Parser, UserError, exit_with
 
 
 def replay(path: Path, device: str, dtype: str | None, no_jit: bool) -> tuple[float, float]:
@@ -68,7 +63,7 @@ def read_inputs(tensors, record, shape: tuple, vocab_size: int, path: Path) -> d
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m llm_numba.debug.replay",
+        prog="llm-numba replay",
         description="Run the step again that train --check-finite stopped; name the first value that is not finite.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or its bad_step.safetensors")
@@ -85,5 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -522,7 +522,7 @@ def _typed(name: str, value, prefix: str = "") -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m llm_numba.train",
+        prog="llm-numba train",
         usage="%(prog)s [options]",
         description="Train a GPT-2. Without options: a tiny one, on the Python standard library's sources.\n\n"
         "  %(prog)s --preset nano --steps 100\n"
