@@ -36,7 +36,7 @@ from llm_numba.training.override import beside, borrow
 from llm_numba.training.precompile import warm_up
 from llm_numba.training.schedule import learning_rate
 from llm_numba.training.settings import Settings
-from llm_numba.util.cli import UserError, exit_with
+from llm_numba.util.cli import UserError, command, exit_with
 from llm_numba.util.files import format_bytes
 
 MOMENTS = ("m", "v")  # groups of the arena that a checkpoint holds beside the parameters; they prefix the names there
@@ -154,7 +154,7 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
         if s.use:
             compare_borrowed(run, production)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
-        while state.step < steps and not stop and not log.unread:
+        while state.step < steps and not stop and not log.unwritable:
             one_step(run)
             if state.step == steps or is_time(state.step, s.val_every):
                 validate(run)
@@ -167,11 +167,13 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
         if not checkpoint.checkpoint_path(folder, state.step).exists():  # the end, or a signal
             save(run)
         log.picture(run.reference.curve)
-        if stop or log.unread:
-            why = signal.Signals(stop[0]).name if stop else f"the loss of its output ({log.unread})"
+        if stop or log.unwritable:
+            why = signal.Signals(stop[0]).name if stop else f"an error of its output ({log.unwritable.strerror})"
             log.say(f"stopped by {why} after step {state.step}; nothing is lost")
-            log.say(f"go on with:  python -m llm_numba.train --resume {folder}")
-            return 128 + (stop[0] if stop else 13)
+            log.say(f"resume it with:  {command('train', '--resume', folder)}")
+            if not stop:
+                raise log.unwritable
+            return 128 + stop[0]
         farewell(run)
         return 0
 

@@ -14,7 +14,7 @@ from llm_numba.formats import huggingface, llmc
 from llm_numba.models import gpt2 as model
 from llm_numba.models.config import GPT2Config
 from llm_numba.training import checkpoint
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, not_installed
 
 PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 LLMC_MODEL, LLMC_TOKENIZER = "model.bin", "gpt2_tokenizer.bin"  # of an export; llm.c's programs ask for the second
@@ -85,7 +85,7 @@ def fetch(name: str, files: list[str], revision: str | None = None) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(f'{name}: downloads need huggingface_hub: pip install "llm-numba[download]"') from error
+        raise UserError(f"{name}: cannot be downloaded: {not_installed('huggingface_hub')}") from error
     try:
         paths = [Path(hf_hub_download(PUBLISHED[name], file, revision=revision)) for file in files]
     except Exception as error:  # of the network, of the hub, of the disk: they share no class
