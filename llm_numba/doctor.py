@@ -54,6 +54,7 @@ def package(name: str) -> str:
 def optional(extra: str) -> str:
     """The modules of an extra. Errors: UserError that names the missing ones."""
     modules = [module for module, its_extra in EXTRAS.items() if its_extra == extra]
+    modules += ["numba_cuda"] if extra == "lessons" else []  # its simulator
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed: {install(extra)}")

@@ -18,7 +18,7 @@ FAILED = 2
 EXTRAS = {
     **dict.fromkeys(("cuda", "numba_cuda", "numba.cuda"), "cuda"),
     **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "download"),
-    **dict.fromkeys(("IPython", "ipykernel", "jupytext", "nbclient", "nbformat"), "lessons"),
+    **dict.fromkeys(("IPython", "ipykernel", "jupytext", "nbclient"), "lessons"),
     **{"tensorboardX": "tensorboard", "trackio": "trackio", "wandb": "wandb"},
     **dict.fromkeys(("filelock", "llvmlite", "matplotlib", "ml_dtypes", "numba", "numpy", "platformdirs"), ""),
     **dict.fromkeys(("psutil", "rustbpe", "safetensors", "tiktoken", "tqdm"), ""),
