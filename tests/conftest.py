@@ -30,6 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled: says nothing, or takes too long, under NUMBA_DISABLE_JIT=1")
+    config.addinivalue_line("markers", "faults: kills, signals and broken streams, in slow subprocesses")
     config.addinivalue_line("markers", "gpu: for a GPU, real or simulated")
     config.addinivalue_line("markers", "real: says nothing, or takes too long, in the simulator")
     unknown = set(devices(config)) - set(DEVICES)
