@@ -347,7 +347,7 @@ print("\n".join(table(["slot", "tensors in it", "without sharing", "shared"], li
 # Since the map is only a list of numbers, we can compute it for any batch. Everything that grows does so in proportion
 # to the number of tokens $B \cdot T$ (only attention's weights under `keep` grow with $B\,T^2$), so
 #
-# $$ \text{bytes}(B) \approx 16 N + B \cdot (\text{bytes of one piece of text}) . $$
+# $$ \text{bytes}(B) \approx 16 N + B \cdot (\text{bytes of one sequence}) . $$
 #
 # There is one deliberate exception. The *logits*, the model's predictions, have $V_p$ elements for each token and would
 # be the largest tensor of all. Under `reuse` there is room for only some of the rows at a time: a quarter of them, but
