@@ -75,18 +75,18 @@ def draw_views():
 
     maps = [matplotlib.colormaps["Blues"], matplotlib.colormaps["Oranges"]]
 
-    def cell(axis, at, row, number, which):
-        shade = shades[which][number]
+    def cell(axis, at, row, index, which):
+        shade = shades[which][index]
         axis.add_patch(Rectangle((at, row), 0.92, 0.92, color=maps[which](shade), linewidth=0))
         colour = "white" if shade > 0.6 else "black"
-        axis.text(at + 0.46, row + 0.46, number, ha="center", va="center", fontsize=7, color=colour)
+        axis.text(at + 0.46, row + 0.46, index, ha="center", va="center", fontsize=7, color=colour)
 
-    for number in range(12):
-        cell(axes[0], 3 + number % 4, number // 4, number, 0)
-        cell(axes[1], number, 0, number, 0)
-    for number in range(24):
-        cell(axes[0], 17 + 6 * (number // 12) + number % 4, number // 4 % 3, number, 1)
-        cell(axes[1], 16 + number, 0, number, 1)
+    for index in range(12):
+        cell(axes[0], 3 + index % 4, index // 4, index, 0)
+        cell(axes[1], index, 0, index, 0)
+    for index in range(24):
+        cell(axes[0], 17 + 6 * (index // 12) + index % 4, index // 4 % 3, index, 1)
+        cell(axes[1], 16 + index, 0, index, 1)
     for free in range(12, 16):
         axes[1].add_patch(Rectangle((free, 0), 0.92, 0.92, color="0.9", linewidth=0))
     for text, at in (("x, 3 x 4", 2.7), ("y[0]", 16.7), ("y[1]", 22.7)):
@@ -183,9 +183,9 @@ def draw_parameters():
     }
     figure, axis = pictures.new(width=9, height=3.2)
     for row, config in enumerate(PRESETS.values()):
-        numbers = {spec.name: elements_of(spec, config) for spec in parameter_specs(config)}
-        total, left = sum(numbers.values()), 0.0
-        shares = [sum(numbers[n] for n in names) / total for names in kinds.values()]
+        sizes = {spec.name: elements_of(spec, config) for spec in parameter_specs(config)}
+        total, left = sum(sizes.values()), 0.0
+        shares = [sum(sizes[n] for n in names) / total for names in kinds.values()]
         for i, share in enumerate([*shares, 1 - sum(shares)]):
             label = [*kinds, "biases and LayerNorms"][i] if row == 0 else None
             axis.barh(row, share, 0.75, left=left, color=COLOURS[i], label=label)
@@ -524,13 +524,13 @@ def draw_order(rungs, sizes, most=96):
     figure, axes = pictures.new(1, len(rungs), width=9, height=3.2, sharey=True)
     for axis, rung in zip(axes, rungs, strict=True):
         trace = simulate_cpu(rung, **arguments(lookup_cpu.FORWARD.problem, sizes))
-        numbers = [a.offset // a.nbytes for a in trace.accesses if a.array == "out" and a.kind == "write"]
-        lines = [n // 16 for n in numbers]
+        elements = [a.offset // a.nbytes for a in trace.accesses if a.array == "out" and a.kind == "write"]
+        lines = [n // 16 for n in elements]
         moves = 1 + sum(a != b for a, b in zip(lines, lines[1:], strict=False))
-        for line in range(0, len(numbers) // 16, 2):
+        for line in range(0, len(elements) // 16, 2):
             axis.axhspan(16 * line - 0.5, 16 * line + 15.5, color="0.93", linewidth=0)
-        axis.plot(numbers[:most], ".-", markersize=4, linewidth=0.6, color=COLOURS[0])
-        axis.set(title=f"{rung.__name__}: {moves} cache-line changes", xlabel="access", ylim=(-2, max(numbers) + 2))
+        axis.plot(elements[:most], ".-", markersize=4, linewidth=0.6, color=COLOURS[0])
+        axis.set(title=f"{rung.__name__}: {moves} cache-line changes", xlabel="access", ylim=(-2, max(elements) + 2))
     axes[0].set_ylabel("element of out in memory\n(a stripe is a cache line)")
     return figure
 

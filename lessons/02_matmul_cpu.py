@@ -146,9 +146,10 @@ pictures.source(matmul_cpu.matmul_forward_v2, matmul_cpu.transpose, matmul_cpu.s
 #
 # A core has 16 or 32 vector registers. If we take only as many rows at a time as have their sums in a few registers,
 # the sums stay there until they are complete. `NR` is that number of rows. `new_row()` returns an array of NR elements
-# whose size the compiler knows and that nothing else can access, so it keeps them in registers. `add_scaled(sums, x,
-# numbers)` is `sums += x * numbers` for NR elements. (Both come from `llm_numba/cpu/tile.py`. An array from `np.empty`
-# would do as well, except that the compiler cannot prove that nothing else accesses it, and stores it each time.)
+# whose size the compiler knows and that nothing else can access, so it keeps them in registers.
+# `add_scaled(sums, x, numbers)` is `sums += x * numbers` for NR elements. (Both come from `llm_numba/cpu/tile.py`. An
+# array from `np.empty` would do as well, except that the compiler cannot prove that nothing else accesses it, and
+# stores it each time.)
 #
 # The input is packed accordingly, in *panels* of NR rows: `panels[j, c, i] = inp[j * NR + i, c]`. So each step reads
 # the next NR elements in memory.

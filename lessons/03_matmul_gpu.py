@@ -39,8 +39,8 @@ pictures.source(oracle.matmul_forward)
 
 # %% [markdown]
 # Each of the R·OC results takes C multiplications and C additions: $2\,R\,C\,OC$ *flops* (floating-point operations). A
-# multiplication and the following addition are one hardware instruction, a *multiply-add*. The matrices have only $R\,C
-# + OC\,C + R\,OC$ elements. So each element is used many times: an element of `inp` in OC results, an element of
+# multiplication and the following addition are one hardware instruction, a *multiply-add*. The matrices have only
+# $R\,C + OC\,C + R\,OC$ elements. So each element is used many times: an element of `inp` in OC results, an element of
 # `weight` in R of them.
 #
 # This is the theme of the lesson. The flops are fixed; **how often an element is fetched for them is up to us.** A
@@ -54,8 +54,8 @@ for name, R, C, OC in (
     ("MLP, up", 4096, 768, 4 * 768),
     ("MLP, down", 4096, 4 * 768, 768),
 ):
-    flops, numbers = 2 * R * C * OC, R * C + OC * C + R * OC
-    best = flops / (4 * numbers)
+    flops, elements = 2 * R * C * OC, R * C + OC * C + R * OC
+    best = flops / (4 * elements)
     print(f"{name:>23}: {1e-9 * flops:5.1f} Gflop; flops per byte: naive {2 / 8}, at best {best:.0f}")
 
 # %% [markdown]

@@ -44,8 +44,8 @@ print(f"activations (B, T, C):  {4 * B * T * C / 2**20:6,.0f} MiB")
 # The $p_v$ are positive and add up to 1, so they can be read as probabilities. A loss of 0 means that the model was
 # certain and right. A model that knows nothing gives each token $1/V$, and its loss is $\log V$.
 #
-# For the gradient, differentiate the second form of the loss. The logarithm of the sum has the derivative $e^{x_v} /
-# \sum_u e^{x_u}$, which is $p_v$ again, and $x_y$ has the derivative 1 at $v = y$ and 0 elsewhere:
+# For the gradient, differentiate the second form of the loss. The logarithm of the sum has the derivative
+# $e^{x_v} / \sum_u e^{x_u}$, which is $p_v$ again, and $x_y$ has the derivative 1 at $v = y$ and 0 elsewhere:
 #
 # $$ \frac{\partial\, \text{loss}}{\partial x_v} = p_v - [v = y] . $$
 #
@@ -88,8 +88,8 @@ pictures.show(figure)
 # `inf`, and `inf / inf` is `nan`, *not a number*, which makes every later result `nan` too. Logits above 88 are not
 # rare in a young model with a large learning rate.
 #
-# But we just saw that a constant may be added to all logits without any effect. So subtract the largest of them, $m =
-# \max_v x_v$:
+# But we just saw that a constant may be added to all logits without any effect. So subtract the largest of them,
+# $m = \max_v x_v$:
 #
 # $$ p_v = \frac{e^{x_v - m}}{\sum_u e^{x_u - m}}, \qquad \text{loss} = \log \sum_u e^{x_u - m} + (m - x_y) . $$
 #
@@ -459,8 +459,9 @@ exercise.check("softmax_merge")
 # ## Exercise 2: the gradient of softmax alone
 #
 # Followed by the cross-entropy, the softmax had that simple gradient. In attention, in lesson 05, something else
-# follows it, which gives some gradient $dp$. The softmax's derivative is $\partial p_v / \partial x_u = p_v ([u = v] -
-# p_u)$, since $x_u$ is in the numerator if $u = v$, and in the sum always. With the chain rule,
+# follows it, which gives some gradient $dp$. The softmax's derivative is
+# $\partial p_v / \partial x_u = p_v ([u = v] - p_u)$, since $x_u$ is in the numerator if $u = v$, and in the sum
+# always. With the chain rule,
 #
 # $$ dx_u = \sum_v dp_v\, p_v ([u = v] - p_u) = p_u \Big( dp_u - \sum_v p_v\, dp_v \Big) . $$
 #

@@ -156,7 +156,7 @@ def test_divergent_barriers():
 
 
 @pytest.mark.parametrize(
-    ("stride", "words"),
+    ("stride", "message"),
     [
         (
             9,
@@ -165,11 +165,10 @@ def test_divergent_barriers():
         (-1, "thread 1 of block 0 reads inp[-1], which is out of bounds"),
     ],
 )
-def test_out_of_bounds(stride, words):
+def test_out_of_bounds(stride, message):
     trace = simulate(launch(copy_with_stride), out=garbage(32), inp=np.zeros(256, float32), stride=stride)
-    assert (
-        len(trace.faults) == 1 and trace.faults[0].startswith(words) and "`out[i] = inp[i * stride]`" in trace.faults[0]
-    )
+    (fault,) = trace.faults
+    assert fault.startswith(message) and "`out[i] = inp[i * stride]`" in fault
 
 
 @njit(parallel=True)
@@ -340,8 +339,7 @@ def test_notebook(tmp_path, monkeypatch, capsys):
 def test_program(tmp_path, capsys):
     assert program.main([]) == 0
     assert "python lessons/01_layernorm.py" in capsys.readouterr().out
-    copy = tmp_path / "llm_numba" / "numba" / "mine.py"  # a folder named like a library does not hide your lines
-    copy.parent.mkdir(parents=True)
+    copy = tmp_path / "mine.py"
     shutil.copy(exercise.FOLDER / "exercises" / "layernorm_mean.py", copy)
     assert program.main(["check", str(copy)]) == 1
     printed = capsys.readouterr().out
@@ -352,6 +350,15 @@ def test_program(tmp_path, capsys):
             program.main(["check", bad])
     with pytest.raises(UserError, match="--device"):
         program.main(["results", "--device", "tpu"])
+
+
+def test_errors_name_your_line_even_in_a_folder_named_numba(tmp_path, capsys):
+    mine = tmp_path / "llm_numba" / "numba" / "mine.py"
+    mine.parent.mkdir(parents=True)
+    stub = (exercise.FOLDER / "exercises" / "layernorm_mean.py").read_text()
+    mine.write_text(stub.replace("raise NotImplementedError", 'total = inp["a"]'))
+    assert not exercise.check(str(mine))
+    assert re.search(r"it raises IndexError: .*, at line \d+: `total = inp\[\"a\"\]", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["layernorm_mean", "softmax_merge"])

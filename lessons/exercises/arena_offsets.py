@@ -18,7 +18,7 @@ RUN = 64
 
 
 def lay_out(offsets, total, sizes):
-    end = 0  # where the next tensor begins
+    end = 0  # where the next tensor starts
     raise NotImplementedError  # replace this line with your code
     total[0] = end
 

@@ -11,11 +11,11 @@ from llm_numba.cuda.jit import float32, uint32
 def solution(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
-        number = inp[i]
-        if not math.isnan(number):
-            bits = uint32(number.view(uint32) + random[i]) & uint32(0xFFFF0000)
-            number = uint32(bits).view(float32)
-        out[i] = number
+        value = inp[i]
+        if not math.isnan(value):
+            bits = uint32(value.view(uint32) + random[i]) & uint32(0xFFFF0000)
+            value = uint32(bits).view(float32)
+        out[i] = value
 
 
 @cuda.jit
@@ -29,11 +29,11 @@ def truncates(out, inp, random):
 def rounds_to_nearest(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
-        number = inp[i]
-        if not math.isnan(number):
-            bits = uint32(number.view(uint32) + uint32(0x8000)) & uint32(0xFFFF0000)
-            number = uint32(bits).view(float32)
-        out[i] = number
+        value = inp[i]
+        if not math.isnan(value):
+            bits = uint32(value.view(uint32) + uint32(0x8000)) & uint32(0xFFFF0000)
+            value = uint32(bits).view(float32)
+        out[i] = value
 
 
 @cuda.jit
@@ -55,11 +55,11 @@ def one_random_number_for_all(out, inp, random):
 def towards_minus_infinity(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
-        number = inp[i]
-        if number < float32(0):
-            bits = uint32(number.view(uint32) + (uint32(0xFFFF) - random[i])) & uint32(0xFFFF0000)
+        value = inp[i]
+        if value < float32(0):
+            bits = uint32(value.view(uint32) + (uint32(0xFFFF) - random[i])) & uint32(0xFFFF0000)
         else:
-            bits = uint32(number.view(uint32) + random[i]) & uint32(0xFFFF0000)
+            bits = uint32(value.view(uint32) + random[i]) & uint32(0xFFFF0000)
         out[i] = uint32(bits).view(float32)
 
 
