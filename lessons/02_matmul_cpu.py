@@ -102,14 +102,14 @@ figure, axis = roofline()
 pictures.show(figure)
 
 # %% [markdown]
-# From here on R = 2048 rows, far to the right: the limit is the peak. If a rung stays below it, something other than
-# memory bandwidth holds it back, between the registers and the caches.
+# From here on we use R = 2048 rows, far to the right: the limit is the peak. If a rung stays below it, something other
+# than memory bandwidth holds it back, between the registers and the caches.
 #
 # ## The rungs
 #
 # ### v1: three loops
 #
-# The formula, directly. `operands` only reshapes the batch into R rows and replaces a missing bias by zeros.
+# The formula as loops. `operands` only reshapes the batch into R rows and replaces a missing bias by zeros.
 
 # %%
 pictures.source(matmul_cpu.matmul_forward_v1, matmul_cpu.three_loops)
@@ -144,7 +144,7 @@ pictures.source(matmul_cpu.matmul_forward_v2, matmul_cpu.transpose, matmul_cpu.s
 # Two loads and a store for a multiply-add. The sums travel to the cache and back C times, although only the final
 # values are needed.
 #
-# A core has 16 or 32 vector registers. If we take only as many rows at a time as have their sums in a few registers,
+# A core has 16 or 32 vector registers. If we take only so many rows at a time that their sums fit into a few registers,
 # the sums stay there until they are complete. `NR` is that number of rows. `new_row()` returns an array of NR elements
 # whose size the compiler knows and that nothing else can access, so it keeps them in registers.
 # `add_scaled(sums, x, numbers)` is `sums += x * numbers` for NR elements. (Both come from `llm_numba/cpu/tile.py`. An
