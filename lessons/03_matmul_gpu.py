@@ -328,7 +328,7 @@ print(f"{'per multiply-add':<22} reads of global (predicted)   reads of shared (
 for name, (from_global, from_shared) in predicted.items():
     elements, shared = (reads(counted[name], space)[0] for space in ("global", "shared"))
     global_text, shared_text = f"({from_global:g})", f"({from_shared:g})"
-    print(f"{name:<22} {elements / terms:15.4g} {global_text:>10} {shared / terms:17.4g} {shared_text:>10}")
+    print(f"{name:<22} {elements / terms:15.4g} {global_text:>11} {shared / terms:17.4g} {shared_text:>11}")
 
 # %% [markdown]
 # The whole ladder is in this table: v2 makes the same reads cheaper, v3 requests less from global memory, v4 makes the
