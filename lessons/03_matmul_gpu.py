@@ -163,10 +163,10 @@ axis.text(9.1, 15.2, "weight (OC, C), transposed")
 axis.text(9.1, 5.4, "out (R, OC)")
 axis.text(12, 1.4, "a block's tile", ha="center", fontsize=8)
 words = """A block walks along c.
-Each step loads two tiles (dark)
-into shared memory. Each of
-their elements is used for
-TILE results."""
+Each step loads two tiles
+(dark) into shared memory.
+Each of their elements is
+used for TILE results."""
 axis.text(0.2, 10.5, words, va="center")
 axis.set(xlim=(-0.3, 15.3), ylim=(-0.3, 16), aspect="equal")
 axis.axis("off")
