@@ -1,4 +1,4 @@
-"""The ladders' times on one machine, in lessons/results, and the README's table of all machines."""
+"""The ladders' times: a file in lessons/results for each machine, and a page with the tables of all machines."""
 
 import json
 import platform
@@ -8,14 +8,16 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from llm_numba.bench.tables import table, write_readme
+from llm_numba.bench.tables import table
 from llm_numba.lessons import FOLDER
-from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
+from llm_numba.lessons.ladder import Ladder, format_sizes, ladders, rung_files
 from llm_numba.lessons.timing import COLUMNS, cells, times
 from llm_numba.util.files import write_whole
 
-BEGIN, END = "<!-- lessons -->", "<!-- end of lessons -->"
-README = FOLDER.parent / "README.md"
+TITLE = """# Ladder results
+
+Times of the rungs of all lessons. `python -m llm_numba.lessons results` measures them and writes this page.
+"""
 
 
 def all_ladders(device: str) -> list[Ladder]:
@@ -23,8 +25,8 @@ def all_ladders(device: str) -> list[Ladder]:
 
 
 def write(device: str) -> Path | None:
-    """Time every ladder of a device and write the machine's file, and the README's table of all files; None where there
-    is no such device."""
+    """Time every ladder of a device, write the machine's file and the page of all machines. None if the machine has no
+    such device."""
     found = {}
     for ladder in all_ladders(device):
         measured = times(ladder)
@@ -48,25 +50,25 @@ def write(device: str) -> Path | None:
     path = FOLDER / "results" / f"{slug(machine)}.json"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(results, indent=1).encode() + b"\n")
-    write_readme(README, BEGIN, END, readme_table())
+    write_whole(path.with_name("README.md"), f"{TITLE}\n{tables()}\n".encode())
     return path
 
 
 def slug(machine: str) -> str:
-    """A file's name for a machine: what it is, not how its clocks are set."""
+    """A file name for a machine: its model, without driver and vector width."""
     name = re.split(r", (?:driver|\d+-bit)", machine)[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def readme_table() -> str:
-    """The ladders of every machine on record: a line a rung."""
+def tables() -> str:
+    """A table for every machine on record, with a row for each rung."""
     parts = []
     for path in sorted((FOLDER / "results").glob("*.json")):
         results = json.loads(path.read_text())
         lines = []
         for name, found in results["ladders"].items():
-            labels = [f"{name}, {in_words(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
+            labels = [f"{name}, {format_sizes(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
             lines += [[label, *line] for label, line in zip(labels, cells(found), strict=True)]
         head = f"{results['date']}, {results['machine']}; {results['versions']}."
         parts.append("\n".join([head, "", *table(["ladder", "rung", *COLUMNS], lines)]))
-    return "\n\n".join(parts) or "Nothing is measured yet."
+    return "\n\n".join(parts)
