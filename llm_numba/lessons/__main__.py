@@ -20,8 +20,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                 "right, and if not, what is wrong with it. Exit status 1 where it is not.")  # fmt: skip
     check.add_argument("exercise", metavar="FILE", help="your file, or the name of one in lessons/exercises")
     results = commands.add_parser("results", help="time all ladders", description="Time the rungs of all lessons on "
-                                  "this machine, write lessons/results/MACHINE.json, and the README's table from all "
-                                  "such files. Run it on a machine that does nothing else.")  # fmt: skip
+                                  "this machine, write lessons/results/MACHINE.json, and update the tables in "
+                                  "lessons/results/README.md. Run it on an idle machine.")  # fmt: skip
     results.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     return parser.parse_args(argv)
 
