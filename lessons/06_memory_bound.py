@@ -190,7 +190,7 @@ pictures.source(gelu_cpu.gelu_forward_v3)
 #
 # $$ \tfrac12 x\,(1 + \tanh u) = \frac{x}{1 + e^{-2u}} $$
 #
-# and `exp` is the project's own: a polynomial without function calls or branches, so that the compiler can vectorize
+# and `exp` is the project's own: a polynomial without function calls or branches, so that the compiler can vectorise
 # the whole loop. (`error_model="numpy"` makes a division by zero return infinity. Python's exception would need a
 # branch.)
 
@@ -515,7 +515,7 @@ exercise.check("bias_gelu")
 # - Count the bytes that a layer *needs*: each input read once, each output written once. Divide by the bandwidth: no
 #   program is faster than that.
 # - Count the bytes that it *moves*. The ratio of the two is what fusion can gain.
-# - Few bytes are not enough. On a CPU the loop must be vectorized; on a GPU loads must be coalesced, with enough of
+# - Few bytes are not enough. On a CPU the loop must be vectorised; on a GPU loads must be coalesced, with enough of
 #   them in flight.
 # - What is cheap to recompute need not be stored.
 #

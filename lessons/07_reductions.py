@@ -197,7 +197,7 @@ pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
 # What does determinism cost? Compared with v2, v3 writes one more element per block of 16384. Compare v2 and v3 in the
-# table to see whether that is visible. The model's version has the same fixed blocks, and its sums are vectorized: a
+# table to see whether that is visible. The model's version has the same fixed blocks, and its sums are vectorised: a
 # fixed order need not be slow.
 #
 # ## The norm on a GPU
@@ -266,14 +266,14 @@ pictures.show(figure)
 # ### v4: fold in the middle
 #
 # The 32 threads of a warp execute the same instructions together: if a single one of them has work in a branch, the
-# whole warp takes part. This is *divergence*. In v3 the active threads are spread out, every second, every fourth
-# thread. So every warp takes part in every round, with most of its threads idle. In v4 the first half of the threads
-# adds the second half's sums, then the first quarter adds the second quarter's. The active threads stay next to each
-# other, and whole warps are finished after the first rounds.
+# whole warp takes part. This is *divergence*. In v3 the active threads are spread out, every second, then every fourth
+# thread. So in the first five rounds every warp takes part, with fewer and fewer of its threads active. In v4 the first
+# half of the threads adds the second half's sums, then the first quarter adds the second quarter's. The active threads
+# stay next to each other, and whole warps are finished after the first rounds.
 #
 # Which elements of shared memory a warp accesses together matters as well. Shared memory has 32 *banks*, and
 # consecutive 4-byte words are in consecutive banks. A bank delivers one word at a time. If several threads of a warp
-# access different words in the same bank, the accesses are serialized: a *bank conflict*, 8-way if 8 of them meet in
+# access different words in the same bank, the accesses are serialised: a *bank conflict*, 8-way if 8 of them meet in
 # one bank. Neither v3 nor v4 has such conflicts: in both, a warp accesses a span of at most 32 consecutive elements at
 # a time. (A float64 occupies two words, so 32 of them always need two accesses.)
 
@@ -383,7 +383,7 @@ pictures.source(reductions_cpu.encoder_backward_v1, reductions_cpu.encoder_backw
 # %% [markdown]
 # But look at what v2 reads: one element of 4 bytes per row, and for each of them a cache line of 64 bytes must be
 # loaded. The model's function, the last rung, gives each task 64 consecutive channels: four whole cache lines, with an
-# inner loop over channels that the compiler can vectorize. The principle is the same, with larger pieces.
+# inner loop over channels that the compiler can vectorise. The principle is the same, with larger pieces.
 
 # %%
 ladder.check(reductions_cpu.ENCODER)

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # The optimizer: AdamW, and 2-byte elements
+# # The optimiser: AdamW, and 2-byte elements
 #
 # **Goal.** Understand and write the last op of a training step, which has the gradient of every parameter and updates
 # the parameters. First comes the formula; for each of its parts you will see what goes wrong without it. Then come its
@@ -221,7 +221,7 @@ pictures.source(adamw_cpu.adamw_update_v2)
 # ### v3: float32, and runs
 #
 # All constants are converted to float32 first. What is the same for a run is decided once per run, so the inner loop
-# has no branches and the compiler can vectorize it.
+# has no branches and the compiler can vectorise it.
 
 # %%
 pictures.source(adamw_cpu.adamw_update_v3)
@@ -394,7 +394,7 @@ pictures.show(figure)
 # %% [markdown]
 # ### Master weights
 #
-# The other remedy is to keep two copies. The *master weights* are float32, and the optimizer updates these. After each
+# The other remedy is to keep two copies. The *master weights* are float32, and the optimiser updates these. After each
 # step they are rounded to the nearest bf16 for the forward and backward pass. Nothing is lost, because small steps add
 # up in the master weights until the rounded copy changes. This costs 4 bytes of memory per parameter, and 6 more bytes
 # are moved (the master weights are read and written, but the bf16 parameters no longer need to be read).
@@ -470,7 +470,7 @@ pictures.show(figure)
 # ## Four training runs
 #
 # Now apply all of this to a real, if small, training run: a network with one hidden layer learns to imitate another
-# network of the same kind. The optimizer is the model's own op, and the learning rate decays to a hundredth, as in real
+# network of the same kind. The optimiser is the model's own op, and the learning rate decays to a hundredth, as in real
 # runs. The forward and backward pass see only the rounded parameters; everything else is identical, including all
 # random numbers.
 

@@ -52,7 +52,7 @@ pictures.source(model.forward)
 # %% [markdown]
 # The loss, the backward pass and the update are written in the same way. `update` in `train.py` contains all of it, and
 # a run calls it in every step: first the gradients of all micro-batches (parts of a batch that run one after the other
-# if the whole batch does not fit in memory), then the optimizer.
+# if the whole batch does not fit in memory), then the optimiser.
 
 # %%
 pictures.source(train.update, model.gradients, model.update)
@@ -313,7 +313,7 @@ pictures.source(get_ops("cudasim").capture)
 # - A value that changes from step to step, such as the learning rate, must not be a kernel argument. It must be in GPU
 #   memory, where the kernel reads it. That is why the arena has a group `inputs`.
 #
-# You can see the last rule without a GPU. The next cell contains a recorder of ten lines and an optimizer of one.
+# You can see the last rule without a GPU. The next cell contains a recorder of ten lines and an optimiser of one.
 
 
 # %%
@@ -371,7 +371,7 @@ if found:
 
 # %% [markdown]
 # What if the tensors are contiguous, but each needs different treatment? One launch is still enough if each block knows
-# which tensor it works on. That is the second exercise; PyTorch's fused optimizers do the same.
+# which tensor it works on. That is the second exercise; PyTorch's fused optimisers do the same.
 
 # %%
 exercise.show("many_tensors")

@@ -18,7 +18,7 @@ from training import random_parameters, set_parameters
 
 from llm_numba import bench
 from llm_numba.arena import Arena
-from llm_numba.bench import machine, measuring, op_cases, races, tables, worker
+from llm_numba.bench import curves, machine, measuring, op_cases, races, tables, worker
 from llm_numba.cpu import peak
 from llm_numba.models.config import preset
 from llm_numba.ops import WRITES, get_ops
@@ -167,6 +167,13 @@ def test_exit_status_and_files(tmp_path, monkeypatch, capsys, check, seconds, st
     assert ("MISSED" in printed, "met" in printed) == (status == 1, check and status == 0)
     assert json.loads((tmp_path / "out.json").read_text()) == made
     assert tables.report(made) in page.read_text()
+
+
+def test_report_of_loss_curves():
+    found = {"ours fp32": [3.0] * 20 + [2.0] * 20, "PyTorch fp32": [3.0] * 20 + [2.0] * 19 + [1.9]}
+    lines = [" ".join(line.split()) for line in curves.report(found, "a GPU").splitlines()]
+    assert "| 21 to 40 | 2.0000 | 1.9950 |" in lines
+    assert "- ours fp32 and PyTorch fp32: mean distance per step 0.00250, largest 0.10000" in lines
 
 
 # --- docs/benchmarks.md

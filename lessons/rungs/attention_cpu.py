@@ -123,7 +123,7 @@ def forward_head_v2(n, out, att, qkv, num_heads, scratch):
 
 @njit(**SHARED_OUT)
 def attention_forward_v2(out, att, qkv, num_heads, scratch):
-    """Vectorized: the innermost loops walk along rows in memory. Scratch: B*NH*T*T."""
+    """Vectorised: the innermost loops walk along rows in memory. Scratch: B*NH*T*T."""
     for n in prange(out.shape[0] * num_heads):
         forward_head_v2(n, out, att, qkv, num_heads, scratch)
 

@@ -2,21 +2,19 @@
 
 import argparse
 import json
-import platform
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite.binding as llvm
 
 from llm_numba.arena import DTYPES, layout, training_groups
 from llm_numba.bench import op_cases, races, tables
-from llm_numba.bench.machine import describe_machine
+from llm_numba.bench.machine import describe_machine, describe_versions
 from llm_numba.bench.worker import Build, WorkerFailed, build_shim, require_torch, torch_worker
 from llm_numba.models.config import PRESETS, GPT2Config, preset
 from llm_numba.ops import DEVICES, choose_device, get_ops
@@ -154,7 +152,6 @@ def check_memory(ops, config: GPT2Config, B: int, T: int, dtype: str) -> None:
 
 def new_results(name: str, threads: int, device: str, dtype: str) -> dict:
     """An empty record of results: settings, versions, and a place for every measurement."""
-    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
     return {
         "date": date.today().isoformat(),
         "preset": name,
@@ -162,7 +159,7 @@ def new_results(name: str, threads: int, device: str, dtype: str) -> dict:
         "device": device,
         "dtype": dtype,
         "machine": "",
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "versions": describe_versions(device),
         "peak_flops": 0.0,
         "bandwidth": {},
         "builds": [],

@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from llm_numba.arena import Arena
 from llm_numba.bench.races import sizes_of
+from llm_numba.bench.tables import table
 from llm_numba.bench.worker import Build, WorkerFailed, require_torch, torch_worker
 from llm_numba.data import corpus as data
 from llm_numba.data.loader import Loader
@@ -79,21 +81,18 @@ def curves(device: str, config: GPT2Config, s: Settings, dtypes: list[str], corp
     return found
 
 
-def table(found: dict, device: str) -> str:
+def report(found: dict, device: str) -> str:
     """A Markdown table of mean losses, and the distances between the curves."""
     losses = {name: np.array(values) for name, values in found.items()}
-    lines = [f"On {device}; each loss is the mean of {AVERAGED} steps.", "", "| steps | " + " | ".join(losses) + " |"]
-    lines.append("|---" * (len(losses) + 1) + "|")
+    lines = []
     for last in range(AVERAGED, len(next(iter(losses.values()))) + 1, AVERAGED):
         means = (f"{values[last - AVERAGED : last].mean():.4f}" for values in losses.values())
-        lines.append(f"| {last - AVERAGED + 1} to {last} | " + " | ".join(means) + " |")
-    names = list(losses)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    lines.append("")
-    for a, b in pairs:
+        lines.append([f"{last - AVERAGED + 1} to {last}", *means])
+    text = [f"On {device}; each loss is the mean of {AVERAGED} steps.", "", *table(["steps", *losses], lines), ""]
+    for a, b in combinations(losses, 2):
         distance = np.abs(losses[a] - losses[b])
-        lines.append(f"{a} and {b}: mean distance per step {distance.mean():.5f}, largest {distance.max():.5f}")
-    return "\n".join(lines)
+        text.append(f"- {a} and {b}: mean distance per step {distance.mean():.5f}, largest {distance.max():.5f}")
+    return "\n".join(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         found = curves(device, config, s, args.dtype, corpus, args.out)
     except WorkerFailed as error:
         raise UserError(f"PyTorch failed: {error}") from error
-    text = table(found, get_ops(device).describe_device().removeprefix("on "))
+    text = report(found, get_ops(device).describe_device().removeprefix("on "))
     print(text)
     (args.out / "curves.md").write_text(text + "\n")
     (args.out / "curves.json").write_text(json.dumps(found) + "\n")

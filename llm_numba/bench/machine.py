@@ -1,8 +1,9 @@
-"""Describe the machine in one line."""
+"""Describe the machine and the installed versions, in one line each."""
 
 import platform
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -19,6 +20,11 @@ def describe_machine(device: str, threads: int, ops) -> str:
         bits = next((bits for feature, bits in widths.items() if features.get(feature)), 0)
         return f"{cpu_model()} ({llvm.get_host_cpu_name()}), {threads} threads, {bits}-bit vectors"
     return (describe_gpu() if device == "cuda" else None) or ops.describe_device()
+
+
+def describe_versions(device: str) -> str:
+    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
 def cpu_model() -> str:

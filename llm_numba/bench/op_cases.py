@@ -47,7 +47,7 @@ SIZES = {"cpu": CPU, "cuda": GPU, "cudasim": SIMULATED}
 
 
 def shapes_within(at: Sizes, config: GPT2Config) -> list[tuple[int, int]]:
-    """The shapes of the training steps, shortened to the model's context."""
+    """The shapes, shortened to the model's context."""
     return list(dict.fromkeys((B, min(T, config.max_seq_len)) for B, T in at.shapes))
 
 
@@ -55,6 +55,7 @@ def op_list(config: GPT2Config, at: Sizes):
     """(op, sizes) of every case; the sizes are keyword arguments of the functions below and of those in torch_side."""
     C, V, Vp, NH = config.channels, config.vocab_size, config.padded_vocab_size, config.num_heads
     T = min(config.max_seq_len, at.rows)
+    shapes = shapes_within(at, config)
     wide, activation = dict(B=at.rows // T, T=T, C=4 * C), dict(B=at.rows // T, T=T, C=C)
     predicted = min(T, at.classifier_rows)
     cases = [
@@ -63,7 +64,7 @@ def op_list(config: GPT2Config, at: Sizes):
         for R in at.matmul_rows
         for a, b in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp))
     ]
-    cases += [(f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in at.shapes]
+    cases += [(f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in shapes]
     return cases + [
         ("layernorm_forward", activation),
         ("layernorm_backward", activation),

@@ -285,7 +285,7 @@ def fused_classifier(B, T, V, Vp):
 
 
 def adamw_update(n):
-    """In float32, like llm_numba's optimizer state."""
+    """In float32, like llm_numba's optimiser state."""
     parameter = leaf(n, dtype=torch.float32)
     parameter.grad = torch.randn(n, dtype=torch.float32)
     return torch.optim.AdamW([parameter], lr=1e-4, fused=True).step
@@ -310,7 +310,7 @@ OPS = {
 
 
 def first(mode: str) -> int | None:
-    """Run twice, as the first run compiles and creates the optimizer state. Returns the peak memory in bytes: of the
+    """Run twice, as the first run compiles and creates the optimiser state. Returns the peak memory in bytes: of the
     process, or of its tensors on the GPU."""
     runs[mode]()
     if device != "cuda":

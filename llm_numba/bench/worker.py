@@ -63,7 +63,9 @@ def torch_worker(build: Build = Build()) -> Iterator[Callable]:  # noqa: B008
             except BrokenPipeError:
                 answer = ""
             if not answer:
-                raise WorkerFailed(f"the process ended with status {process.wait()}: {last_line(messages)}")
+                status = process.wait()
+                messages.seek(0)
+                raise WorkerFailed(f"the process ended with status {status}: {last_line(messages.read())}")
             answer = json.loads(answer)
             if "failed" in answer:
                 raise WorkerFailed(answer["failed"])
@@ -84,9 +86,8 @@ def end(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def last_line(file) -> str:
-    file.seek(0)
-    return (file.read().strip().splitlines() or ["no output"])[-1]
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def build_shim(folder: Path, cpu: str, features: dict[str, bool]) -> tuple[Path | None, str]:
@@ -108,5 +109,5 @@ def build_shim(folder: Path, cpu: str, features: dict[str, bool]) -> tuple[Path 
     source.write_text(AVX512_SHIM)
     done = subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], capture_output=True, text=True)
     if done.returncode:
-        return None, f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+        return None, f"{compiler} failed: {last_line(done.stderr)}"
     return library, ""

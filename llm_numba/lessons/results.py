@@ -1,13 +1,12 @@
 """Time all ladders on this machine, and write the tables of all machines into lessons/results/README.md."""
 
 import json
-import platform
 import re
 import sys
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
+from llm_numba.bench.machine import describe_versions
 from llm_numba.bench.tables import split_at_marker, table, write_tables
 from llm_numba.lessons import FOLDER
 from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
@@ -37,12 +36,11 @@ def write(device: str) -> Path | None:
     if not found:
         return None
     machine = next(iter(found.values()))["machine"]
-    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
     results = {
         "machine": machine,
         "device": device,
         "date": date.today().isoformat(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "versions": describe_versions(device),
         "ladders": found,
     }
     path = FOLDER / "results" / f"{slug(machine)}.json"
