@@ -12,21 +12,21 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
-CONTRACT = {"contract"}  # a product and a sum may become one instruction
-SHARED_OUT = dict(parallel=not lessons.FAST)  # the tests save the time to compile it: `prange` is then a `range`
-KEYS = 128  # that a query looks at before it rescales
+CONTRACT = {"contract"}  # allows fused multiply-add
+SHARED_OUT = dict(parallel=not lessons.FAST)  # serial under LESSONS_FAST, which compiles faster
+KEYS = 128  # keys per rescaling of the online softmax
 
 
 @njit
 def head_of(rows, part, C, n, num_heads):
-    """A view of (T, HS): head n of C channels in all, in part 0, 1, ... of the rows (B, T, parts * C)."""
+    """View (T, HS) of head n in part 0, 1, ... of the rows (B, T, parts * C)."""
     b, h, HS = n // num_heads, n % num_heads, C // num_heads
     return rows[b, :, part * C + h * HS : part * C + h * HS + HS]
 
 
 @njit
 def queries_keys_values(qkv, n, num_heads):
-    """Head n's three parts (T, HS) of qkv (B, T, 3*C), or of its gradient."""
+    """Views q, k, v (T, HS) of head n in qkv (B, T, 3*C), or in its gradient."""
     C = qkv.shape[2] // 3
     return (
         head_of(qkv, 0, C, n, num_heads),
@@ -37,7 +37,7 @@ def queries_keys_values(qkv, n, num_heads):
 
 @njit
 def matrix_of(scratch, n, T):
-    """The n-th (T, T) matrix of scratch."""
+    """The n-th (T, T) matrix in scratch."""
     return scratch[n * T * T : (n + 1) * T * T].reshape(T, T)
 
 
@@ -76,28 +76,28 @@ def forward_head_v1(n, out, att, qkv, num_heads, scratch):
 
 @njit(**SHARED_OUT)
 def attention_forward_v1(out, att, qkv, num_heads, scratch):
-    """The formula: all scores, all weights, all outputs. Scratch: B*NH*T*T, the matrices of all heads."""
+    """The formula: all scores, all weights, all outputs. Scratch: B*NH*T*T."""
     for n in prange(out.shape[0] * num_heads):
         forward_head_v1(n, out, att, qkv, num_heads, scratch)
 
 
 @njit
 def row_of(rows, part, C, n, num_heads, t):
-    """The HS numbers of token t for head n; Numba sees here, and not in `head_of`, that they are neighbours."""
+    """The HS elements of token t for head n. Unlike with `head_of`, Numba knows that they are contiguous."""
     first = part * C + n % num_heads * (C // num_heads)
     return rows[n // num_heads, t, first : first + C // num_heads]
 
 
 @njit
 def add_scaled(sums, x, numbers):
-    """sums += x * numbers, both (HS,)."""
+    """sums (HS,) += x * numbers (HS,)."""
     for i in range(sums.shape[0]):
         sums[i] += x * numbers[i]
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
 def forward_head_v2(n, out, att, qkv, num_heads, scratch):
-    """The same; each innermost loop goes along a row of memory, and its sums may be taken in any order."""
+    """The innermost loops walk along rows in memory, and their sums may be reordered."""
     B, T, C = out.shape
     lse, weights = att[n // num_heads, n % num_heads], matrix_of(scratch, n, T)
     scale = ONE / np.float32(math.sqrt(C // num_heads))
@@ -123,15 +123,15 @@ def forward_head_v2(n, out, att, qkv, num_heads, scratch):
 
 @njit(**SHARED_OUT)
 def attention_forward_v2(out, att, qkv, num_heads, scratch):
-    """Vector code: the innermost loops go along the rows of memory. Scratch: B*NH*T*T."""
+    """Vectorised: the innermost loops walk along rows in memory. Scratch: B*NH*T*T."""
     for n in prange(out.shape[0] * num_heads):
         forward_head_v2(n, out, att, qkv, num_heads, scratch)
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
 def forward_head_v3(n, out, att, qkv, num_heads, scratch):
-    """The same without a matrix: a query goes over KEYS keys at a time, and keeps the largest score, the sum of the
-    weights and the weighed values; the sums are rescaled when a larger score appears."""
+    """Without a matrix: a query processes KEYS keys at a time and keeps the largest score, the sum of the weights and
+    the weighted sum of the values. The sums are rescaled when a larger score appears."""
     B, T, C = out.shape
     lse = att[n // num_heads, n % num_heads]
     scale = ONE / np.float32(math.sqrt(C // num_heads))
@@ -160,14 +160,14 @@ def forward_head_v3(n, out, att, qkv, num_heads, scratch):
 
 @njit(**SHARED_OUT)
 def attention_forward_v3(out, att, qkv, num_heads, scratch):
-    """The online softmax: of T*T weights a head, KEYS are in existence at a time. Scratch: none."""
+    """The online softmax: only KEYS of a head's T*T weights exist at a time. Scratch: none."""
     for n in prange(out.shape[0] * num_heads):
         forward_head_v3(n, out, att, qkv, num_heads, scratch)
 
 
 @njit
 def clear(dqkv, n, num_heads):
-    """Head n's part of dqkv = 0."""
+    """dqkv = 0 for head n."""
     B, T, C = dqkv.shape
     for t in range(T):
         for part in range(3):
@@ -176,7 +176,7 @@ def clear(dqkv, n, num_heads):
 
 @njit(fastmath=CONTRACT, error_model="numpy")
 def backward_head_v1(n, dqkv, dout, out, att, qkv, num_heads, scratch):
-    """All weights p (T, T) from lse, all gradients of the scores, then the three products."""
+    """All weights p (T, T) from lse, all score gradients, then the three products."""
     B, T, C = out.shape
     lse, p, dscores = att[n // num_heads, n % num_heads], matrix_of(scratch, 2 * n, T), matrix_of(scratch, 2 * n + 1, T)
     scale = ONE / np.float32(math.sqrt(C // num_heads))
@@ -201,14 +201,14 @@ def backward_head_v1(n, dqkv, dout, out, att, qkv, num_heads, scratch):
 
 @njit(**SHARED_OUT)
 def attention_backward_v1(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """All weights and all scores' gradients first, then the three products. Scratch: 2*B*NH*T*T."""
+    """All weights and all score gradients first, then the three products. Scratch: 2*B*NH*T*T."""
     for n in prange(out.shape[0] * num_heads):
         backward_head_v1(n, dqkv, dout, out, att, qkv, num_heads, scratch)
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
 def backward_head_v2(n, dqkv, dout, out, att, qkv, num_heads, scratch):
-    """The same, a query and KEYS keys at a time: their weights are made again, used for all three, and forgotten."""
+    """One query and KEYS keys at a time: recompute their weights, use them for all three gradients, discard them."""
     B, T, C = out.shape
     lse = att[n // num_heads, n % num_heads]
     scale = ONE / np.float32(math.sqrt(C // num_heads))
@@ -234,13 +234,13 @@ def backward_head_v2(n, dqkv, dout, out, att, qkv, num_heads, scratch):
 
 @njit(**SHARED_OUT)
 def attention_backward_v2(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """No matrix: from q, k and one number a query each weight is made again where it is needed. Scratch: none."""
+    """No matrix: weights are recomputed from q, k and one element per query. Scratch: none."""
     for n in prange(out.shape[0] * num_heads):
         backward_head_v2(n, dqkv, dout, out, att, qkv, num_heads, scratch)
 
 
 def scratch_for(B, T, C, NH):
-    """For the first rungs more than the model has: two (T, T) matrices of every head."""
+    """Scratch for the first rungs, which need two (T, T) matrices per head."""
     return garbage(max(attention_scratch_size(B, T, C, NH), 2 * B * NH * T * T))
 
 

@@ -10,16 +10,16 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO = np.float32(0)
-CONTRACT = {"contract"}  # a multiplication and an addition may become one instruction
-KB = 384  # terms of the sums that are taken at a time
-OB = 96  # rows of the weights that are gone through at a time
+CONTRACT = {"contract"}  # allows fused multiply-add
+KB = 384  # block size along K: terms of each sum processed at a time
+OB = 96  # block size along OC: weight rows processed at a time
 new_row = stack_array(1, NR)
 new_tile = stack_array(MR, NR)
 new_sums = stack_array(OB, NR)
 
 
 def operands(out, inp, weight, bias):
-    """The rows of all texts under one another, and a bias in any case."""
+    """inp and out as matrices of B*T rows, and a bias, zeros if there is none."""
     OC, C = weight.shape
     return out.reshape(-1, OC), inp.reshape(-1, C), weight, np.zeros(OC, np.float32) if bias is None else bias
 
@@ -30,7 +30,7 @@ def matmul_forward_v1(out, inp, weight, bias, scratch):
 
 @njit(fastmath=CONTRACT)
 def three_loops(out, inp, weight, bias):
-    """The formula: for each output a sum over the channels."""
+    """The formula: each output is a sum over the channels."""
     R, C = inp.shape
     for r in range(R):
         for o in range(weight.shape[0]):
@@ -58,7 +58,7 @@ def transpose(columns, inp):
 
 @njit(fastmath=CONTRACT)
 def sums_side_by_side(out, columns, weight, bias):
-    """For each output channel the sums of all rows grow together, a term at a time."""
+    """For each output channel, add one term at a time to the sums of all rows."""
     C, R = columns.shape
     sums = np.empty(R, np.float32)
     for o in range(weight.shape[0]):
@@ -88,7 +88,7 @@ def packed(inp, scratch):
 
 @njit
 def pack(panels, inp):
-    """What is beyond the last row of inp stays as it is: its sums are never looked at."""
+    """Elements beyond the last row of inp are left unset: their sums are never used."""
     for r in range(inp.shape[0]):
         panel, i = panels[r // NR], r % NR
         for c in range(inp.shape[1]):
@@ -97,7 +97,7 @@ def pack(panels, inp):
 
 @njit(fastmath=CONTRACT)
 def sums_in_registers(out, panels, weight, bias):
-    """NR sums at a time, which never leave the registers before they are whole."""
+    """NR sums at a time, which stay in registers until they are complete."""
     R, C = out.shape[0], weight.shape[1]
     tile = new_row()
     for o in range(weight.shape[0]):
@@ -117,7 +117,7 @@ def matmul_forward_v4(out, inp, weight, bias, scratch):
 
 @njit(inline="always", fastmath=CONTRACT)
 def multiply(tile, weight, panel):
-    """tile (MR, NR) = weight (at most MR, K) times panel (K, NR); rows that weight has not are copies of its last."""
+    """tile (MR, NR) = weight (at most MR, K) times panel (K, NR); missing rows of weight repeat its last row."""
     last = np.uintp(weight.shape[0] - 1)
     for m in range(MR):
         for i in range(NR):
@@ -129,7 +129,7 @@ def multiply(tile, weight, panel):
 
 @njit(fastmath=CONTRACT)
 def tiles_in_registers(out, panels, weight, bias):
-    """MR rows of NR sums: what is loaded from a panel serves MR times, what is loaded from the weights NR times."""
+    """MR x NR sums: each element loaded from a panel is used MR times, each one from the weights NR times."""
     R, O = out.shape
     tile = new_tile()
     for o in range(0, O, MR):
@@ -147,7 +147,7 @@ def matmul_forward_v5(out, inp, weight, bias, scratch):
 
 @njit(fastmath=CONTRACT)
 def block_of_outputs(out, panels, weight, bias):
-    """out (R, at most OB) from as many rows of the weights: these and the panel's part stay in the cache meanwhile."""
+    """out (R, at most OB) from as many weight rows, which stay in the cache together with a block of the panel."""
     R, O = out.shape
     C = weight.shape[1]
     tile, sums = new_tile(), new_sums()
@@ -179,7 +179,7 @@ def matmul_forward_v6(out, inp, weight, bias, scratch):
 
 @njit(parallel=True)
 def all_blocks_at_once(out, panels, weight, bias):
-    """A core owns a block of the outputs."""
+    """Each core owns a block of the outputs."""
     for block in prange((weight.shape[0] + OB - 1) // OB):
         first, last = block * OB, block * OB + OB
         block_of_outputs(out[:, first:last], panels, weight[first:last], bias[first:last])

@@ -19,8 +19,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                 "error. Exit status 0 if it is correct, 1 if not.")  # fmt: skip
     check.add_argument("exercise", metavar="FILE", help="your file, or the name of one in lessons/exercises")
     results = commands.add_parser("results", help="time all ladders", description="Time the rungs of all lessons on "
-                                  "this machine and write lessons/results/MACHINE.json and the table of all machines. "
-                                  "Run it on an idle machine.")  # fmt: skip
+                                  "this machine, write lessons/results/MACHINE.json, and update the tables in "
+                                  "lessons/results/README.md. Run it on an idle machine.")  # fmt: skip
     results.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     return parser.parse_args(argv)
 

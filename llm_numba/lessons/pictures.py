@@ -68,7 +68,10 @@ def draw_counts(counts: dict[str, dict[str, int]]):
     figure, axes = new(1, 2 if has_shared else 1, width=9, height=0.9 + 0.55 * len(counts), sharey=True, squeeze=False)
     panels = [
         ("global memory", [("elements requested", "global accesses"), ("32-byte sectors moved", "global sectors")]),
-        ("shared memory", [("warp requests", "shared instructions"), ("passes: n for an n-way bank conflict", "shared passes")]),
+        (
+            "shared memory",
+            [("warp requests", "shared instructions"), ("passes: n for an n-way bank conflict", "shared passes")],
+        ),
     ]
     names = list(counts)
     for axis, (title, bars) in zip(axes[0], panels, strict=False):

@@ -1,23 +1,20 @@
-"""The ladders' times: a file in lessons/results for each machine, and a page with the tables of all machines."""
+"""Time all ladders on this machine, and write the tables of all machines into lessons/results/README.md."""
 
 import json
-import platform
 import re
 import sys
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-from llm_numba.bench.tables import table
+from llm_numba.bench.machine import describe_versions
+from llm_numba.bench.tables import split_at_marker, table, write_tables
 from llm_numba.lessons import FOLDER
-from llm_numba.lessons.ladder import Ladder, format_sizes, ladders, rung_files
+from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
 from llm_numba.lessons.timing import COLUMNS, cells, times
 from llm_numba.util.files import write_whole
 
-TITLE = """# Ladder results
-
-Times of the rungs of all lessons. `python -m llm_numba.lessons results` measures them and writes this page.
-"""
+MARKER = "lessons"
+PAGE = FOLDER / "results" / "README.md"
 
 
 def all_ladders(device: str) -> list[Ladder]:
@@ -25,8 +22,8 @@ def all_ladders(device: str) -> list[Ladder]:
 
 
 def write(device: str) -> Path | None:
-    """Time every ladder of a device, write the machine's file and the page of all machines. None if the machine has no
-    such device."""
+    """Time every ladder of a device, write the machine's JSON file and update PAGE. None if the device is missing."""
+    split_at_marker(PAGE, MARKER)
     found = {}
     for ladder in all_ladders(device):
         measured = times(ladder)
@@ -39,36 +36,35 @@ def write(device: str) -> Path | None:
     if not found:
         return None
     machine = next(iter(found.values()))["machine"]
-    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
     results = {
         "machine": machine,
         "device": device,
         "date": date.today().isoformat(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "versions": describe_versions(device),
         "ladders": found,
     }
     path = FOLDER / "results" / f"{slug(machine)}.json"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(results, indent=1).encode() + b"\n")
-    write_whole(path.with_name("README.md"), f"{TITLE}\n{tables()}\n".encode())
+    write_tables(PAGE, MARKER, page_tables())
     return path
 
 
 def slug(machine: str) -> str:
-    """A file name for a machine: its model, without driver and vector width."""
+    """The file name of a machine: its model, without driver and clocks."""
     name = re.split(r", (?:driver|\d+-bit)", machine)[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def tables() -> str:
-    """A table for every machine on record, with a row for each rung."""
+def page_tables() -> str:
+    """The tables of all recorded machines: one line per rung."""
     parts = []
     for path in sorted((FOLDER / "results").glob("*.json")):
         results = json.loads(path.read_text())
         lines = []
         for name, found in results["ladders"].items():
-            labels = [f"{name}, {format_sizes(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
+            labels = [f"{name}, {in_words(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
             lines += [[label, *line] for label, line in zip(labels, cells(found), strict=True)]
         head = f"{results['date']}, {results['machine']}; {results['versions']}."
         parts.append("\n".join([head, "", *table(["ladder", "rung", *COLUMNS], lines)]))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "Nothing has been measured yet."
