@@ -326,9 +326,8 @@ pictures.show(draw_map(pages, d12))
 
 # %% [markdown]
 # Both pages begin with the same four blocks: parameters, gradients, `m` and `v`. The difference is in what follows.
-# Under `keep`, every layer has its own gradients of activations, and attention keeps all of its weights, a number for
-# each pair of tokens (`att`); under `reuse` a slot serves all layers in turn, and attention keeps one number for each
-# token and head, from which lesson 05 gets the rest again. These are the slots, and what they save:
+# Under `keep`, every layer has its own gradients of activations; under `reuse` one slot serves all layers in turn.
+# These are the slots, and what they save:
 
 # %%
 places, _ = map_of(d12, B, T, "reuse")
@@ -346,7 +345,7 @@ print("\n".join(table(["slot", "who lives there", "each its own", "shared"], lin
 # ## What a batch costs
 #
 # As the map is a list of numbers, we can ask it for any batch at all. Everything that grows does so in proportion to
-# the tokens $B \cdot T$ (only attention's weights under `keep` grow with $B\,T^2$), so that
+# the tokens $B \cdot T$, so that
 #
 # $$ \text{bytes}(B) \approx 16 N + B \cdot (\text{bytes of one piece of text}) . $$
 #

@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from llm_numba import oracle
+from llm_numba.cpu import naive
 from llm_numba.lessons import exercise, ladder, pictures, timing
 from rungs import attention_cpu, attention_cuda
 
@@ -80,17 +81,17 @@ print(f"T = 1024: {matrices[2] / 2**20:,.0f} MiB of weights, {numbers[2] / 2**20
 #
 # ## The rungs on a CPU
 #
-# All have the op's signature: `out (B, T, C), att (B, NH, T) <- qkv (B, T, 3*C), num_heads, scratch`. A row of `qkv`
-# holds the query, key and value of all heads, `att` gets the log-sum-exps, and `scratch` is memory to work in. (The
-# model can also keep whole matrices, where there is memory: then its `att` is `(B, NH, T, T)`.) The heads are shared
-# out among the cores.
+# All have the op's signature: `out (B, T, C), lse (B, NH, T) <- qkv (B, T, 3*C), num_heads, num_kv_heads, scratch`. A
+# row of `qkv` holds the query, key and value of all heads, `lse` receives the log-sum-exps, and `scratch` is memory to
+# work in. (Some models have fewer key and value heads than query heads; GPT-2 has as many, and so do the rungs.) The
+# cores divide the heads among them.
 #
 # ### Rung 1: the formula
 #
 # All scores of a head, all weights, all outputs: three loops, which hand each other the matrix.
 
 # %%
-pictures.source(attention_cpu.head_of, attention_cpu.forward_head_v1, attention_cpu.attention_forward_v1)
+pictures.source(naive.attention_forward)
 
 # %% [markdown]
 # ### Rung 2: along the rows
@@ -101,7 +102,7 @@ pictures.source(attention_cpu.head_of, attention_cpu.forward_head_v1, attention_
 # weight.
 #
 # `row_of` is a detail with weight: it takes a token's row by its indices, so that Numba knows that its numbers are
-# neighbours. Of a part of a matrix, as `head_of` gives it, it does not.
+# neighbours. For a row of a slice, such as `k[s]` above, it does not.
 
 # %%
 pictures.source(attention_cpu.row_of, attention_cpu.add_scaled, attention_cpu.forward_head_v2)
@@ -150,9 +151,9 @@ pictures.show(figure)
 # counts, not the way to it.
 
 # %%
-from llm_numba.cpu import flash  # noqa: E402
+from llm_numba.cpu import attention  # noqa: E402
 
-pictures.source(flash.forward_head)
+pictures.source(attention.forward_head)
 
 # %% [markdown]
 # Right, at awkward sizes, against float64; and how fast? The limit is arithmetic: $B \cdot T^2 \cdot C$ multiply-adds
@@ -194,19 +195,19 @@ pictures.show(pictures.draw_times(found))
 
 # %%
 dy = rng.standard_normal((T, HS))
-qkv, out, att, dqkv = (
+qkv, out, lse, dqkv = (
     np.concatenate([q, k, v], axis=1)[None],
     np.empty((1, T, HS)),
     np.empty((1, 1, T)),
     np.empty((1, T, 3 * HS)),
 )
-oracle.attention_forward(out, att, qkv, 1, None)
-oracle.attention_backward(dqkv, dy[None], out, att, qkv, 1, None)
+oracle.attention_forward(out, lse, qkv, 1, 1, None)
+oracle.attention_backward(dqkv, dy[None], out, lse, qkv, 1, 1, None)
 
 
 def loss_of(moved):
     y = np.empty_like(out)
-    oracle.attention_forward(y, np.empty_like(att), moved, 1, None)
+    oracle.attention_forward(y, np.empty_like(lse), moved, 1, 1, None)
     return (y * dy).sum()
 
 
@@ -224,7 +225,7 @@ pictures.source(oracle.attention_backward)
 # ### Two rungs and the model's
 #
 # The first makes two matrices of each head, the weights and $dS$, and then the products. The second makes both for a
-# query and `KEYS` keys at a time, uses them for all three gradients, and forgets them. The model's (`cpu/flash.py`)
+# query and `KEYS` keys at a time, uses them for all three gradients, and forgets them. The model's (`cpu/attention.py`)
 # does that for blocks of queries and keys, on register tiles.
 #
 # Who owns what? $dk_s$ and $dv_s$ collect from all queries after $s$, so that two cores at two queries of a head
@@ -336,12 +337,10 @@ pictures.source(model_attention.make_backward_kernels)
 # %% [markdown]
 # ## In a real training run
 #
-# An attention of your own, put into a training run by `--use`, is given room for all weights, `att (B, NH, T, T)`, so
-# that the simplest one fits. The rungs above keep one number a query and do not fit there; the formula with all
-# weights kept, loop by loop, is in `cpu/plain.py`:
+# `--use` puts an attention of your own into a training run. Try it with rung 1, which is in `cpu/naive.py`:
 #
 # ```sh
-# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.naive:attention_forward_v1
+# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.naive:attention_forward
 # ```
 #
 # ## Exercise: attention in one pass over the keys

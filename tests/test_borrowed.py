@@ -14,7 +14,7 @@ from llm_numba.util.cli import UserError
 
 pytestmark = pytest.mark.compiled
 SMALL = (*QUICK, "--sequence-length", 8, "--batch-size", 2, "--tokens-per-step", 32, "--steps", 3, "--sample-tokens", 2)
-PLAIN = "llm_numba.cpu.naive"
+NAIVE = "llm_numba.cpu.naive"
 OWN = """
 from llm_numba.cpu.gelu import gelu_forward as right
 
@@ -42,9 +42,9 @@ def said(folder):
     return [(v, *map(float, rest)) for v, *rest in re.findall(pattern, (folder / "train.log").read_text())]
 
 
-def test_plain_ops_train_as_the_fast_ones(tmp_path, text, usual):
+def test_naive_ops_train_like_the_fast_ones(tmp_path, text, usual):
     ops = ("matmul_forward", "matmul_backward", "attention_forward", "attention_backward")
-    values = [f"{op}={PLAIN}:{op}_v1" for op in ops]
+    values = [f"{op}={NAIVE}:{op}" for op in ops]
     run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", *values)
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(usual), rtol=2e-6)
     lines = said(tmp_path / "run")
@@ -66,7 +66,7 @@ def test_a_file_of_one_s_own_and_how_wrong_it_is(tmp_path, text, usual, factor, 
 
 def test_stepping_through_a_borrowed_op():
     ops = get_ops("cpu")
-    value = f"matmul_forward={PLAIN}:matmul_forward_v1"
+    value = f"matmul_forward={NAIVE}:matmul_forward"
     assert hasattr(borrow(ops, [value]).matmul_forward, "py_func")
     for name in "matmul", "matmul_forward":
         assert not hasattr(borrow(ops, [value], [name]).matmul_forward, "py_func")
@@ -81,8 +81,8 @@ def test_stepping_through_a_borrowed_op():
         ("matmul_foward=a:b", ["no op matmul_foward", "did you mean matmul_forward?"]),
         ("matmul_forward=nowhere.at_all:v1", ["nowhere.at_all cannot be loaded", "No module named"]),
         ("matmul_forward=missing.py:v1", ["missing.py cannot be loaded", "No such file"]),
-        (f"matmul_forward={PLAIN}:v9", [f"{PLAIN} has no function v9"]),
-        (f"gelu_forward={PLAIN}:matmul_forward_v1", ["a function of out, inp", "it has out, inp, weight"]),
+        (f"matmul_forward={NAIVE}:v9", [f"{NAIVE} has no function v9"]),
+        (f"gelu_forward={NAIVE}:matmul_forward", ["a function of out, inp", "it has out, inp, weight"]),
     ],
 )
 def test_errors(capfd, tmp_path, text, value, words):

@@ -17,7 +17,7 @@ from llm_numba.ops import WRITES, get_ops
 
 B, T, L = 2, 3, 2
 LEAST = GPT2Config(max_seq_len=4, vocab_size=5, num_layers=L, num_heads=2, channels=8)
-FORWARD = "ln1 ln1_mean ln1_rstd qkv att atty attproj residual2 ln2 ln2_mean ln2_rstd fch fch_gelu fcproj residual3"
+FORWARD = "ln1 ln1_mean ln1_rstd qkv lse atty attproj residual2 ln2 ln2_mean ln2_rstd fch fch_gelu fcproj residual3"
 BACKWARD = "dresidual3 dfch_gelu dfch dln2 dresidual2 datty dqkv dln1"
 GRADIENTS = "dfcprojb dfcprojw dfcb dfcw dln2b dln2w dattprojb dattprojw dqkvb dqkvw dln1b dln1w"
 ORDER = [
@@ -124,7 +124,7 @@ FAULTS = [
     ("matmul_forward", 0, 4, "1.qkv"),
     ("matmul_forward", 0, 8, "logits"),
     ("attention_forward", 0, 1, "1.atty"),
-    ("attention_forward", 1, 0, "0.att"),
+    ("attention_forward", 1, 0, "0.lse"),
     ("gelu_forward", 0, 1, "1.fch_gelu"),
     ("fused_classifier", 1, 0, "losses"),
     ("fused_classifier", 0, 1, "dlogits"),  # the second time with gradients

@@ -232,10 +232,8 @@ def test_one_of_everything(ops):
 MIDDLING = GPT2Config(33, 257, 3, 5, 35)
 
 
-@pytest.mark.parametrize("attention", PLANS)
-def test_the_plans_give_the_same_bits(ops, attention):
-    """Whatever shares memory, where attention keeps the same."""
-    runs, results = [fresh_run(ops, MIDDLING, 3, 33, plan, attention=attention) for plan in PLANS], []
+def test_the_plans_give_the_same_bits(ops):
+    runs, results = [fresh_run(ops, MIDDLING, 3, 33, plan) for plan in PLANS], []
     assert runs[0][0].arena.nbytes > runs[1][0].arena.nbytes
     for run, batch in runs:
         steps = [train_step(run, batch) for _ in range(3)]

@@ -316,7 +316,7 @@ class Settings:
         "debugging",
         (),
         "put functions of your own in the place of ops: OP=MODULE:NAME, such as "
-        "matmul_forward=llm_numba.cpu.naive:matmul_forward_v1, or a .py file as MODULE; the first batch says how long "
+        "matmul_forward=llm_numba.cpu.naive:matmul_forward, or a .py file as MODULE; the first batch says how long "
         "each takes and how far it is off",
         "OP=MODULE:NAME",
         once=True,
