@@ -27,7 +27,6 @@ def no_scratch(*arguments) -> int:
     return 0
 
 
-scratch_size = no_scratch
 matmul_forward_scratch = matmul_backward_scratch = no_scratch
 attention_forward_scratch = attention_backward_scratch = no_scratch
 layernorm_backward_scratch = global_norm_squared_scratch = no_scratch

@@ -11,12 +11,12 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, EPSILON = np.float32(0), np.float32(1), np.float32(1e-5)
-BLOCK = 64  # channels per task of the backward's second loop
+BLOCK = 64  # channels that one iteration of the backward's second loop owns
 
 
 @njit
 def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
-    """The formula, one loop per sum. 0.0 and 1e-5 are float64, and so is everything computed with them."""
+    """The formula, a loop for each sum. 0.0 and 1e-5 are float64, and so is all that meets them."""
     B, T, C = inp.shape
     for b in range(B):
         for t in range(T):
@@ -37,7 +37,7 @@ def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
 
 @njit
 def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
-    """Only float32: a vector register holds twice as many, and nothing is converted."""
+    """Nothing but float32: a vector register holds twice as many, and nothing is converted."""
     B, T, C = inp.shape
     for b in range(B):
         for t in range(T):
@@ -59,7 +59,7 @@ def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def layernorm_forward_v3(out, mean, rstd, inp, weight, bias):
-    """The same lines, but LLVM may reorder the sums: a vector register holds 8 or 16 partial sums."""
+    """The same lines; but a sum may be taken in any order, so that a vector register holds 8 or 16 sums at a time."""
     B, T, C = inp.shape
     for b in range(B):
         for t in range(T):
@@ -81,7 +81,7 @@ def layernorm_forward_v3(out, mean, rstd, inp, weight, bias):
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 def layernorm_forward_v4(out, mean, rstd, inp, weight, bias):
-    """The cores divide the rows: each row has one owner, so nothing waits and nothing races."""
+    """The rows are shared out among the cores: each row has one owner, so nobody waits and nothing races."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -103,7 +103,7 @@ def layernorm_forward_v4(out, mean, rstd, inp, weight, bias):
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def layernorm_backward_v1(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Row by row: two averages, then the gradient of the row and its share of the parameter gradients."""
+    """Row after row: two averages, then the row's own gradient and its share of the parameters'."""
     B, T, C = inp.shape
     if not accumulate:
         dweight[:] = ZERO
@@ -128,7 +128,7 @@ def layernorm_backward_v1(dinp, dweight, dbias, dout, inp, weight, mean, rstd, s
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 def layernorm_backward_v2(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Every sum has one owner: one parallel loop over the rows, another over the channels of dweight and dbias."""
+    """Every sum has one owner: dinp's rows in one parallel loop, the channels of dweight and dbias in another."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -156,7 +156,7 @@ def layernorm_backward_v2(dinp, dweight, dbias, dout, inp, weight, mean, rstd, s
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 def layernorm_backward_v3(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """In the second loop each task owns BLOCK adjacent channels, so a row of them is a few cache lines."""
+    """The second loop's owners have BLOCK channels each, which lie side by side: a row of them is a few cache lines."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -188,7 +188,7 @@ def layernorm_backward_v3(dinp, dweight, dbias, dout, inp, weight, mean, rstd, s
 
 @njit(parallel=True)
 def layernorm_backward_racing(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Not a rung but a mistake: the first rung's loop over the rows, divided among the cores as it is."""
+    """Not a rung, but a mistake: the first rung's loop over the rows, shared out among the cores as it is."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T

@@ -1,4 +1,4 @@
-"""The rungs of lesson 07 on a CPU: the global norm of the gradients, and the gradient of the embedding."""
+"""The rungs of lesson 07 on a CPU: the norm of the gradients, and the embedding's gradient."""
 
 import numpy as np
 from numba import njit, prange
@@ -9,7 +9,7 @@ from llm_numba.cpu.global_norm import global_norm_squared, global_norm_squared_s
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
-BLOCK = 16384  # elements per task
+BLOCK = 16384  # numbers that one task sums
 
 
 @njit
@@ -31,7 +31,7 @@ def global_norm_squared_racing(out, grads, scratch):
 
 @njit(parallel=True)
 def global_norm_squared_v2(out, grads, scratch):
-    """One sum per thread: Numba does this for a variable to which a parallel loop only adds."""
+    """A sum for each thread, which Numba makes of a variable that a parallel loop only adds to."""
     total = 0.0
     for i in prange(grads.shape[0]):
         total += np.float64(grads[i]) * np.float64(grads[i])
@@ -40,7 +40,7 @@ def global_norm_squared_v2(out, grads, scratch):
 
 @njit(parallel=True)
 def global_norm_squared_v3(out, grads, scratch):
-    """One sum per block of BLOCK elements, on any thread; then the sums of the blocks, in order."""
+    """A sum for each block of BLOCK numbers, whoever computes it; then the blocks' sums in order."""
     n = grads.shape[0]
     blocks = (n + BLOCK - 1) // BLOCK
     sums = scratch[: 2 * blocks].view(np.float64)
@@ -57,7 +57,7 @@ def global_norm_squared_v3(out, grads, scratch):
 
 @njit
 def encoder_backward_v1(dwte, dwpe, dout, tokens):
-    """Row by row."""
+    """Row after row."""
     B, T, C = dout.shape
     for b in range(B):
         for t in range(T):
@@ -68,7 +68,7 @@ def encoder_backward_v1(dwte, dwpe, dout, tokens):
 
 @njit(parallel=True)
 def encoder_backward_racing(dwte, dwpe, dout, tokens):
-    """Not a rung: the cores divide the positions, but a token may occur at several."""
+    """Not a rung: the positions are shared out, but a token may stand at several."""
     B, T, C = dout.shape
     for t in prange(T):
         for b in range(B):
@@ -79,7 +79,7 @@ def encoder_backward_racing(dwte, dwpe, dout, tokens):
 
 @njit(parallel=True)
 def encoder_backward_v2(dwte, dwpe, dout, tokens):
-    """Each channel has one owner, who goes through the rows in order."""
+    """A channel of all tokens and positions has one owner, who goes through the rows in order."""
     B, T, C = dout.shape
     for c in prange(C):
         for b in range(B):
@@ -94,7 +94,7 @@ def norm_inputs(rng, n):
 
 
 def encoder_inputs(rng, B, T, C, Vp):
-    """Low token ids are common and high ones rare, as in a tokenizer's vocabulary."""
+    """Tokens with low numbers are the common ones, as in a tokenizer's vocabulary."""
     return dict(
         dwte=normal(rng, Vp, C), dwpe=normal(rng, T, C), dout=normal(rng, B, T, C),
         tokens=(Vp * rng.random((B, T)) ** 3).astype(np.int32),

@@ -8,13 +8,8 @@ from pathlib import Path
 import numpy as np
 from numba import config, get_num_threads, njit, prange, set_num_threads
 
-from llm_numba.arena import ALIGNMENT, count, parameter_specs
-from llm_numba.cpu.attention import attention_backward_scratch, attention_forward_scratch
-from llm_numba.cpu.global_norm import global_norm_squared_scratch
+from llm_numba.arena import ALIGNMENT
 from llm_numba.cpu.jit import PARALLEL
-from llm_numba.cpu.layernorm import layernorm_backward_scratch
-from llm_numba.cpu.matmul import matmul_backward_scratch, matmul_forward_scratch
-from llm_numba.models.config import GPT2Config
 from llm_numba.util.cli import UserError
 from llm_numba.util.host import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
 
@@ -32,6 +27,11 @@ def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) ->
     """The memory from byte `offset` on, as an array of this shape and dtype."""
     count = int(np.prod(shape))
     return memory[offset : offset + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """The dtype of the arrays that hold tensors of this dtype."""
+    return np.dtype(dtype)
 
 
 def set_threads(threads: int) -> None:
@@ -98,22 +98,3 @@ def to_host(tensor: np.ndarray) -> np.ndarray:
 def capture(function: Callable[[], None]) -> Callable[[], None]:
     """A replayable version of `function`, which must use the same arrays each time; on the CPU, `function` itself."""
     return function
-
-
-def scratch_size(config: GPT2Config, B: int, T: int) -> int:
-    """The largest scratch that an op of a training step needs, in floats."""
-
-    def shaped(*shape):
-        return np.broadcast_to(np.float32(0), shape)  # has a shape, but no memory
-
-    C, NH = config.channels, config.num_heads
-    x, wide, qkv, lse = shaped(B, T, C), shaped(B, T, 4 * C), shaped(B, T, 3 * C), shaped(B, NH, T)
-    weight, gradients = shaped(C, 4 * C), shaped(count(parameter_specs(config), config.num_layers))
-    return max(
-        matmul_forward_scratch(x, wide, weight, None),
-        matmul_backward_scratch(wide, weight, None, x, wide, weight, False),
-        attention_forward_scratch(x, lse, qkv, NH, NH),
-        attention_backward_scratch(qkv, x, x, lse, qkv, NH, NH),
-        layernorm_backward_scratch(x, None, None, x, x, None, None, None, False),
-        global_norm_squared_scratch(None, gradients),
-    )

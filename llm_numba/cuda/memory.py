@@ -6,13 +6,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba.arena import TensorSpec, count, parameter_specs
-from llm_numba.cuda.attention import attention_scratch_size
-from llm_numba.cuda.global_norm import global_norm_scratch_size
 from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
-from llm_numba.cuda.layernorm import layernorm_scratch_size
-from llm_numba.cuda.matmul import matmul_scratch_size
-from llm_numba.models.config import GPT2Config
 from llm_numba.util import host
 
 LEFT_TO_THE_DRIVER = 512 * 2**20
@@ -30,8 +24,13 @@ def allocate(nbytes: int):
 
 def view(memory, offset: int, shape: tuple[int, ...], dtype: str):
     """The bytes of memory from offset on as an array of this shape and dtype; bfloat16 as its bits, in uint16."""
-    dtype = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    dtype = storage_dtype(dtype)
     return memory[offset : offset + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """The dtype of the arrays that hold tensors of this dtype: bfloat16 is stored as its bits, in uint16."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 @kernel
@@ -141,20 +140,3 @@ def describe_device() -> str:
     card = cuda.get_current_device()
     major, minor = card.compute_capability
     return f"on {card.name}, compute capability {major}.{minor}"
-
-
-def attention_specs(config: GPT2Config, B: int, T: int, plan: str) -> list[TensorSpec]:
-    """What attention_forward leaves for attention_backward: one number a query, under any plan."""
-    return [TensorSpec("att", (B, config.num_heads, T), "float32", per_layer=True)]
-
-
-def scratch_size(config: GPT2Config, B: int, T: int) -> int:
-    """Floats of scratch that the most demanding op of a step needs."""
-    C, Vp = config.channels, config.padded_vocab_size
-    parameters = count(parameter_specs(config), config.num_layers)
-    return max(
-        *(matmul_scratch_size(B * T, *shape) for shape in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp))),
-        attention_scratch_size(B, T, C, config.num_heads),
-        layernorm_scratch_size(C),
-        global_norm_scratch_size(parameters),
-    )
