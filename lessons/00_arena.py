@@ -325,9 +325,8 @@ pictures.show(draw_map(pages, d12))
 
 # %% [markdown]
 # Both pages begin with the same four blocks: parameters, gradients, `m` and `v`. The difference is in what follows.
-# Under `keep`, every layer has its own activation gradients, and attention keeps all of its weights, one for each pair
-# of tokens (`att`). Under `reuse`, a slot serves all layers in turn, and attention keeps one value for each token and
-# head, from which it recomputes the rest (lesson 05). These are the slots, and what they save:
+# Under `keep`, every layer has its own activation gradients; under `reuse`, one slot serves all layers in turn. These
+# are the slots, and what they save:
 
 # %%
 places, _ = map_of(d12, B, T, "reuse")
@@ -345,7 +344,7 @@ print("\n".join(table(["slot", "tensors in it", "without sharing", "shared"], li
 # ## What a batch costs
 #
 # Since the map is only a list of numbers, we can compute it for any batch. Everything that grows does so in proportion
-# to the number of tokens $B \cdot T$ (only attention's weights under `keep` grow with $B\,T^2$), so
+# to the number of tokens $B \cdot T$, so
 #
 # $$ \text{bytes}(B) \approx 16 N + B \cdot (\text{bytes of one sequence}) . $$
 #

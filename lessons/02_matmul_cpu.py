@@ -19,6 +19,7 @@ import numpy as np
 from numba import get_num_threads
 
 from llm_numba import oracle
+from llm_numba.cpu import naive
 from llm_numba.cpu.tile import MR, NR
 from llm_numba.lessons import exercise, ladder, pictures, sized, timing
 from rungs import matmul_cpu
@@ -109,10 +110,10 @@ pictures.show(figure)
 #
 # ### v1: three loops
 #
-# The formula as loops. `operands` only reshapes the batch into R rows and replaces a missing bias by zeros.
+# The formula as loops.
 
 # %%
-pictures.source(matmul_cpu.matmul_forward_v1, matmul_cpu.three_loops)
+pictures.source(naive.matmul_forward)
 
 # %% [markdown]
 # Two things are wrong with it, both in the innermost line. It loads two elements for each multiply-add. And it adds to
@@ -135,7 +136,7 @@ pictures.source(matmul_cpu.matmul_forward_v1, matmul_cpu.three_loops)
 # once, compared with R·C·OC multiply-adds.
 
 # %%
-pictures.source(matmul_cpu.matmul_forward_v2, matmul_cpu.transpose, matmul_cpu.sums_side_by_side)
+pictures.source(matmul_cpu.operands, matmul_cpu.matmul_forward_v2, matmul_cpu.transpose, matmul_cpu.sums_side_by_side)
 
 # %% [markdown]
 # ### v3: sums that stay in registers

@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from llm_numba import oracle
+from llm_numba.cpu import naive
 from llm_numba.lessons import exercise, ladder, pictures, timing
 from rungs import attention_cpu, attention_cuda
 
@@ -85,17 +86,17 @@ print(f"T = 1024: {matrices[2] / 2**20:,.0f} MiB of weights, {numbers[2] / 2**20
 #
 # ## The rungs on a CPU
 #
-# All rungs have the op's signature: `out (B, T, C), att (B, NH, T) <- qkv (B, T, 3*C), num_heads, scratch`. A row of
-# `qkv` holds the query, key and value of all heads, `att` receives the log-sum-exps, and `scratch` is temporary memory.
-# (The model can also store the whole matrices if there is enough memory; then its `att` is `(B, NH, T, T)`.) The heads
-# are distributed over the cores.
+# All rungs have the op's signature: `out (B, T, C), lse (B, NH, T) <- qkv (B, T, 3*C), num_heads, num_kv_heads,
+# scratch`. A row of `qkv` holds the query, key and value of all heads, `lse` receives the log-sum-exps, and `scratch` is
+# temporary memory. (Some models have fewer key and value heads than query heads; GPT-2 and these rungs have equally
+# many.) The heads are distributed over the cores.
 #
 # ### Rung 1: the formula
 #
 # Three loops compute all scores of a head, then all weights, then all outputs. The matrix connects them.
 
 # %%
-pictures.source(attention_cpu.head_of, attention_cpu.forward_head_v1, attention_cpu.attention_forward_v1)
+pictures.source(naive.attention_forward)
 
 # %% [markdown]
 # ### Rung 2: walk along the rows
@@ -105,7 +106,7 @@ pictures.source(attention_cpu.head_of, attention_cpu.forward_head_v1, attention_
 # in memory: a score is a dot product of two rows (`dot` may add in any order), and an output is a weighted sum of rows.
 #
 # `row_of` matters more than it seems. It selects a token's row by its indices, so Numba knows that the row is
-# contiguous. For a slice of a matrix, which `head_of` returns, Numba does not know that.
+# contiguous. For a row of a slice, such as `k[s]` above, Numba does not know that.
 
 # %%
 pictures.source(attention_cpu.row_of, attention_cpu.add_scaled, attention_cpu.forward_head_v2)
@@ -153,9 +154,9 @@ pictures.show(figure)
 # long they are, and the online softmax is not needed. What counts is *not storing the matrix*, not how that is done.
 
 # %%
-from llm_numba.cpu import flash  # noqa: E402
+from llm_numba.cpu import attention  # noqa: E402
 
-pictures.source(flash.forward_head)
+pictures.source(attention.forward_head)
 
 # %% [markdown]
 # Check all rungs against float64 at awkward sizes, then time them. The limit is arithmetic: two products with $HS$
@@ -197,19 +198,19 @@ pictures.show(pictures.draw_times(found))
 
 # %%
 dy = rng.standard_normal((T, HS))
-qkv, out, att, dqkv = (
+qkv, out, lse, dqkv = (
     np.concatenate([q, k, v], axis=1)[None],
     np.empty((1, T, HS)),
     np.empty((1, 1, T)),
     np.empty((1, T, 3 * HS)),
 )
-oracle.attention_forward(out, att, qkv, 1, None)
-oracle.attention_backward(dqkv, dy[None], out, att, qkv, 1, None)
+oracle.attention_forward(out, lse, qkv, 1, 1, None)
+oracle.attention_backward(dqkv, dy[None], out, lse, qkv, 1, 1, None)
 
 
 def loss_of(moved):
     y = np.empty_like(out)
-    oracle.attention_forward(y, np.empty_like(att), moved, 1, None)
+    oracle.attention_forward(y, np.empty_like(lse), moved, 1, 1, None)
     return (y * dy).sum()
 
 
@@ -228,7 +229,7 @@ pictures.source(oracle.attention_backward)
 #
 # The first rung computes two matrices per head, the weights and $dS$, and then the products. The second computes both
 # for one query and `KEYS` keys at a time, uses them for all three gradients, and discards them. The model's version
-# (`cpu/flash.py`) does the same for blocks of queries and keys, with register tiles.
+# (`cpu/attention.py`) does the same for blocks of queries and keys, with register tiles.
 #
 # Who owns which sum? $dk_s$ and $dv_s$ collect contributions from all queries from $s$ on, so two cores that work on
 # different queries of the same head would race. Here each core owns a whole head and all of its sums.
@@ -341,12 +342,10 @@ pictures.source(model_attention.make_backward_kernels)
 # %% [markdown]
 # ## In a real training run
 #
-# `--use` can replace the model's attention with your own. It then gets an `att` of shape `(B, NH, T, T)`, large enough
-# for all weights, so that the simplest version works. The rungs above store one element per query and do not fit. The
-# formula with all weights stored, written as plain loops, is in `cpu/naive.py`:
+# `--use` can replace the model's attention with your own. Try it with rung 1, which is in `cpu/naive.py`:
 #
 # ```sh
-# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.naive:attention_forward_v1
+# python -m llm_numba.train --preset nano --use attention_forward=llm_numba.cpu.naive:attention_forward
 # ```
 #
 # ## Exercise: attention in one pass over the keys

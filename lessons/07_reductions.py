@@ -453,7 +453,7 @@ pictures.source(add_shares_kernel)
 # Its CPU twin, run with every number of threads, gives the same bits:
 
 # %%
-from llm_numba.cpu.layernorm import layernorm_backward, layernorm_scratch_size  # noqa: E402
+from llm_numba.cpu.layernorm import layernorm_backward, layernorm_backward_scratch  # noqa: E402
 
 B, T, C = 2, 100, 64
 inp, dout = rng.standard_normal((2, B, T, C), np.float32)
@@ -462,8 +462,9 @@ results = set()
 for threads in range(1, most + 1):
     numba.set_num_threads(threads)
     dinp, dweight, dbias = np.zeros((B, T, C), np.float32), np.zeros(C, np.float32), np.zeros(C, np.float32)
-    scratch, weight = np.empty(layernorm_scratch_size(C), np.float32), np.ones(C, np.float32)
-    layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, True)
+    arguments = dinp, dweight, dbias, dout, inp, np.ones(C, np.float32), mean, rstd
+    scratch = np.empty(layernorm_backward_scratch(*arguments, True), np.float32)
+    layernorm_backward(*arguments, scratch, True)
     results.add((dweight.tobytes(), dbias.tobytes()))
 numba.set_num_threads(most)
 print(f"1 to {most} threads: {len(results)} result")

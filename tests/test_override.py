@@ -45,7 +45,7 @@ def comparisons(folder):
     return [(v, *map(float, rest)) for v, *rest in re.findall(pattern, (folder / "train.log").read_text())]
 
 
-def test_naive_ops_train_as_the_fast_ones(tmp_path, text, usual):
+def test_naive_ops_train_like_the_fast_ones(tmp_path, text, usual):
     ops = ("matmul_forward", "matmul_backward", "attention_forward", "attention_backward")
     values = [f"{op}={NAIVE}:{op}" for op in ops]
     run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", *values)

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from llm_numba import oracle
-from llm_numba.cpu.layernorm import layernorm_backward, layernorm_forward, layernorm_scratch_size
+from llm_numba.cpu.layernorm import layernorm_backward, layernorm_backward_scratch, layernorm_forward
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -214,11 +214,12 @@ def forward_inputs(rng, B, T, C):
 def backward_inputs(rng, B, T, C):
     inp, mean, rstd = normal(rng, B, T, C) + 1, garbage(B, T), garbage(B, T)
     oracle.layernorm_forward(garbage(B, T, C), mean, rstd, inp, ONE, ZERO)
-    return dict(
+    arguments = dict(
         dinp=normal(rng, B, T, C), dweight=normal(rng, C), dbias=normal(rng, C),
         dout=normal(rng, B, T, C), inp=inp, weight=normal(rng, C), mean=mean, rstd=rstd,
-        scratch=garbage(layernorm_scratch_size(C)), accumulate=True,
     )  # fmt: skip
+    scratch = garbage(layernorm_backward_scratch(**arguments, accumulate=True))
+    return arguments | dict(scratch=scratch, accumulate=True)
 
 
 SIZES = (dict(B=1, T=1, C=1), dict(B=1, T=3, C=97), dict(B=3, T=1, C=3), dict(B=2, T=97, C=257), dict(B=1, T=257, C=97))

@@ -5,7 +5,7 @@ from numba import njit, prange
 
 from llm_numba import oracle
 from llm_numba.cpu.encoder import encoder_backward
-from llm_numba.cpu.global_norm import global_norm_scratch_size, global_norm_squared
+from llm_numba.cpu.global_norm import global_norm_squared, global_norm_squared_scratch
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -89,7 +89,8 @@ def encoder_backward_v2(dwte, dwpe, dout, tokens):
 
 
 def norm_inputs(rng, n):
-    return dict(out=np.full(1, np.nan), grads=normal(rng, n), scratch=garbage(global_norm_scratch_size(n)))
+    arguments = dict(out=np.full(1, np.nan), grads=normal(rng, n))
+    return arguments | dict(scratch=garbage(global_norm_squared_scratch(**arguments)))
 
 
 def encoder_inputs(rng, B, T, C, Vp):
