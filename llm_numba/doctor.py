@@ -128,7 +128,7 @@ def toolkit() -> str:
     return f"CUDA {major}: {', '.join((*gpu.LIBRARIES, 'libdevice'))}"
 
 
-def describe(index: int, found: gpu.Card) -> str:
+def describe(index: int, found: gpu.Gpu) -> str:
     from llm_numba.arena import format_bytes
 
     precision = "fp32 and bf16" if found.has_bf16 else "fp32, no bf16"
@@ -161,12 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     if installed:
         report("toolkit", toolkit)
     if installed and report("driver", lambda: f"for CUDA {gpu.driver_version()}"):
-        if report("cards", lambda: str(len(gpu.cards()))):
-            for index, found in enumerate(gpu.cards()):
-                report(f"card {index}", lambda index=index, found=found: describe(index, found))
+        if report("GPUs", lambda: str(len(gpu.gpus()))):
+            for index, found in enumerate(gpu.gpus()):
+                report(f"GPU {index}", lambda index=index, found=found: describe(index, found))
     reason = why_not_cuda(loads)
     if not reason:
-        dtype = "bf16" if gpu.cards()[0].has_bf16 else "fp32"
+        dtype = "bf16" if gpu.gpus()[0].has_bf16 else "fp32"
         runs[f"--device cuda --dtype {dtype}"] = report("ops", lambda: run_op("cuda"))
     runs["--device cudasim"] = report("simulator", lambda: run_op("cudasim"))
 

@@ -73,9 +73,9 @@ def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_
     Errors: UserError where the device or its dtype is not to be had.
     """
     if device == "cuda":
-        from llm_numba.cuda.gpu import check_card
+        from llm_numba.cuda.gpu import check_gpu
 
-        check_card(dtype)
+        check_gpu(dtype)
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":

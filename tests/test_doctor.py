@@ -71,16 +71,16 @@ def machine(monkeypatch):
 
 def test_cards_are_listed_with_what_they_can(machine):
     machine(A100, T4)
-    assert gpu.cards() == [gpu.Card(*A100), gpu.Card(*T4)]
-    assert [one.has_bf16 for one in gpu.cards()] == [True, False]
-    assert str(gpu.cards()[1]) == "Tesla T4 (compute capability 7.5)"
+    assert gpu.gpus() == [gpu.Gpu(*A100), gpu.Gpu(*T4)]
+    assert [one.has_bf16 for one in gpu.gpus()] == [True, False]
+    assert str(gpu.gpus()[1]) == "Tesla T4 (compute capability 7.5)"
     assert gpu.driver_version() == "13.2"
 
 
 @pytest.mark.parametrize("dtype, cards", [("fp32", [T4]), ("fp32", [A100, P100]), ("bf16", [A100, T4])])
 def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
     machine(*cards)
-    gpu.check_card(dtype)
+    gpu.check_gpu(dtype)
     assert gpu.available() and gpu.obstacle() is None
 
 
@@ -117,7 +117,7 @@ def test_an_obstacle_is_told_in_one_line(machine, cards, options, reason):
     machine(*cards, **options)
     assert gpu.obstacle() == reason and not gpu.available()
     with pytest.raises(UserError) as refusal:
-        gpu.check_card("fp32")
+        gpu.check_gpu("fp32")
     assert str(refusal.value) == f"--device cuda: {reason}; or use --device cpu"
 
 
@@ -136,7 +136,7 @@ def test_cards_that_are_hidden_are_told_from_none(machine, monkeypatch):
 def test_bf16_needs_a_card_that_has_it(machine):
     machine(T4, A100)
     with pytest.raises(UserError) as refusal:
-        gpu.check_card("bf16")
+        gpu.check_gpu("bf16")
     assert str(refusal.value) == (
         "--dtype bf16: Tesla T4 (compute capability 7.5) has none, it comes with 8.0; use --dtype fp32"
     )
