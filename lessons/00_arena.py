@@ -234,7 +234,7 @@ pictures.source(padded, layout)
 # %%
 nano = PRESETS["nano"]
 B, T = 1, 8
-groups = training_groups(nano, B, T, ops, "keep")
+groups = training_groups(nano, B, T, ops)
 places, nbytes = layout(groups, nano.num_layers, "keep")
 text = format_map(places, nbytes).splitlines()
 print("\n".join([*text[: 1 + len(groups["parameters"])], "...", text[-1]]))
@@ -315,7 +315,7 @@ def draw_map(pages, config):
 
 
 def map_of(config, B, T, plan, **options):
-    groups = training_groups(config, B, T, ops, plan if plan == "reuse" else "keep", **options)
+    groups = training_groups(config, B, T, ops, **options)
     return layout(groups, config.num_layers, plan)
 
 
@@ -431,7 +431,7 @@ print("\n".join(table(["d12", "B = 4", "B = 32", *(f"largest B in {size} GiB" fo
 # optimiser is one call over that row, and need not know that there are tensors.
 
 # %%
-arena = Arena(training_groups(nano, 1, 8, ops, "reuse"), nano, "reuse", ops)
+arena = Arena(training_groups(nano, 1, 8, ops), nano, "reuse", ops)
 m = arena.training()
 model.initialise(ops, arena, seed=0)
 

@@ -103,7 +103,7 @@ assert formula == flops
 # %%
 def gradients_by(ops, dtype, config, B, T, weights=None):
     """(the gradients, the loss, the weights) of one step; with random weights where none are given."""
-    groups = training_groups(config, B, T, ops, "reuse")
+    groups = training_groups(config, B, T, ops)
     arena = Arena(oracle.in_float64(groups) if dtype == "float64" else groups, config, "reuse", ops)
     m = arena.training()
     model.initialise(get_ops("cpu"), arena, seed=1)

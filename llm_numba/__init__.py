@@ -1,14 +1,19 @@
-"""llm_numba: GPT-2 training in Python that Numba compiles."""
+"""llm_numba: LLM training in Python, compiled by Numba."""
 
 import sys
 from importlib.machinery import PathFinder
+
+from llm_numba.util import ctrl_c
+
+if sys.argv[:1] == ["-m"]:  # `python -m llm_numba...`, before its module is loaded
+    ctrl_c.exit_at_once()
 
 __version__ = "0.1.0"
 
 
 class _OwnCudaFinder:
-    """Finds llm_numba.cuda. numba-cuda redirects the import of every module with "numba.cuda" in its name, which ours
-    has, and would not come to an end."""
+    """Finds llm_numba.cuda. numba-cuda redirects every import with "numba.cuda" in its name, which ours has, and would
+    recurse without end."""
 
     @staticmethod
     def find_spec(name, path, target=None):

@@ -1,20 +1,21 @@
-"""The contract: the ops that every backend has, and how to get them.
+"""The contract: the ops that every device has, and how to get them.
 
 Destinations come first, then what is saved for the backward, then inputs; sizes come from the shapes.
-The residual stream's gradient accumulates (`+=`), those of parameters do where `accumulate` says so, which a step's
-first micro-batch does not; every other gradient is written (`=`).
+Gradients of parameters are added (`+=`) if `accumulate`, which is False for the first micro-batch of a step, else
+written (`=`). The gradient of the residual stream accumulates (`+=`). Every other gradient is written (`=`).
 An op that needs memory beside its results takes it from `scratch`, a flat float32 array whose content means nothing
-before and after; how much it must hold is the backend's `scratch_size(config, B, T)`.
+before and after. `<op>_scratch`, with the op's other arguments, says how many floats that is.
 """
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
+from llm_numba.cuda import variants
 from llm_numba.util.cli import UserError
 
-# file of the backend -> its ops -> the arguments an op writes or accumulates into
+# file of the device -> its ops -> the arguments that an op writes or adds to
 CONTRACT = {
     "memory": {"zero": ("tensor",), "copy": ("out",), "to_device": ("tensor",)},
     "encoder": {"encoder_forward": ("out",), "encoder_backward": ("dwte", "dwpe")},
@@ -24,9 +25,10 @@ CONTRACT = {
     },
     "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
     "attention": {
-        "attention_forward": ("out", "att"),
+        "attention_forward": ("out", "lse"),
         "attention_backward": ("dqkv",),
         "attention_cached_forward": ("out", "cache"),
+        "attention_weights": ("weights",),
     },
     "gelu": {"gelu_forward": ("out",), "gelu_backward": ("dinp",)},
     "residual": {"residual_layernorm_forward": ("residual", "out", "mean", "rstd"), "residual_backward": ("dinp",)},
@@ -35,17 +37,16 @@ CONTRACT = {
     "adamw": {"adamw_update": ("params", "master", "m", "v")},
 }
 WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
-# what a device offers beside its ops: of jit.py, memory.py and peak.py
+# what a device offers beside its ops: in jit.py, memory.py and peak.py
 BACKEND = {
     "jit": ("is_compiled", "nothing_compiled"),
     "memory": (
         "allocate",
         "available_memory",
         "view",
+        "storage_dtype",
         "to_host",
         "set_threads",
-        "attention_specs",
-        "scratch_size",
         "capture",
         "describe_device",
     ),
@@ -56,8 +57,20 @@ BACKEND = {
 DEVICES = ("auto", "cpu", "cuda", "cudasim")  # cudasim: the CUDA kernels in Numba's simulator
 
 
+class Ops(SimpleNamespace):
+    """The ops of a device by name, and what BACKEND lists."""
+
+    def replace(self, **functions: Callable) -> "Ops":
+        """The same ops, with these functions in place of those of the same names."""
+        return Ops(**{**vars(self), **functions})
+
+    def wrap(self, wrapper: Callable[[str, Callable], Callable], names: Iterable[str] = WRITES) -> "Ops":
+        """The same ops, with wrapper(name, op) in place of each op among `names`."""
+        return self.replace(**{name: wrapper(name, getattr(self, name)) for name in names})
+
+
 def choose_device(device: str) -> str:
-    """The device that "auto" means here; any other is itself."""
+    """The device that "auto" stands for on this machine; any other name is returned as it is."""
     if device != "auto":
         return device
     from llm_numba.cuda.gpu import available
@@ -65,12 +78,19 @@ def choose_device(device: str) -> str:
     return "cuda" if available() else "cpu"
 
 
-def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_jit: bool = False) -> SimpleNamespace:
-    """The ops of a device ("cpu", "cuda" or "cudasim") by name, with what the arena and the training loop ask of it.
+def get_ops(
+    device: str,
+    dtype: str = "fp32",
+    interpret: Iterable[str] = (),
+    no_jit: bool = False,
+    variant: Iterable[str] = (),
+) -> Ops:
+    """The ops of a device ("cpu", "cuda" or "cudasim").
 
     interpret: layers (files of the contract) or single ops to run as plain Python, so that a debugger steps through
-    them; the rest stays compiled. no_jit: all of it as plain Python; it must come before anything is compiled.
-    Errors: UserError where the device or its dtype is not to be had.
+    them; the rest stays compiled. no_jit: run everything as plain Python; nothing may be compiled before.
+    variant: FAMILY=NAME of op families whose variant is not to be chosen automatically.
+    Errors: UserError if the device, or this dtype on it, is not available.
     """
     if device == "cuda":
         from llm_numba.cuda.gpu import check_gpu
@@ -79,9 +99,15 @@ def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # Numba reads it when it is loaded
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
+    if device != "cpu":
+        variants.force(value.partition("=")[::2] for value in variant)
+    elif variant:
+        raise UserError(
+            f"--variant {' '.join(variant)}: the CPU has no variants; remove the flag, or use --device cuda"
+        )
     if no_jit:
-        from numba import config  # the command line reads the contract above without loading Numba
+        from numba import config  # imported here: the command line reads the contract without loading Numba
 
         config.DISABLE_JIT = True
     found = {}
@@ -90,16 +116,17 @@ def get_ops(device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_
         if file in interpret or any(op in interpret for op in CONTRACT.get(file, ())):
             _interpret(module, CONTRACT[file], interpret)
         found |= {name: getattr(module, name) for name in (*CONTRACT.get(file, ()), *BACKEND.get(file, ()))}
-    return SimpleNamespace(**found)
+        found |= {name: value for name, value in vars(module).items() if name.removesuffix("_scratch") in WRITES}
+    return Ops(**found)
 
 
 def _interpret(module: ModuleType, ops: Iterable[str], wanted: Iterable[str]) -> None:
-    """Put the Python of a module's compiled functions in their place, all of them or all but the ops not wanted.
+    """Replace the compiled functions of a module by their Python source: all of them, or all but the ops not wanted.
 
-    Functions of other modules that they call stay compiled: the register tile, exp.
+    Functions that they call in other modules stay compiled: the register tile, exp.
     """
     whole = module.__name__.rpartition(".")[2] in wanted
     for name, function in list(vars(module).items()):
-        mine = getattr(function, "py_func", None) is not None and function.py_func.__module__ == module.__name__
-        if mine and (whole or name not in ops or name in wanted):
+        own = getattr(function, "py_func", None) is not None and function.py_func.__module__ == module.__name__
+        if own and (whole or name not in ops or name in wanted):
             setattr(module, name, function.py_func)

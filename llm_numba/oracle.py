@@ -1,35 +1,35 @@
-"""The ops in plain NumPy, each as short as its formula: in float64 they say what the other backends have to compute.
+"""The oracle: every op in a few lines of NumPy. In float64 it defines the right result for the ops of every device.
 
-This module stands where `get_ops` would give the functions of a device: Arena(in_float64(groups), config, plan, exact).
-An op calculates in the precision of its arrays, so that in an arena of float32 it shows what rounding alone may change.
-Arguments and results are those of the CPU's ops, whose docstrings give the shapes; a formula's source stands there too.
+The module can be used like the ops that `get_ops` returns: Arena(in_float64(groups), config, plan, oracle). An op
+computes in the precision of its arrays, so in an arena of float32 it shows the error that rounding alone causes.
+Arguments and results are those of the CPU ops, whose docstrings give shapes and sources. tests/test_oracle.py checks
+the gradients by finite differences and the whole against PyTorch.
 """
 
 import math
 
 import numpy as np
 
-from llm_numba.arena import RUN, Groups, TensorSpec
+from llm_numba.arena import RUN, Groups
 from llm_numba.cpu.memory import allocate, available_memory, copy, to_device, to_host, view, zero  # noqa: F401
-from llm_numba.models.config import GPT2Config
 
 
 def in_float64(groups: Groups) -> Groups:
-    """The groups with float64 for every float32."""
+    """The groups with every float32 tensor as float64."""
     return {
         group: [spec._replace(dtype="float64") if spec.dtype == "float32" else spec for spec in specs]
         for group, specs in groups.items()
     }
 
 
-def attention_specs(config: GPT2Config, B: int, T: int, plan: str) -> list[TensorSpec]:
-    """What attention_forward leaves for attention_backward: one number a query, under any plan."""
-    return [TensorSpec("att", (B, config.num_heads, T), "float32", per_layer=True)]
-
-
-def scratch_size(config: GPT2Config, B: int, T: int) -> int:
-    """None: NumPy takes what it needs from elsewhere."""
+def no_scratch(*arguments) -> int:
+    """NumPy allocates what it needs."""
     return 0
+
+
+matmul_forward_scratch = matmul_backward_scratch = no_scratch
+attention_forward_scratch = attention_backward_scratch = no_scratch
+layernorm_backward_scratch = global_norm_squared_scratch = no_scratch
 
 
 def encoder_forward(out, tokens, wte, wpe):
@@ -37,7 +37,7 @@ def encoder_forward(out, tokens, wte, wpe):
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
-    np.add.at(dwte, tokens, dout)  # a token may stand in many rows
+    np.add.at(dwte, tokens, dout)  # a token may occur many times
     dwpe[: tokens.shape[1]] += dout.sum(axis=0)
 
 
@@ -48,16 +48,16 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Through the mean and the variance, which depend on inp too."""
+    """The mean and the variance depend on inp too, so gradients flow through both."""
     norm, dnorm = normalise(inp, mean, rstd), dout * weight
     through_mean, through_variance = average(dnorm), norm * average(dnorm * norm)
     dinp += (dnorm - through_mean - through_variance) * rstd[..., None]
-    put(dweight, (dout * norm).sum(axis=(0, 1)), accumulate)
-    put(dbias, dout.sum(axis=(0, 1)), accumulate)
+    store(dweight, (dout * norm).sum(axis=(0, 1)), accumulate)
+    store(dbias, dout.sum(axis=(0, 1)), accumulate)
 
 
-def put(total, share, accumulate):
-    total[...] = total + share if accumulate else share
+def store(total, gradient, accumulate):
+    total[...] = total + gradient if accumulate else gradient
 
 
 def normalise(inp, mean, rstd):
@@ -65,7 +65,7 @@ def normalise(inp, mean, rstd):
 
 
 def average(x):
-    """Of each row: (B, T, C) -> (B, T, 1)."""
+    """The mean of each row: (B, T, C) -> (B, T, 1)."""
     return x.mean(axis=-1, keepdims=True)
 
 
@@ -77,47 +77,63 @@ def matmul_forward(out, inp, weight, bias, scratch):
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
     dinp[...] = dout @ weight
-    put(dweight, np.tensordot(dout, inp, axes=((0, 1), (0, 1))), accumulate)
+    store(dweight, np.tensordot(dout, inp, axes=((0, 1), (0, 1))), accumulate)
     if dbias is not None:
-        put(dbias, dout.sum(axis=(0, 1)), accumulate)
+        store(dbias, dout.sum(axis=(0, 1)), accumulate)
 
 
-def attention_forward(out, att, qkv, num_heads, scratch):
-    """out = softmax(q kT / sqrt(HS)) v, att = the log-sum-exp of each query's scores."""
-    q, k, v = heads(qkv, 3, num_heads)
+def attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """out = softmax(q kT / sqrt(HS)) v, lse = the log-sum-exp of each query's scores."""
+    q, k, v = queries_keys_values(qkv, num_heads, num_kv_heads)
     weights, log_sum_exp = softmax(scores(q, k))
-    heads(out, 1, num_heads)[0] = weights @ v
-    att[...] = log_sum_exp
+    grouped(out, num_heads, num_kv_heads)[...] = weights @ v
+    lse[...] = log_sum_exp.reshape(lse.shape)
 
 
-def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """Through out = p v, p = softmax(scores), scores = q kT / sqrt(HS), from the last to the first."""
-    (q, k, v), (dq, dk, dv) = heads(qkv, 3, num_heads), heads(dqkv, 3, num_heads)
-    (y,), (dy,) = heads(out, 1, num_heads), heads(dout, 1, num_heads)
-    p = np.exp(scores(q, k) - att[..., None])
-    dv[...] = p.swapaxes(-1, -2) @ dy
+def attention_backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """Back through out = p v, p = softmax(scores), scores = q kT / sqrt(HS); dk and dv sum over a group's queries."""
+    q, k, v = queries_keys_values(qkv, num_heads, num_kv_heads)
+    dq, dk, dv = queries_keys_values(dqkv, num_heads, num_kv_heads)
+    y, dy = grouped(out, num_heads, num_kv_heads), grouped(dout, num_heads, num_kv_heads)
+    p = np.exp(scores(q, k) - lse.reshape(*q.shape[:-1], 1))
+    dv[...] = (p.swapaxes(-1, -2) @ dy).sum(axis=2, keepdims=True)
     dp = dy @ v.swapaxes(-1, -2)
     dscores = p * (dp - (dy * y).sum(axis=-1, keepdims=True)) / math.sqrt(q.shape[-1])
     dq[...] = dscores @ k
-    dk[...] = dscores.swapaxes(-1, -2) @ q
+    dk[...] = (dscores.swapaxes(-1, -2) @ q).sum(axis=2, keepdims=True)
 
 
-def attention_cached_forward(out, cache, qkv, position, num_heads):
-    """The tokens at position, position + 1, ... look at the cache, which first gets their keys and values."""
-    B, T, C = out.shape
+def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads):
+    """Store the new keys and values in the cache; each query then attends to the cache up to its own token."""
+    (B, T, C), KV = out.shape, cache.shape[3]
     start, end = position[0], position[0] + T
-    cache[:, start:end] = qkv[..., C:].reshape(B, T, 2, C)
-    q, (k, v) = heads(qkv, 3, num_heads)[0], heads(cache[:, :end], 2, num_heads)
-    heads(out, 1, num_heads)[0] = softmax(scores(q, k))[0] @ v
+    cache[:, start:end] = qkv[..., C:].reshape(B, T, 2, KV)
+    q, _, _ = queries_keys_values(qkv, num_heads, num_kv_heads)
+    k, v = (grouped(cache[:, :end, part], num_kv_heads, num_kv_heads) for part in range(2))
+    grouped(out, num_heads, num_kv_heads)[...] = softmax(scores(q, k))[0] @ v
 
 
-def heads(x, parts, num_heads):
-    """A view of x, whose rows are `parts` times C channels, as (parts, B, NH, T, HS): writing to it writes to x."""
-    return x.reshape(*x.shape[:2], parts, num_heads, -1).transpose(2, 0, 3, 1, 4)
+def attention_weights(weights, lse, qkv, num_heads, num_kv_heads):
+    q, k, _ = queries_keys_values(qkv, num_heads, num_kv_heads)
+    weights[...] = np.exp(scores(q, k) - lse.reshape(*q.shape[:-1], 1)).reshape(weights.shape)
+
+
+def queries_keys_values(qkv, num_heads, num_kv_heads):
+    """Views of qkv: q (B, NKV, NH // NKV, T, HS), k and v (B, NKV, 1, T, HS)."""
+    HS = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    C, KV = num_heads * HS, num_kv_heads * HS
+    q, k, v = qkv[..., :C], qkv[..., C : C + KV], qkv[..., C + KV :]
+    return grouped(q, num_heads, num_kv_heads), *(grouped(x, num_kv_heads, num_kv_heads) for x in (k, v))
+
+
+def grouped(x, num_heads, num_kv_heads):
+    """A view of x (B, T, num_heads*HS) as (B, NKV, num_heads // NKV, T, HS); writing to it writes to x."""
+    B, T, _ = x.shape
+    return x.reshape(B, T, num_kv_heads, num_heads // num_kv_heads, -1).transpose(0, 2, 3, 1, 4)
 
 
 def scores(q, k):
-    """(..., queries, keys), -inf where a key comes after its query; the last key is the last query's own."""
+    """(..., queries, keys), -inf where a key comes after its query. The last key belongs to the last query."""
     queries, keys = q.shape[-2], k.shape[-2]
     visible = np.tri(queries, keys, keys - queries, dtype=bool)
     return np.where(visible, q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), -math.inf)

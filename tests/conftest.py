@@ -58,8 +58,6 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("device") == "cpu" and item.get_closest_marker("gpu"):
             return True
-        if parameters.get("device") != "cpu" and parameters.get("kept") == "weights":
-            return True  # a GPU's attention keeps none
         large = math.prod(parameters.get("shape", ())) > MOST_INTERPRETED
         if parameters.get("device") == "cudasim":
             return large or item.get_closest_marker("compiled") or item.get_closest_marker("real")
@@ -72,8 +70,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def ops(device):
-    """The device's ops on arrays in the host's memory, each made to check that it changes only what it may, and their
-    scratch sizes."""
+    """The device's ops on arrays in host memory, each with a check that it changes nothing else than it may, and the
+    functions for their scratch sizes."""
     found = {}
     package = "cpu" if device == "cpu" else "cuda"
     for file in CONTRACT:
@@ -81,8 +79,14 @@ def ops(device):
         for name in CONTRACT[file]:
             op = getattr(module, name)
             found[name] = only_writes_what_it_may(name, op if package == "cpu" else on_device(op))
-        found |= {name: value for name, value in vars(module).items() if name == f"{file}_scratch_size"}
+            if scratch := getattr(module, f"{name}_scratch", None):
+                found[f"{name}_scratch"] = lambda *args, scratch=scratch: scratch(*map(as_on_device, args))
     return SimpleNamespace(**found)
+
+
+def as_on_device(x):
+    """A bf16 array as the arena has it: the device code sees uint16."""
+    return x.view(np.uint16) if isinstance(x, np.ndarray) and x.dtype.name == "bfloat16" else x
 
 
 def root_of(array):

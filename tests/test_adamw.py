@@ -3,41 +3,46 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import UNIT, adamw_update, assert_close
+from comparing import UNIT, assert_close, by_oracle
 
 SETTINGS = dict(learning_rate=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=7, grad_scale=0.25)
-RUN = 64  # parameters to all or none of which weight decay applies
+RUN = 64  # parameters that share one weight decay flag
 compiled, real = pytest.mark.compiled, pytest.mark.real
 
 
 def make(rng, n):
-    """params, grads, m, v, decays in the middle of a training."""
+    """params, grads, m, v and decays as they are in the middle of training."""
     params, grads, m = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
     return params, grads, m, np.square(rng.standard_normal(n)).astype(np.float32), np.arange(n // RUN) % 3 != 1
 
 
-def update(ops, place, params, grads, m, v, decays, *, master=None, seed=0, **settings):
-    """Run the op on arrays in place, and its scalars as it wants them."""
+def arguments(params, grads, m, v, decays, master=None, seed=0, **settings):
+    """The op's arguments; scalars as small arrays where it expects them."""
     s = SETTINGS | settings
-    rate, scale, step = place([s["learning_rate"]]), place([s["grad_scale"]]), place([s["step"]], np.int32)
-    ops.adamw_update(
-        params, master, grads, m, v, place(decays, np.uint8),
-        rate, s["beta1"], s["beta2"], s["eps"], s["weight_decay"], step, place([seed], np.int32), scale,
-    )  # fmt: skip
+    rate, scale, step = np.float32([s["learning_rate"]]), np.float32([s["grad_scale"]]), np.int32([s["step"]])
+    betas_and_decay = s["beta1"], s["beta2"], s["eps"], s["weight_decay"]
+    return params, master, grads, m, v, np.uint8(decays), rate, *betas_and_decay, step, np.int32([seed]), scale
+
+
+def update(ops, place, *arrays, **settings):
+    """Run the op on arrays that are in place."""
+    params, master, grads, m, v, *rest = arguments(*arrays, **settings)
+    rest = [place(x, x.dtype) if isinstance(x, np.ndarray) else x for x in rest]
+    ops.adamw_update(params, master, grads, m, v, *rest)
 
 
 def expect(params, grads, m, v, decays, **settings):
-    """What update makes of params, m, v, and what float32 may lose of each."""
+    """What update makes of params, m and v, and the errors allowed in float32."""
     s = SETTINGS | settings
-    # what the op gets as float32, the reference gets with the same rounding
     rate, scale = float(np.float32(s["learning_rate"])), float(np.float32(s["grad_scale"]))
     beta1, beta2, eps, weight_decay, step = s["beta1"], s["beta2"], s["eps"], s["weight_decay"], s["step"]
-    expected = adamw_update(params, grads, m, v, decays, rate, beta1, beta2, eps, weight_decay, step, scale)
+    expected = by_oracle("adamw_update", *arguments(params, grads, m, v, decays, **settings))
+    expected = [expected[0], *expected[-2:]]  # without master
     expected_params, expected_m, expected_v = expected
-    # m: two products, the betas' own rounding, the scaling of the gradient, a sum. v: the same with a square
+    # m: two products, the rounding of the betas, the scaling of the gradient, a sum. v: the same with a square
     m_error = 4 * UNIT * (beta1 * np.abs(m.astype(np.float64)) + (1 - beta1) * np.abs(grads * np.float64(scale)))
-    # params: m's error, half of v's, eight operations in the quotient and, where the corrections are found in float32,
-    # five more for mhat's and half of that for vhat's; two in the decay, one for the difference
+    # params: m's error, half of v's, eight operations in the quotient and, if the corrections are computed in float32,
+    # five more for mhat and half of that for vhat; two in the decay, one for the difference
     denominator = np.sqrt(expected_v / (1 - beta2**step)) + eps
     quotient_error = (m_error + 19 * UNIT * np.abs(expected_m)) / (1 - beta1**step) / denominator
     error = rate * (quotient_error + 3 * UNIT * weight_decay * np.abs(params)) + UNIT * np.abs(expected_params)
@@ -55,7 +60,7 @@ def check(ops, place, arrays, **settings):
     assert_all_close((params, m, v), *expect(*arrays, **settings))
 
 
-# a block of the CPU's is 16384 parameters
+# the CPU's blocks have 16384 parameters
 @pytest.mark.parametrize(
     "n", [64, 128, 192, 320] + [pytest.param(n, marks=compiled) for n in (16384, 16384 + 64, 97 * 257 * 64)]
 )
@@ -95,8 +100,8 @@ def test_first_step_moves_by_the_learning_rate(ops, rng, place):
 
 
 def test_decay_is_decoupled(ops, place):
-    """Without a gradient the decay shrinks a parameter by learning_rate * weight_decay, and touches no moment; and the
-    parameters of a run without decay not at all."""
+    """Without a gradient, decay shrinks a parameter by learning_rate * weight_decay and leaves the moments alone; the
+    parameters of a run without decay stay as they are."""
     before = np.repeat(np.float32([2.0, -3.0, 5.0, -7.0]), RUN)
     params, grads, m, v = place(before), place(0 * before), place(0 * before), place(0 * before)
     update(ops, place, params, grads, m, v, [1, 0, 0, 1], learning_rate=0.5, weight_decay=0.25)
@@ -105,19 +110,18 @@ def test_decay_is_decoupled(ops, place):
 
 
 def test_many_steps(ops, rng, place):
-    """Ten steps down a parabola, compared after the last one: each step may add its own error."""
+    """Ten steps, compared after the last one: each step may add its own error."""
     start, decays = rng.standard_normal(64).astype(np.float32), [1]
     params, m, v = place(start), place(np.zeros(64)), place(np.zeros(64))
-    reference = start.astype(np.float64), np.zeros(64), np.zeros(64)
+    right = start.astype(np.float64), np.zeros(64), np.zeros(64)
     rate = float(np.float32(SETTINGS["learning_rate"]))
     for step in range(1, 11):
         grads = (2 * start + step).astype(np.float32)
         update(ops, place, params, place(grads), m, v, decays, step=step)
-        settings = SETTINGS | dict(step=step, learning_rate=rate)
-        reference = adamw_update(reference[0], grads, *reference[1:], decays, *settings.values())
-    assert_close("params", params, reference[0], 10 * 2 * UNIT * (np.abs(start) + 10 * rate))
-    assert_close("m", m, reference[1], 10 * 4 * UNIT * np.abs(reference[1]).max())
-    assert_close("v", v, reference[2], 10 * 6 * UNIT * reference[2])
+        right, _ = expect(right[0], grads, *right[1:], decays, step=step)
+    assert_close("params", params, right[0], 10 * 2 * UNIT * (np.abs(start) + 10 * rate))
+    assert_close("m", m, right[1], 10 * 4 * UNIT * np.abs(right[1]).max())
+    assert_close("v", v, right[2], 10 * 6 * UNIT * right[2])
 
 
 def test_nan_gradient_touches_its_parameter_only(ops, rng, place):
@@ -129,11 +133,11 @@ def test_nan_gradient_touches_its_parameter_only(ops, rng, place):
         assert np.array_equal(np.isnan(x), np.isnan(grads))
 
 
-# --- what the arena and the clipping ask for
+# --- clipping and padding
 
 
 def on_every_kind(test):
-    """As float32; as bf16, with float32 master weights and without, where the device has it."""
+    """float32; bf16 with and without float32 master weights, on devices that have it."""
     return pytest.mark.parametrize(
         "kind", ["float32", *(pytest.param(kind, marks=pytest.mark.gpu) for kind in ("bfloat16", "master"))]
     )(test)
@@ -141,7 +145,7 @@ def on_every_kind(test):
 
 @pytest.fixture
 def places(place, kind):
-    """A function that places params: -> (params, master) of the kind."""
+    """A function that places params and returns (params, master) of this kind."""
 
     def places(params):
         dtype = "float32" if kind == "float32" else "bfloat16"
@@ -151,7 +155,7 @@ def places(place, kind):
 
 
 @on_every_kind
-def test_a_negative_scale_leaves_the_update_out(ops, rng, place, places):
+def test_a_negative_scale_skips_the_update(ops, rng, place, places):
     *arrays, decays = make(rng, 192)
     params, master = places(arrays[0])
     grads, m, v = (place(x) for x in arrays[1:])
@@ -165,7 +169,7 @@ def test_a_negative_scale_leaves_the_update_out(ops, rng, place, places):
 
 @on_every_kind
 def test_padding_stays_zero(ops, rng, place, places):
-    """All bits of it, step after step, where weight decay applies and where not."""
+    """All bits of the padding, step after step, with and without weight decay."""
     *arrays, decays = make(rng, 192)
     padding = np.arange(192) % RUN > 40
     params, grads, m, v = (np.where(padding, 0, x) for x in arrays)

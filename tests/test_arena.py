@@ -10,6 +10,7 @@ import pytest
 from training import (
     bits_of,
     compute_gradients,
+    groups_of,
     new_run,
     random_batch,
     random_parameters,
@@ -18,24 +19,18 @@ from training import (
     train_step,
 )
 
-from llm_numba.arena import (
-    Arena,
-    TensorSpec,
-    format_bytes,
-    format_map,
-    in_precision,
-    layout,
-    training_groups,
-)
-from llm_numba.models import gpt2 as model
-from llm_numba.models.config import GPT2Config, preset
+from llm_numba.arena import Arena, TensorSpec, format_map, in_precision, layout
+from llm_numba.models import preset
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
-from llm_numba.sample import sampling_groups
+from llm_numba.training.generate import generation_groups
 from llm_numba.training.nan_check import checked
+from llm_numba.training.step import initialise
 from llm_numba.util.cli import UserError
+from llm_numba.util.files import format_bytes
 
 PLANS = ["keep", "reuse"]
-ODD = GPT2Config(max_seq_len=33, vocab_size=257, num_layers=3, num_heads=5, channels=35)
+ODD = GPT2(max_seq_len=33, vocab_size=257, num_layers=3, num_heads=5, channels=35)
 B, T = 3, 17
 
 
@@ -45,8 +40,8 @@ def ops(device):
     return get_ops(device)
 
 
-def all_groups(ops, config=ODD):
-    return training_groups(config, B, T, ops, "keep") | sampling_groups(config, ops)
+def all_groups(ops, model=ODD):
+    return groups_of(ops, model, B, T, generation_groups(model))
 
 
 def bytes_of(place):
@@ -57,9 +52,8 @@ def bytes_of(place):
 # ------------------------------------------------------------------------------------------------------------ layout
 
 
-def test_sizes_of_every_tensor(ops, device):
-    """Shapes by hand, for 3 layers of 5 heads and 35 channels, 257 tokens padded to 384, 3 rows of 17 tokens. A GPU's
-    attention keeps one number a query under any plan."""
+def test_sizes_of_every_tensor(ops):
+    """Shapes by hand, for 3 layers of 5 heads and 35 channels, 257 tokens padded to 384, 3 rows of 17 tokens."""
     parameters = {
         "wte": (384, 35), "wpe": (33, 35), "ln1w": (3, 35), "ln1b": (3, 35), "qkvw": (3, 105, 35), "qkvb": (3, 105),
         "attprojw": (3, 35, 35), "attprojb": (3, 35), "ln2w": (3, 35), "ln2b": (3, 35), "fcw": (3, 140, 35),
@@ -68,7 +62,7 @@ def test_sizes_of_every_tensor(ops, device):
     row, each, wide = (3, 17, 35), (3, 3, 17, 35), (3, 3, 17, 140)
     activations = {
         "encoded": row, "ln1": each, "ln1_mean": (3, 3, 17), "ln1_rstd": (3, 3, 17), "qkv": (3, 3, 17, 105),
-        "att": (3, 3, 5, 17, 17) if device == "cpu" else (3, 3, 5, 17),
+        "lse": (3, 3, 5, 17),
         "atty": each, "attproj": each, "residual2": each, "ln2": each,
         "ln2_mean": (3, 3, 17), "ln2_rstd": (3, 3, 17), "fch": wide, "fch_gelu": wide, "fcproj": each,
         "residual3": each, "lnf": row, "lnf_mean": (3, 17), "lnf_rstd": (3, 17), "logits": (3, 17, 384),
@@ -92,7 +86,7 @@ def test_sizes_of_every_tensor(ops, device):
         "activation gradients": activation_gradients,
         "inputs": inputs,
     }
-    places, nbytes = layout(training_groups(ODD, B, T, ops, "keep"), 3, "keep")
+    places, nbytes = layout(groups_of(ops, ODD, B, T), 3, "keep")
     found = {group: {p.spec.name: p.shape for p in places if p.group == group} for group in expected}
     assert found == expected
     for group in expected:  # in this order, which is also that of a checkpoint
@@ -110,18 +104,13 @@ def test_sizes_of_every_tensor(ops, device):
     assert sum(p.nbytes for p in places) == nbytes
 
 
-def test_under_reuse_attention_keeps_one_number_a_query(ops):
-    places, _ = layout(training_groups(ODD, B, T, ops, "reuse"), 3, "reuse")
-    assert [p.shape for p in places if p.spec.name == "att"] == [(3, 3, 5, 17)]
-
-
 def test_gpt2_has_the_parameters_that_it_should(ops):
     """Known numbers: 124,439,808 and so on, plus the rows that pad the vocabulary from 50257 to 50304."""
     for name, published in (("d12", 124_439_808), ("d24", 354_823_168), ("d36", 774_030_080), ("d48", 1_557_611_200)):
-        config = preset(name)
-        places, _ = layout(training_groups(config, 1, 1, ops, "reuse"), config.num_layers, "reuse")
+        model = preset(name)
+        places, _ = layout(groups_of(ops, model, 1, 1), model.num_layers, "reuse")
         for group in ("parameters", "gradients", "m", "v"):
-            assert sum(math.prod(p.shape) for p in places if p.group == group) == published + 47 * config.channels
+            assert sum(math.prod(p.shape) for p in places if p.group == group) == published + 47 * model.channels
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -152,7 +141,7 @@ def test_no_room_is_lost(ops, plan):
 
 def test_what_shares_under_reuse(ops):
     """Nothing that the backward reads of the forward: only branches that the stream has taken up, and gradients."""
-    places, _ = layout(training_groups(ODD, B, T, ops, "reuse"), 3, "reuse")
+    places, _ = layout(groups_of(ops, ODD, B, T), 3, "reuse")
     by_slot = {}
     for p in places:
         if p.spec.shares:
@@ -230,8 +219,8 @@ def test_namespace(ops, plan):
     """A layer has its slice of what is stacked, the whole of what is shared, and nothing that belongs to no layer."""
     run = new_run(ops, ODD, B, T, plan)
     m, tensors = run.m, {name: x for (group, name), x in run.arena.tensors.items() if group not in ("m", "v")}
-    extra = {"layers", "num_heads", "flat", "micro_batches", "blocks", "recompute"}
-    assert set(vars(m)) == {*tensors, *extra} and m.num_heads == 5 and len(m.layers) == 3
+    extra = {"layers", "flat", "micro_batches", "blocks", "recompute"}
+    assert set(vars(m)) == {*tensors, *extra} and len(m.layers) == 3
     assert all(getattr(m, name) is x for name, x in tensors.items())
 
     def address(x):
@@ -253,7 +242,7 @@ def test_namespace(ops, plan):
 
 
 def test_flat_is_the_group_and_its_padding(ops):
-    arena = Arena(training_groups(ODD, B, T, ops, "reuse"), ODD, "reuse", ops)
+    arena = Arena(groups_of(ops, ODD, B, T), ODD, "reuse", ops)
     for name, tensor in arena.named("gradients").items():
         ops.to_device(tensor, 1)
         assert name.startswith("d")
@@ -305,9 +294,9 @@ def test_format_bytes(nbytes, text):
 
 def test_initialise(ops):
     """Deviations of 0.02, and 0.02 / sqrt(2 L) into the residual stream; within four deviations of the estimate."""
-    config = GPT2Config(64, 257, 4, 2, 32)
-    run = new_run(ops, config, 1, 1, "reuse")
-    model.initialise(ops, run.arena, 1)
+    model = GPT2(64, 257, 4, 2, 32)
+    run = new_run(ops, model, 1, 1, "reuse")
+    initialise(ops, run.arena, 1)
     values = {name: ops.to_host(x) for name, x in run.arena.named("parameters").items()}
     assert not values["wte"][257:].any()
     values["wte"] = values["wte"][:257]
@@ -331,7 +320,7 @@ def test_same_seed_same_bits(ops):
     for plan, batch, seed in (("reuse", 1, 5), ("keep", 2, 5), ("reuse", 1, 6)):
         run = new_run(ops, ODD, batch, 3, plan)
         ops.to_device(run.arena.flat("parameters"), 7)
-        model.initialise(ops, run.arena, seed)
+        initialise(ops, run.arena, seed)
         results.append(bits_of(run, "parameters"))
     assert results[0] == results[1]
     different = {name for group, name in results[0] if results[0][group, name] != results[2][group, name]}
@@ -364,10 +353,10 @@ def test_steps_allocate_nothing(ops, device, plan, monkeypatch):
     The smallest activation has B*T*C = 8 KiB, the smallest of its temporaries would show. What is seen is Python's
     small change: views, frames, float objects.
     """
-    config = preset("nano")
-    run, rng = new_run(ops, config, 4, 32, plan), np.random.default_rng(1)
-    model.initialise(ops, run.arena, 1)
-    batch = random_batch(config, 4, 32, rng)
+    model = preset("nano")
+    run, rng = new_run(ops, model, 4, 32, plan), np.random.default_rng(1)
+    initialise(ops, run.arena, 1)
+    batch = random_batch(model, 4, 32, rng)
     for _ in range(3):
         train_step(run, batch)
     if device != "cpu":
@@ -403,7 +392,7 @@ def checked_run(ops):
     """A run of which five updates are done, its checked ops, and a batch."""
     run, rng = new_run(ops, ODD, B, T, "keep"), np.random.default_rng(1)
     set_parameters(run.arena, random_parameters(ODD, rng))
-    return run, checked(ops, run.m, run.arena, SimpleNamespace(step=5)), random_batch(ODD, B, T, rng)
+    return run, checked(ops, ops, run.m, run.arena, SimpleNamespace(step=5)), random_batch(ODD, B, T, rng)
 
 
 @pytest.mark.compiled
@@ -437,9 +426,9 @@ def test_first_value_that_is_not_finite(ops, name, index, value, message):
     poison(ops, getattr(run.m, name), index, value)
     set_batch(run, batch)
     with pytest.raises(UserError) as caught:  # as a second micro-batch, which adds to the gradients that are there
-        model.forward(checked_ops, run.m)
-        model.loss(checked_ops, run.m, run.arena.config.vocab_size, accumulate=True)
-        model.backward(checked_ops, run.m, accumulate=True)
+        run.model.forward(checked_ops, run.m)
+        run.model.loss(checked_ops, run.m, accumulate=True)
+        run.model.backward(checked_ops, run.m, accumulate=True)
     assert str(caught.value).startswith(f"step 6: {message}, the first value that is not finite; ")
     assert "\n" not in str(caught.value)
 
@@ -472,7 +461,7 @@ def test_what_the_error_counts(ops):
     b, t = rows[0]
     assert str(caught.value) == (
         f"step 6: encoded[{b}, {t}, 30] is nan after encoder_forward, the first value that is not finite; "
-        f"{len(rows)} of the tensor's 1,785 values are not"
+        f"{len(rows)} of the tensor's 1,785 elements are not"
     )
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from training import compute_gradients, copy_of, new_run, random_batch, random_parameters, set_batch, set_parameters
 
-from llm_numba.models import gpt2 as model
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
 
 pytestmark = pytest.mark.gpu
@@ -36,10 +35,10 @@ def error(got, expected):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_errors_beside_torch(ops, sizes):
     L, NH, C, maxT, V, B, T = sizes
-    config, rng = GPT2Config(maxT, V, L, NH, C), np.random.default_rng(1)
-    run = new_run(ops, config, B, T, "keep", dtype="bfloat16")
-    set_parameters(run.arena, random_parameters(config, rng))
-    batch = random_batch(config, B, T, rng)
+    model, rng = GPT2(maxT, V, L, NH, C), np.random.default_rng(1)
+    run = new_run(ops, model, B, T, "keep", dtype="bfloat16")
+    set_parameters(run.arena, random_parameters(model, rng))
+    batch = random_batch(model, B, T, rng)
     weights = copy_of(run, "parameters") | {"wte": copy_of(run, "parameters")["wte"][:V]}
     exact = torch_gpt2.forward_backward(weights, *batch, NH)
     torchs = torch_gpt2.forward_backward(weights, *batch, NH, torch.bfloat16)
@@ -49,8 +48,8 @@ def test_errors_beside_torch(ops, sizes):
         return tensor[..., :V] if name == "logits" else tensor
 
     set_batch(run, batch)
-    model.forward(ops, run.m)
-    model.logits(ops, run.m, run.m)
+    run.model.forward(ops, run.m)
+    run.model.logits(ops, run.m, run.m)
     logits = view("logits", None)
     loss = compute_gradients(run, [batch])
 

@@ -12,13 +12,13 @@ import hashlib, sys
 sys.path[:0] = {paths!r}
 import numpy as np
 from training import new_run, random_batch, random_parameters, set_parameters, train_step
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
 
-config, rng = GPT2Config(130, 97, 1, 2, 130), np.random.default_rng(7)
-run = new_run(get_ops("cpu"), config, 2, 130, "keep")
-set_parameters(run.arena, random_parameters(config, rng))
-train_step(run, random_batch(config, 2, 130, rng))
+model, rng = GPT2(130, 97, 1, 2, 130), np.random.default_rng(7)
+run = new_run(get_ops("cpu"), model, 2, 130, "keep")
+set_parameters(run.arena, random_parameters(model, rng))
+train_step(run, random_batch(model, 2, 130, rng))
 run.m.scratch.fill(0)
 print(hashlib.sha256(run.arena.memory).hexdigest())
 """

@@ -5,13 +5,12 @@ import pytest
 
 
 def norm_squared(ops, place, garbage, grads):
-    grads = place(grads)
-    out = place([np.nan], np.float64)
-    ops.global_norm_squared(out, grads, garbage(ops.global_norm_scratch_size(grads.size)))
+    out, grads = place([np.nan], np.float64), place(grads)
+    ops.global_norm_squared(out, grads, garbage(ops.global_norm_squared_scratch(out, grads)))
     return out[0]
 
 
-# a block of the CPU's is 16384 numbers
+# the CPU's blocks have 16384 elements
 @pytest.mark.parametrize(
     "n",
     [1, 2, 3, 17, 257, pytest.param(16383, marks=pytest.mark.compiled)]
@@ -20,7 +19,7 @@ def norm_squared(ops, place, garbage, grads):
 def test_sum_of_squares(ops, rng, place, garbage, n):
     grads = rng.standard_normal(n).astype(np.float32)
     expected = math.fsum(float(x) ** 2 for x in grads)
-    # float64 sums of exact squares: four deviations of a walk of n steps
+    # float64 sums of exact squares: four standard deviations of a random walk of n steps
     assert abs(norm_squared(ops, place, garbage, grads) - expected) <= 4 * math.sqrt(n) * 2.0**-53 * expected
 
 
@@ -30,7 +29,7 @@ def test_more_sums_than_the_last_block_has_threads(ops, place, garbage, n):
 
 
 def test_no_overflow_and_no_underflow(ops, place, garbage):
-    """The squares of these are beyond what float32 can hold."""
+    """The squares of these overflow or underflow in float32."""
     for x in (1e30, 1e-30):
         expected = 3 * float(np.float32(x)) ** 2
         assert norm_squared(ops, place, garbage, [x, -x, x]) == pytest.approx(expected, rel=1e-15)
@@ -70,7 +69,7 @@ def scale_of(ops, place, garbage, loss, norm_squared, limits, highest):
     "norm_squared, highest, expected",
     [
         (9.0, 1.0, 1 / 3),
-        (1e-60, 1e-31, 0.1),  # the square is beyond float32
+        (1e-60, 1e-31, 0.1),  # the square underflows in float32
         (1e60, 1.0, 1e-30),
         (0.25, 1.0, 1.0),
         (4.0, 2.0, 1.0),
@@ -79,7 +78,7 @@ def scale_of(ops, place, garbage, loss, norm_squared, limits, highest):
     ],
 )
 def test_clip(ops, place, garbage, norm_squared, highest, expected):
-    # two roundings in float64 disappear in the one to float32
+    # two roundings in float64 vanish when the result is rounded to float32
     got = scale_of(ops, place, garbage, 3.0, norm_squared, [INF, INF], highest)
     assert got == np.float32(expected)
 
@@ -98,7 +97,7 @@ def test_clip(ops, place, garbage, norm_squared, highest, expected):
     ],
     ids=str,
 )
-def test_an_update_is_left_out(ops, place, garbage, loss, norm_squared, limits, highest):
+def test_an_update_is_skipped(ops, place, garbage, loss, norm_squared, limits, highest):
     assert scale_of(ops, place, garbage, loss, norm_squared, limits, highest) == -1
 
 

@@ -28,11 +28,12 @@ from training import (
     train_step,
 )
 
-from llm_numba import sample
-from llm_numba.arena import Arena, parameter_specs
-from llm_numba.models import gpt2 as model
-from llm_numba.models.config import GPT2Config
+from llm_numba.arena import Arena
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
+from llm_numba.training.generate import Choice, generate, generation_groups, generation_step, stepper
+from llm_numba.training.memory_plan import complete
+from llm_numba.training.step import initialise
 
 pytestmark = pytest.mark.compiled
 
@@ -57,16 +58,16 @@ def torch_gpt2():
 
 @pytest.fixture(scope="module")
 def golden():
-    """What golden/make_golden.py wrote: config, batch, and a dict each of parameters, gradients and so on."""
+    """What golden/make_golden.py wrote: model, batch, and a dict each of parameters, gradients and so on."""
     with safe_open(GOLDEN, "numpy") as file:
-        config = GPT2Config(**json.loads(file.metadata()["config"]))
+        model = GPT2(**json.loads(file.metadata()["config"]))
     tensors = load_file(GOLDEN)
 
     def those(prefix):
         return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
     return SimpleNamespace(
-        config=config,
+        model=model,
         batch=(tensors["tokens"], tensors["targets"]),
         parameters=those("param."),
         gradients=those("grad."),
@@ -76,17 +77,17 @@ def golden():
 
 
 def golden_run(ops, golden, plan="reuse"):
-    run = new_run(ops, golden.config, *golden.batch[0].shape, plan)
+    run = new_run(ops, golden.model, *golden.batch[0].shape, plan)
     set_parameters(run.arena, golden.parameters)
     return run
 
 
-def fresh_run(ops, config, B, T, plan="reuse", seed=1, **options):
+def fresh_run(ops, model, B, T, plan="reuse", seed=1, **options):
     """A run with random parameters, and a batch; options: of new_run."""
     rng = np.random.default_rng(seed)
-    run = new_run(ops, config, B, T, plan, **options)
-    set_parameters(run.arena, random_parameters(config, rng))
-    return run, random_batch(config, B, T, rng)
+    run = new_run(ops, model, B, T, plan, **options)
+    set_parameters(run.arena, random_parameters(model, rng))
+    return run, random_batch(model, B, T, rng)
 
 
 def error(got, expected):
@@ -105,9 +106,9 @@ def assert_near(got, expected, tolerance):
     assert not wrong, f"off by more than {tolerance:g}: {wrong}"
 
 
-def by_layer(config, tensors):
+def by_layer(model, tensors):
     """{name: tensor} -> {name or (name, layer): tensor of one layer}"""
-    stacked, found = {spec.name for spec in parameter_specs(config) if spec.per_layer}, {}
+    stacked, found = {spec.name for spec in model.parameters() if spec.per_layer}, {}
     for name, tensor in tensors.items():
         found |= {(name, l): tensor[l] for l in range(len(tensor))} if name in stacked else {name: tensor}
     return found
@@ -116,7 +117,7 @@ def by_layer(config, tensors):
 def parameter_gradients(run):
     """By the parameters' names, as PyTorch has them: after a check that nothing reached the padding rows of wte."""
     gradients = {name.removeprefix("d"): x for name, x in copy_of(run, "gradients").items()}
-    V = run.arena.config.vocab_size
+    V = run.model.vocab_size
     assert not gradients["wte"][V:].any(), "the vocabulary's padding got a gradient"
     return gradients | {"wte": gradients["wte"][:V]}
 
@@ -127,8 +128,8 @@ def test_golden_forward_and_backward(ops, golden, plan):
     assert error(logits_of(run, golden.batch), golden.logits) < 1e-6
     assert loss_of(run, golden.batch) == pytest.approx(golden.loss[0], rel=2e-7)
     assert compute_gradients(run, [golden.batch]) == pytest.approx(golden.loss[0], rel=2e-7)
-    expected = by_layer(golden.config, golden.gradients)
-    assert_near(by_layer(golden.config, parameter_gradients(run)), expected, 1e-6)
+    expected = by_layer(golden.model, golden.gradients)
+    assert_near(by_layer(golden.model, parameter_gradients(run)), expected, 1e-6)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -142,10 +143,10 @@ def test_golden_training(ops, golden, plan):
     # How far each parameter moved. AdamW divides by the gradient's own size: a single weight whose gradient happens to
     # be small, and so mostly rounding, still moves. Most tensors are 1e-5 off, one is 5e-5. Decay alone moves the
     # matrices by 3e-2 of this, and where it must not, the layernorms' weights by 2e-1.
-    config, C = golden.config, golden.config.channels
+    model, C = golden.model, golden.model.channels
     after = copy_of(run, "parameters")
-    assert not after["wte"][config.vocab_size :].any(), "the vocabulary's padding moved"
-    after["wte"] = after["wte"][: config.vocab_size]
+    assert not after["wte"][model.vocab_size :].any(), "the vocabulary's padding moved"
+    after["wte"] = after["wte"][: model.vocab_size]
     moved = {name: after[name] - start for name, start in golden.parameters.items()}
     expected = {name: golden.after[name] - start for name, start in golden.parameters.items()}
     # The bias of the keys adds the same to all scores of a query, which the softmax takes off again. Its gradient is 0,
@@ -154,7 +155,7 @@ def test_golden_training(ops, golden, plan):
     assert np.abs(golden.gradients["qkvb"][:, keys]).max() < 1e-12
     for values in (moved, expected):
         values["qkvb"][:, keys] = 0
-    assert_near(by_layer(config, moved), by_layer(config, expected), 3e-4)
+    assert_near(by_layer(model, moved), by_layer(model, expected), 3e-4)
 
 
 def test_golden_file_is_what_its_script_writes(torch_gpt2):
@@ -184,8 +185,8 @@ SHAPES = [  # L, NH, C, maxT, V, B, T
 def test_against_torch(ops, torch_gpt2, shape):
     """All that a pass each way leaves behind: activations, their gradients, the parameters' gradients, the loss."""
     L, NH, C, maxT, V, B, T = shape
-    config = GPT2Config(maxT, V, L, NH, C)
-    run, batch = fresh_run(ops, config, B, T, "keep")
+    model = GPT2(maxT, V, L, NH, C)
+    run, batch = fresh_run(ops, model, B, T, "keep")
     expected = torch_gpt2.forward_backward(copy_without_padding(run), *batch, NH)
 
     def view(name, layer):
@@ -200,7 +201,7 @@ def test_against_torch(ops, torch_gpt2, shape):
     assert error(view("logits", None), dlogits) < tolerance  # they are where the logits were
     assert not ops.to_host(run.m.logits)[..., V:].any()
     assert_near({key: view(*key) for key in expected.activations}, expected.activations, tolerance)
-    assert_near(by_layer(config, parameter_gradients(run)), by_layer(config, expected.gradients), tolerance)
+    assert_near(by_layer(model, parameter_gradients(run)), by_layer(model, expected.gradients), tolerance)
     assert {"d" + name for name, _ in expected.activation_gradients} == set(run.arena.named("activation gradients"))
     got = {(name, l): view("d" + name, l) for name, l in expected.activation_gradients}
     assert_near(got, expected.activation_gradients, tolerance)
@@ -208,13 +209,13 @@ def test_against_torch(ops, torch_gpt2, shape):
 
 def copy_without_padding(run):
     parameters = copy_of(run, "parameters")
-    return parameters | {"wte": parameters["wte"][: run.arena.config.vocab_size]}
+    return parameters | {"wte": parameters["wte"][: run.model.vocab_size]}
 
 
 def test_one_channel(ops, torch_gpt2):
     """A single channel is its own mean: a layernorm's output is its bias, and no gradient goes through it, beside what
     rounding leaves of a difference that is 0, times rstd = 1e-5**-0.5 = 316."""
-    run, batch = fresh_run(ops, GPT2Config(3, 2, 1, 1, 1), 2, 3, "keep")
+    run, batch = fresh_run(ops, GPT2(3, 2, 1, 1, 1), 2, 3, "keep")
     expected = torch_gpt2.forward_backward(copy_without_padding(run), *batch, 1)
     assert compute_gradients(run, [batch]) == pytest.approx(expected.loss, rel=1e-6)
     for name, gradient in parameter_gradients(run).items():
@@ -224,18 +225,17 @@ def test_one_channel(ops, torch_gpt2):
 
 def test_one_of_everything(ops):
     """One token in the vocabulary: it is certain, and there is nothing to learn."""
-    run, batch = fresh_run(ops, GPT2Config(1, 1, 1, 1, 1), 1, 1)
+    run, batch = fresh_run(ops, GPT2(1, 1, 1, 1, 1), 1, 1)
     assert compute_gradients(run, [batch]) == 0
     assert not any(gradient.any() for gradient in parameter_gradients(run).values())
 
 
-MIDDLING = GPT2Config(33, 257, 3, 5, 35)
+MIDDLING = GPT2(33, 257, 3, 5, 35)
 
 
-@pytest.mark.parametrize("attention", PLANS)
-def test_the_plans_give_the_same_bits(ops, attention):
-    """Whatever shares memory, where attention keeps the same."""
-    runs, results = [fresh_run(ops, MIDDLING, 3, 33, plan, attention=attention) for plan in PLANS], []
+def test_the_plans_give_the_same_bits(ops):
+    """Sharing memory changes no bit."""
+    runs, results = [fresh_run(ops, MIDDLING, 3, 33, plan) for plan in PLANS], []
     assert runs[0][0].arena.nbytes > runs[1][0].arena.nbytes
     for run, batch in runs:
         steps = [train_step(run, batch) for _ in range(3)]
@@ -271,16 +271,6 @@ def test_a_step_over_its_limit_is_left_out(ops):
     ops.to_device(run.m.limits, [2 * loss, 2 * norm])
     train_step(run, batch)
     assert bits_of(run, "parameters", "m", "v") != before
-
-
-def test_both_attentions_give_the_same_gradients(ops):
-    """All weights kept, or made again from one number a query: they only round differently."""
-    gradients = []
-    for plan in PLANS:
-        run, batch = fresh_run(ops, MIDDLING, 3, 33, plan)
-        compute_gradients(run, [batch])
-        gradients.append(by_layer(MIDDLING, parameter_gradients(run)))
-    assert_near(gradients[0], gradients[1], 1e-6)
 
 
 @pytest.mark.compiled
@@ -324,7 +314,7 @@ def test_threads_and_repetition_change_no_bit(ops):
     def training(threads, seed=7):
         ops.set_threads(threads)
         rng, run = np.random.default_rng(0), new_run(ops, MIDDLING, 3, 33, "reuse")
-        model.initialise(ops, run.arena, seed)
+        initialise(ops, run.arena, seed)
         losses = [train_step(run, random_batch(MIDDLING, 3, 33, rng)) for _ in range(5)]
         return losses, bits_of(run, "parameters", "gradients", "m", "v")
 
@@ -339,8 +329,9 @@ def test_threads_and_repetition_change_no_bit(ops):
 
 def sampling_arena(run, plan):
     """An arena for sampling with the run's parameters."""
-    config, ops = run.arena.config, run.ops
-    arena = Arena(sample.standalone_groups(config, ops), config, plan, ops)
+    model, ops = run.model, run.ops
+    groups = {"parameters": model.parameters()} | generation_groups(model)
+    arena = Arena(complete(groups, model, ops, "float32", generation_step), model, plan, ops)
     set_parameters(arena, copy_of(run, "parameters"))
     return arena
 
@@ -362,7 +353,7 @@ def last_logits(run, context):
     return logits_of(run, (tokens, tokens))[0, len(context) - 1]
 
 
-GREEDY = SimpleNamespace(temperature=0, top_k=0, top_p=1)
+GREEDY = Choice(temperature=0, top_p=1.0)
 
 
 # a prompt goes through the model in chunks of 16 and single tokens
@@ -372,25 +363,25 @@ GREEDY = SimpleNamespace(temperature=0, top_k=0, top_p=1)
 )
 def test_generation_sees_what_the_forward_sees(ops, monkeypatch, plan, maxT, length):
     """For more than twice the context: the logits that a token is chosen from are those of a whole forward pass."""
-    run, _ = fresh_run(ops, GPT2Config(maxT, 97, 3, 5, 35), 1, maxT)
+    run, _ = fresh_run(ops, GPT2(maxT, 97, 3, 5, 35), 1, maxT)
     rng, seen = np.random.default_rng(length), []
 
     def any_token(logits, settings, _):
         seen.append(logits.copy())
         return int(rng.integers(97))
 
-    monkeypatch.setattr(sample, "choose", any_token)
+    monkeypatch.setattr("llm_numba.training.generate.choose", any_token)
     prompt = rng.integers(0, 97, length).tolist()
-    generated = list(islice(sample.generate(ops, sampling_arena(run, plan), prompt, GREEDY, None), 2 * maxT + 10))
+    generated = list(islice(generate(ops, sampling_arena(run, plan), prompt, GREEDY, None), 2 * maxT + 10))
     for context, logits in zip(contexts(prompt, generated, maxT), seen, strict=True):
         assert error(logits, last_logits(run, context)) < 2e-6
 
 
 def test_greedy_generation(ops):
     """Each token is the likeliest after its context. Strong positions keep the model from repeating itself."""
-    run, _ = fresh_run(ops, GPT2Config(40, 97, 3, 5, 35), 1, 40)
+    run, _ = fresh_run(ops, GPT2(40, 97, 3, 5, 35), 1, 40)
     ops.to_device(run.m.wpe, 3 * ops.to_host(run.m.wpe))
-    generated = list(islice(sample.generate(ops, sampling_arena(run, "reuse"), [1, 2, 3], GREEDY, None), 90))
+    generated = list(islice(generate(ops, sampling_arena(run, "reuse"), [1, 2, 3], GREEDY, None), 90))
     assert len(set(generated)) > 5
     for context, token in zip(contexts([1, 2, 3], generated, 40), generated, strict=True):
         assert token == last_logits(run, context).argmax()
@@ -401,7 +392,7 @@ def test_every_row_of_a_chunk(ops):
     run, (tokens, _) = fresh_run(ops, MIDDLING, 1, 33)
     expected = logits_of(run, (tokens, tokens))[0]
     arena = sampling_arena(run, "reuse")
-    chunk, token = (sample.stepper(ops, arena, group) for group in ("chunk", "token"))
+    chunk, token = (stepper(ops, arena, group) for group in ("chunk", "token"))
     for step, start, stop in ((chunk, 0, 16), (token, 16, 17), (chunk, 17, 33)):
         logits = step(tokens[0, start:stop].tolist(), start)
         got = ops.to_host(logits)[0, :, : MIDDLING.vocab_size]
@@ -412,11 +403,11 @@ def test_sampling_leaves_training_alone(ops):
     """A sample between two steps, from the same arena, changes no bit of either."""
     results = []
     for sampling in (False, True):
-        run, batch = fresh_run(ops, MIDDLING, 3, 33, more_groups=sample.sampling_groups(MIDDLING, ops))
+        run, batch = fresh_run(ops, MIDDLING, 3, 33, more_groups=generation_groups(MIDDLING))
         losses = [train_step(run, batch)]
         if sampling:
-            settings = SimpleNamespace(temperature=1, top_k=0, top_p=1)
-            list(islice(sample.generate(ops, run.arena, [1, 2, 3], settings, np.random.default_rng(0)), 40))
+            choice = Choice(temperature=1.0, top_p=1.0)
+            list(islice(generate(ops, run.arena, [1, 2, 3], choice, np.random.default_rng(0)), 40))
         losses.append(train_step(run, batch))
         results.append((losses, bits_of(run, "parameters", "gradients", "m", "v")))
     assert results[0] == results[1]

@@ -74,7 +74,7 @@ def test_greedy_is_the_likeliest(write, trained, ops):
 
     tensors, _, _ = checkpoint.load(checkpoint.newest(trained))
     tokens, backend = [256, *PROMPT.encode()], get_ops("cpu")
-    arena = Arena(training_groups(PRESETS["nano"], 1, len(tokens), backend, "keep"), PRESETS["nano"], "keep", backend)
+    arena = Arena(training_groups(PRESETS["nano"], 1, len(tokens), backend), PRESETS["nano"], "keep", backend)
     for name, tensor in arena.named("parameters").items():
         tensor[...] = tensors[name]
     m = arena.namespace("parameters", "activations", "inputs", "scratch")

@@ -140,7 +140,7 @@ def dry_run(name, B, T, dtype="float32", plan="reuse"):
     nothing = SimpleNamespace(
         **{**vars(ops), "allocate": lambda nbytes: None, "view": view, "to_device": lambda tensor, host: None}
     )
-    arena = Arena(training_groups(config, B, T, ops, plan, dtype, master=dtype != "float32"), config, plan, nothing)
+    arena = Arena(training_groups(config, B, T, ops, dtype, master=dtype != "float32"), config, plan, nothing)
     update(watched(ops, calls, lambda run: 0.0), arena.training(), config.vocab_size, Settings())
     return calls
 
@@ -155,7 +155,7 @@ def kernels_of(config, B, T):
 
     ops, found, call = get_ops("cudasim"), [], FakeCUDAKernel.__call__
     ops.allocate = lambda nbytes: FakeCUDAArray(np.zeros(nbytes, np.uint8))
-    arena = Arena(training_groups(config, B, T, ops, "reuse"), config, "reuse", ops)
+    arena = Arena(training_groups(config, B, T, ops), config, "reuse", ops)
     m = arena.training()
 
     def note(kernel, *given):

@@ -143,7 +143,7 @@ def parse_shape(text: str, config: GPT2Config) -> tuple[int, int]:
 
 
 def check_memory(ops, config: GPT2Config, B: int, T: int, dtype: str) -> None:
-    groups = training_groups(config, B, T, ops, "reuse", DTYPES[dtype], master=dtype == "bf16")
+    groups = training_groups(config, B, T, ops, DTYPES[dtype], master=dtype == "bf16")
     _, needed = layout(groups, config.num_layers, "reuse")
     available = ops.available_memory()
     if needed > available:

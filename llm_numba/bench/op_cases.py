@@ -161,20 +161,20 @@ def matmul_backward(ops, R, C, OC, bias):
 
 
 def attention_forward(ops, B, T, C, NH):
-    qkv, out, att = normal(ops, B, T, 3 * C), blank(ops, B, T, C), zeros(ops, B, NH, T)
+    qkv, out, lse = normal(ops, B, T, 3 * C), blank(ops, B, T, C), zeros(ops, B, NH, T)
     HS = C // NH
 
     def expect():
         weights, _, _, v = one_head(ops.to_host(qkv[B - 1]), HS)
         return [(ops.to_host(out)[-1, :, -HS:], weights @ v)]
 
-    return Case(lambda: ops.attention_forward(out, att, qkv, NH, ops.scratch), expect, flops=2 * B * T * T * C)
+    return Case(lambda: ops.attention_forward(out, lse, qkv, NH, NH, ops.scratch), expect, flops=2 * B * T * T * C)
 
 
 def attention_backward(ops, B, T, C, NH):
-    qkv, out, att, dout = normal(ops, B, T, 3 * C), blank(ops, B, T, C), zeros(ops, B, NH, T), normal(ops, B, T, C)
+    qkv, out, lse, dout = normal(ops, B, T, 3 * C), blank(ops, B, T, C), zeros(ops, B, NH, T), normal(ops, B, T, C)
     dqkv, HS = blank(ops, B, T, 3 * C), C // NH
-    ops.attention_forward(out, att, qkv, NH, ops.scratch)
+    ops.attention_forward(out, lse, qkv, NH, NH, ops.scratch)
 
     def expect():
         p, q, k, v = one_head(ops.to_host(qkv[B - 1]), HS)
@@ -185,7 +185,9 @@ def attention_backward(ops, B, T, C, NH):
             yield got[:, i * C + C - HS : i * C + C], expected
 
     return Case(
-        lambda: ops.attention_backward(dqkv, dout, out, att, qkv, NH, ops.scratch), expect, flops=4 * B * T * T * C
+        lambda: ops.attention_backward(dqkv, dout, out, lse, qkv, NH, NH, ops.scratch),
+        expect,
+        flops=4 * B * T * T * C,
     )
 
 

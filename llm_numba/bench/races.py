@@ -198,7 +198,7 @@ def sizes_of(config: GPT2Config) -> dict:
 def new_steps(ops, config: GPT2Config, B: int, T: int, dtype: str = "fp32", graph: bool = False) -> dict[str, Callable]:
     """A whole training step on one batch, as train.one_step takes it: "ours" and, where that is a recorded graph, the
     same with "no graph". It returns the loss."""
-    groups = training_groups(config, B, T, ops, "reuse", DTYPES[dtype], master=dtype == "bf16")
+    groups = training_groups(config, B, T, ops, DTYPES[dtype], master=dtype == "bf16")
     arena = Arena(groups, config, "reuse", ops)
     m = arena.training()
     model.initialise(ops, arena, 0)

@@ -1,200 +1,255 @@
-"""Causal multi-head attention, each (batch, head) by one thread, its products on the register tile.
+"""Causal flash attention: the T x T matrix of weights is never stored, only the log-sum-exp of each query's scores.
 
-With q, k, v (T, HS) the three parts of one head:  att = softmax(q kT / sqrt(HS)) over the keys s <= t,  out = att v.
-A query at t needs no key beyond t: work is done in blocks of MR queries, and a block ends at its own last key.
+With q, k, v (T, HS) of one head:  weights = softmax(q kT / sqrt(HS)) over the keys s <= t,  out = weights v.
+The forward takes MR queries at a time; their scores stay in the cache. The backward recomputes the weights from lse in
+blocks of QUERIES x KEYS. All products run on the register tile. Causality saves half of the work: a block of queries
+ends at the key of its last query.
 
-What the forward keeps for the backward is up to the arena's plan: all of att here, or one number a query in flash.py.
+There may be fewer kv heads than query heads (grouped-query attention): query head h uses kv head h // (NH // NKV).
+Source: Dao 2023, FlashAttention-2, arXiv:2307.08691; Ainslie et al. 2023, GQA, arXiv:2305.13245
 """
 
 import math
 
 import numpy as np
 from numba import config, get_thread_id, njit, prange
+from numba.extending import register_jitable
 
-from llm_numba.cpu.flash import flash_backward, flash_forward, flash_scratch_size
 from llm_numba.cpu.jit import ONE, PARALLEL, TASK, ZERO, dot, exp, largest, sum_of
-from llm_numba.cpu.matmul import panels_of
-from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_columns, pack_rows
+from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_columns, pack_rows, panels_of
+
+QUERIES, KEYS = 96, 384  # both multiples of MR; KEYS is a multiple of NR too
 
 
-def attention_scratch_size(B, T, C, num_heads):
-    """Floats of scratch that attention over T tokens needs, for every thread together."""
-    HS = C // num_heads
-    return max(full_scratch_size(T, HS), flash_scratch_size(T, HS))
+@register_jitable
+def forward_floats(T, HS):
+    """Floats that one thread needs: k and v in panels, and the scores of MR queries."""
+    return (panels_of(T) * HS + panels_of(HS) * T + MR * panels_of(T)) * NR
 
 
-def full_scratch_size(T, HS):
-    return config.NUMBA_NUM_THREADS * (panels_of(T) * HS * NR + 3 * panels_of(HS) * T * NR + T * T)
+@register_jitable
+def backward_floats(T, HS):
+    """Floats that one thread needs: kT and vT in panels; q, k and dy in panels; a block of p and one of ds."""
+    return (2 * panels_of(T) * HS + 3 * panels_of(HS) * T) * NR + 2 * QUERIES * KEYS
 
 
-def attention_forward(out, att, qkv, num_heads, scratch):
-    """Every token looks at itself and at those before it.
-
-    out (B, T, C), att (B, NH, T, T) or (B, NH, T) <- qkv (B, T, 3*C), each row q, k, v of all heads
-    Writes:   out =, att = the weights (zero above the diagonal), or the log-sum-exp of each query's scores
-    Scratch:  attention_scratch_size(B, T, C, num_heads)
-    Parallel: over the B*NH heads; each thread packs into its own part of scratch
-    Flops:    2*B*T*T*C
-    Source:   Vaswani et al. 2017, arXiv:1706.03762
-    """
-    forward = full_forward if att.ndim == 4 else flash_forward
-    forward(out, att, qkv, num_heads, scratch)
+def attention_forward_scratch(out, lse, qkv, num_heads, num_kv_heads):
+    return config.NUMBA_NUM_THREADS * forward_floats(out.shape[1], out.shape[2] // num_heads)
 
 
-def attention_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """The gradient of attention with respect to q, k and v.
-
-    dqkv (B, T, 3*C) <- dout (B, T, C), out (B, T, C), att as the forward wrote it, qkv (B, T, 3*C)
-    Writes:   dqkv =
-    Scratch:  attention_scratch_size(B, T, C, num_heads)
-    Parallel: over the B*NH heads; each thread packs into its own part of scratch
-    Flops:    4*B*T*T*C, and 1*B*T*T*C more where the weights are made again
-    Source:   with p a row of att and dp that of dout vT, a softmax's gradient is p * (dp - sum(p * dp)),
-              and sum(p * dp) = sum(dout * out) (Dao et al. 2022, arXiv:2205.14135, appendix B)
-    """
-    backward = full_backward if att.ndim == 4 else flash_backward
-    backward(dqkv, dout, out, att, qkv, num_heads, scratch)
+def attention_backward_scratch(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads):
+    return config.NUMBA_NUM_THREADS * backward_floats(out.shape[1], out.shape[2] // num_heads)
 
 
 @njit(**PARALLEL)
-def full_forward(out, att, qkv, num_heads, scratch):
-    """attention_forward with all of att (B, NH, T, T)."""
+def attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """Every token attends to itself and to the tokens before it.
+
+    out (B, T, NH*HS), lse (B, NH, T) <- qkv (B, T, (NH + 2*NKV)*HS), each row q of all query heads, then k and v of all
+        kv heads
+    Writes:   out =, lse = log(sum(e**score)) of each query's scores
+    Scratch:  attention_forward_scratch(...)
+    Parallel: over the B*NH query heads; each thread packs into its own part of scratch
+    Flops:    2*B*NH*T*T*HS
+    """
     B, T, C = out.shape
     HS = C // num_heads
-    JT, JH = (T + NR - 1) // NR, (HS + NR - 1) // NR
-    W = scratch.shape[0] // (JT * HS * NR + JH * T * NR)
-    k_panels = scratch[: W * JT * HS * NR].reshape(W, JT, HS, NR)
-    v_panels = scratch[W * JT * HS * NR :][: W * JH * T * NR].reshape(W, JH, T, NR)
+    group, KV = num_heads // num_kv_heads, num_kv_heads * HS
+    size = forward_floats(T, HS)
     for n in prange(B * num_heads):
-        b, h = n // num_heads, n % num_heads
-        w, head = get_thread_id(), slice(h * HS, h * HS + HS)
-        q, k, v = qkv[b, :, :C][:, head], qkv[b, :, C : 2 * C][:, head], qkv[b, :, 2 * C :][:, head]
-        forward_head(out[b, :, head], att[b, h], q, k, v, k_panels[w], v_panels[w])
+        b, h, w = n // num_heads, n % num_heads, get_thread_id()
+        head, kv_head = slice(h * HS, h * HS + HS), slice(h // group * HS, h // group * HS + HS)
+        q, k, v = qkv[b, :, :C][:, head], qkv[b, :, C : C + KV][:, kv_head], qkv[b, :, C + KV :][:, kv_head]
+        forward_head(out[b, :, head], lse[b, h], q, k, v, scratch[w * size : (w + 1) * size])
 
 
 @njit(**TASK)
-def forward_head(out, att, q, k, v, k_panels, v_panels):
-    """out (T, HS) =, att (T, T) = <- q, k, v (T, HS)."""
+def forward_head(out, lse, q, k, v, scratch):
+    """out (T, HS) =, lse (T,) = <- q, k, v (T, HS)."""
     T, HS = q.shape
+    JT, JH = panels_of(T), panels_of(HS)
+    k_panels = scratch[: JT * HS * NR].reshape(JT, HS, NR)
+    v_panels = scratch[JT * HS * NR :][: JH * T * NR].reshape(JH, T, NR)
+    scores = scratch[(JT * HS + JH * T) * NR :][: MR * JT * NR].reshape(MR, JT * NR)
     scale = ONE / np.float32(math.sqrt(HS))
     tile = new_tile()
     pack_columns(k_panels, k)
     pack_rows(v_panels, 0, v)
     for t0 in range(0, T, MR):
         t1 = min(t0 + MR, T)
-        scores = att[t0:t1]
         for j in range((t1 + NR - 1) // NR):
             multiply(tile, q[t0:t1], k_panels[j])
-            add_tile(scores[:, j * NR : min(j * NR + NR, t1)], tile, False)
+            add_tile(scores[:, j * NR : j * NR + NR], tile, False)
         for t in range(t0, t1):
-            softmax(att[t, : t + 1], scale)
-            for s in range(t + 1, T):
-                att[t, s] = ZERO
-        for j in range(v_panels.shape[0]):
-            multiply(tile, scores[:, :t1], v_panels[j, :t1])
+            row = scores[t - t0, : t + 1]
+            top = largest(row) * scale
+            for s in range(row.shape[0]):
+                row[s] = exp(row[s] * scale - top)
+            total = sum_of(row)
+            inverse = ONE / total
+            for s in range(row.shape[0]):
+                row[s] *= inverse
+            scores[t - t0, t + 1 : t1] = ZERO
+            lse[t] = top + np.log(total)
+        for j in range(JH):
+            multiply(tile, scores[: t1 - t0, :t1], v_panels[j, :t1])
             add_tile(out[t0:t1, j * NR : j * NR + NR], tile, False)
 
 
-@njit(**TASK)
-def softmax(row, scale):
-    """row = softmax(scale * row), in place."""
-    top = largest(row)
-    for s in range(row.shape[0]):
-        row[s] = exp((row[s] - top) * scale)
-    inverse = ONE / sum_of(row)
-    for s in range(row.shape[0]):
-        row[s] *= inverse
-
-
 @njit(**PARALLEL)
-def full_backward(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """attention_backward with all of att (B, NH, T, T)."""
-    B, T, C = out.shape
-    HS = C // num_heads
-    JT, JH = (T + NR - 1) // NR, (HS + NR - 1) // NR
-    W = scratch.shape[0] // (JT * HS * NR + 3 * JH * T * NR + T * T)
-    v_panels = scratch[: W * JT * HS * NR].reshape(W, JT, HS, NR)
-    panels = scratch[W * JT * HS * NR :][: W * 3 * JH * T * NR].reshape(W, 3, JH, T, NR)
-    dscores = scratch[W * (JT * HS * NR + 3 * JH * T * NR) :][: W * T * T].reshape(W, T, T)
-    for n in prange(B * num_heads):
-        b, h = n // num_heads, n % num_heads
-        w, head = get_thread_id(), slice(h * HS, h * HS + HS)
-        q, k, v = qkv[b, :, :C][:, head], qkv[b, :, C : 2 * C][:, head], qkv[b, :, 2 * C :][:, head]
-        dq, dk, dv = dqkv[b, :, :C][:, head], dqkv[b, :, C : 2 * C][:, head], dqkv[b, :, 2 * C :][:, head]
-        dy, y = dout[b, :, head], out[b, :, head]
-        backward_head(dq, dk, dv, dy, y, att[b, h], q, k, v, v_panels[w], panels[w], dscores[w])
+def attention_backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """The gradient of attention with respect to q, k and v. The weights are recomputed: p = e**(score - lse).
 
-
-@njit(**TASK)
-def backward_head(dq, dk, dv, dy, y, p, q, k, v, v_panels, panels, dscores):
-    """dq, dk, dv (T, HS) = <- dy, y (T, HS), p (T, T), q, k, v (T, HS)."""
-    T, HS = q.shape
-    scale = ONE / np.float32(math.sqrt(HS))
-    tile = new_tile()
-    q_panels, k_panels, dy_panels = panels[0], panels[1], panels[2]
-    pack_rows(q_panels, 0, q)
-    pack_rows(k_panels, 0, k)
-    pack_columns(v_panels, v)
-    pack_rows(dy_panels, 0, dy)
-    # by queries: dscores = p * (dy vT - sum(dy * y)) * scale, then dq = dscores k
-    for t0 in range(0, T, MR):
-        t1 = min(t0 + MR, T)
-        for j in range((t1 + NR - 1) // NR):
-            multiply(tile, dy[t0:t1], v_panels[j])
-            add_tile(dscores[t0:t1, j * NR : min(j * NR + NR, t1)], tile, False)
-        for t in range(t0, t1):
-            total = dot(dy[t], y[t])
-            p_row, row = p[t, :t1], dscores[t, :t1]
-            for s in range(t1):
-                row[s] = p_row[s] * (row[s] - total) * scale
-        for j in range(k_panels.shape[0]):
-            multiply(tile, dscores[t0:t1, :t1], k_panels[j, :t1])
-            add_tile(dq[t0:t1, j * NR : j * NR + NR], tile, False)
-    # by keys: dk = dscoresT q, dv = pT dy; a key at s is seen by the queries t >= s
-    for s0 in range(0, T, MR):
-        s1 = min(s0 + MR, T)
-        for j in range(q_panels.shape[0]):
-            multiply(tile, dscores[s0:, s0:s1].T, q_panels[j, s0:])
-            add_tile(dk[s0:s1, j * NR : j * NR + NR], tile, False)
-            multiply(tile, p[s0:, s0:s1].T, dy_panels[j, s0:])
-            add_tile(dv[s0:s1, j * NR : j * NR + NR], tile, False)
-
-
-@njit(**PARALLEL)
-def attention_cached_forward(out, cache, qkv, position, num_heads):
-    """Attention for sampling: T new tokens, which stand at position, position + 1, ... of their sequence.
-
-    Their keys and values go into the cache, and their queries look at everything the cache then holds up to
-    themselves. The softmax is taken in one pass: when a larger score appears, what was summed so far shrinks.
-
-    out (B, T, C), cache (B, maxT, 2, C) <- qkv (B, T, 3*C), position (1,) int32 (index of the first new token)
-    Writes:   out =, cache = at rows position to position + T - 1
-    Parallel: over the B*NH heads, which share nothing
-    Moves:    2*B*(position + T)*C*itemsize bytes for each of the T tokens
-    Source:   Milakov and Gimelshein 2018, arXiv:1805.02867
+    dqkv (B, T, (NH + 2*NKV)*HS) <- dout, out (B, T, NH*HS), lse (B, NH, T), qkv as in attention_forward
+    Writes:   dqkv =; dk and dv are sums over the query heads of a group
+    Scratch:  attention_backward_scratch(...)
+    Parallel: over the B*NKV kv heads; each thread packs into its own part of scratch. One thread adds up a group's
+              query heads in order, so the result does not depend on the number of threads
+    Flops:    5*B*NH*T*T*HS
+    Source:   a softmax's gradient is p * (dp - sum(p * dp)) with dp = dout vT, and sum(p * dp) = sum(dout * out)
+              (Dao et al. 2022, arXiv:2205.14135, appendix B)
     """
     B, T, C = out.shape
     HS = C // num_heads
+    group, KV = num_heads // num_kv_heads, num_kv_heads * HS
+    size = backward_floats(T, HS)
+    for n in prange(B * num_kv_heads):
+        b, g, w = n // num_kv_heads, n % num_kv_heads, get_thread_id()
+        kv_head = slice(g * HS, g * HS + HS)
+        k, v = qkv[b, :, C : C + KV][:, kv_head], qkv[b, :, C + KV :][:, kv_head]
+        dk, dv = dqkv[b, :, C : C + KV][:, kv_head], dqkv[b, :, C + KV :][:, kv_head]
+        for h in range(g * group, (g + 1) * group):
+            head = slice(h * HS, h * HS + HS)
+            q, dq, dy, y = qkv[b, :, :C][:, head], dqkv[b, :, :C][:, head], dout[b, :, head], out[b, :, head]
+            accumulate = h > g * group
+            backward_head(dq, dk, dv, dy, y, lse[b, h], q, k, v, scratch[w * size : (w + 1) * size], accumulate)
+
+
+@njit(**TASK)
+def backward_head(dq, dk, dv, dy, y, lse, q, k, v, scratch, accumulate):
+    """dq (T, HS) =, dk, dv (T, HS) = (+= where accumulate) <- dy, y (T, HS), lse (T,), q, k, v (T, HS).
+
+    With ds = p * (dy vT - sum(dy * y)) * scale, a block adds dq += ds k, dk += dsT q and dv += pT dy.
+    """
+    T, HS = q.shape
+    JT, JH = panels_of(T), panels_of(HS)
+    columns = scratch[: 2 * JT * HS * NR].reshape(2, JT, HS, NR)
+    panels = scratch[2 * JT * HS * NR :][: 3 * JH * T * NR].reshape(3, JH, T, NR)
+    blocks = scratch[(2 * JT * HS + 3 * JH * T) * NR :][: 2 * QUERIES * KEYS].reshape(2, QUERIES, KEYS)
+    q_panels, k_panels, dy_panels = panels[0], panels[1], panels[2]
+    p, ds = blocks[0], blocks[1]
+    pack_columns(columns[0], k)
+    pack_columns(columns[1], v)
+    pack_rows(q_panels, 0, q)
+    pack_rows(k_panels, 0, k)
+    pack_rows(dy_panels, 0, dy)
+    tile = new_tile()
+    for s0 in range(0, T, KEYS):
+        s1 = min(s0 + KEYS, T)
+        for t0 in range(s0 // QUERIES * QUERIES, T, QUERIES):
+            t1 = min(t0 + QUERIES, T)
+            for r0 in range(t0, t1, MR):
+                r1 = min(r0 + MR, t1)
+                last = min(r1, s1)  # these queries see no key from here on
+                rows = slice(r0 - t0, r0 - t0 + MR)
+                weigh(p[rows], ds[rows], q[r0:r1], dy[r0:r1], y[r0:r1], lse[r0:r1], columns, r0, s0, last)
+                for j in range(JH):
+                    multiply(tile, ds[r0 - t0 : r1 - t0, : last - s0], k_panels[j, s0:last])
+                    add_tile(dq[r0:r1, j * NR : j * NR + NR], tile, s0 > 0)
+            for r0 in range(s0, min(s1, t1), MR):
+                r1, first = min(r0 + MR, s1), max(t0, r0)
+                block = slice(first - t0, t1 - t0)
+                adding = accumulate or t0 > r0
+                for j in range(JH):
+                    multiply(tile, ds[block, r0 - s0 : r1 - s0].T, q_panels[j, first:t1])
+                    add_tile(dk[r0:r1, j * NR : j * NR + NR], tile, adding)
+                    multiply(tile, p[block, r0 - s0 : r1 - s0].T, dy_panels[j, first:t1])
+                    add_tile(dv[r0:r1, j * NR : j * NR + NR], tile, adding)
+
+
+@njit(**TASK)
+def weigh(p, ds, q, dy, y, lse, columns, first, s0, last):
+    """p, ds (at most MR queries, KEYS) = for the keys s0 to last and the queries first, first + 1, ..."""
+    scale = ONE / np.float32(math.sqrt(q.shape[1]))
+    tile = new_tile()
+    for j in range(s0 // NR, (last + NR - 1) // NR):
+        multiply(tile, q, columns[0, j])
+        add_tile(p[:, j * NR - s0 : j * NR - s0 + NR], tile, False)
+        multiply(tile, dy, columns[1, j])
+        add_tile(ds[:, j * NR - s0 : j * NR - s0 + NR], tile, False)
+    for r in range(q.shape[0]):
+        total = dot(dy[r], y[r])
+        stop = min(first + r + 1, last) - s0
+        p_row, ds_row, known = p[r, :stop], ds[r, :stop], lse[r]
+        for s in range(stop):
+            e = exp(p_row[s] * scale - known)
+            p_row[s] = e
+            ds_row[s] = e * (ds_row[s] - total) * scale
+        p[r, stop : last - s0] = ZERO
+        ds[r, stop : last - s0] = ZERO
+
+
+@njit(**PARALLEL)
+def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads):
+    """Attention for sampling: T new tokens at position, position + 1, ... of their sequence.
+
+    Their keys and values are stored in the cache; each query then attends to the cache up to its own token. The softmax
+    takes one pass: when a larger score appears, the sums so far are rescaled.
+
+    out (B, T, NH*HS), cache (B, maxT, 2, NKV*HS) <- qkv (B, T, (NH + 2*NKV)*HS), position (1,) int32, the index of the
+        first new token
+    Writes:   out =; cache = at rows position to position + T - 1
+    Parallel: over the B*NKV kv heads, which share nothing
+    Moves:    2*B*(position + T)*NKV*HS floats for each of the T tokens
+    Source:   Milakov and Gimelshein 2018, arXiv:1805.02867
+    """
+    B, T, C = out.shape
+    HS, KV, group = C // num_heads, cache.shape[3], num_heads // num_kv_heads
     scale, start = ONE / np.float32(math.sqrt(HS)), int(position[0])
-    for n in prange(B * num_heads):
-        b, c0, c1 = n // num_heads, n % num_heads * HS, n % num_heads * HS + HS
+    for n in prange(B * num_kv_heads):
+        b, g = n // num_kv_heads, n % num_kv_heads
+        c0, c1 = g * HS, g * HS + HS
         for t in range(T):
             for part in range(2):
-                row, new = cache[b, start + t, part, c0:c1], qkv[b, t, (part + 1) * C + c0 : (part + 1) * C + c1]
+                row, new = cache[b, start + t, part, c0:c1], qkv[b, t, C + part * KV + c0 : C + part * KV + c1]
                 for c in range(HS):
                     row[c] = new[c]
-            q, y = qkv[b, t, c0:c1], out[b, t, c0:c1]
-            for c in range(HS):
-                y[c] = ZERO
-            top, total = np.float32(-np.inf), ZERO
-            for s in range(start + t + 1):
-                k, v = cache[b, s, 0, c0:c1], cache[b, s, 1, c0:c1]
-                score = dot(q, k) * scale
-                before, top = top, max(top, score)
-                shrink, weight = exp(before - top), exp(score - top)
-                total = total * shrink + weight
+            for h in range(g * group, (g + 1) * group):
+                q, y = qkv[b, t, h * HS : h * HS + HS], out[b, t, h * HS : h * HS + HS]
                 for c in range(HS):
-                    y[c] = y[c] * shrink + weight * v[c]
-            inverse = ONE / total
-            for c in range(HS):
-                y[c] *= inverse
+                    y[c] = ZERO
+                top, total = np.float32(-np.inf), ZERO
+                for s in range(start + t + 1):
+                    k, v = cache[b, s, 0, c0:c1], cache[b, s, 1, c0:c1]
+                    score = dot(q, k) * scale
+                    before, top = top, max(top, score)
+                    shrink, weight = exp(before - top), exp(score - top)
+                    total = total * shrink + weight
+                    for c in range(HS):
+                        y[c] = y[c] * shrink + weight * v[c]
+                inverse = ONE / total
+                for c in range(HS):
+                    y[c] *= inverse
+
+
+@njit(**PARALLEL)
+def attention_weights(weights, lse, qkv, num_heads, num_kv_heads):
+    """The weights that attention_forward used and did not store. For debugging; training never calls it.
+
+    weights (B, NH, T, T) <- lse (B, NH, T), qkv (B, T, (NH + 2*NKV)*HS)
+    Writes:   weights[b, h, t, s] = e**(score - lse), and 0 where s > t
+    Parallel: over the B*NH query heads; each has its own weights, so nothing races
+    Flops:    B*NH*T*T*HS
+    """
+    B, T, channels = qkv.shape
+    HS, group = channels // (num_heads + 2 * num_kv_heads), num_heads // num_kv_heads
+    scale = ONE / np.float32(math.sqrt(HS))
+    for n in prange(B * num_heads):
+        b, h = n // num_heads, n % num_heads
+        k0 = (num_heads + h // group) * HS
+        for t in range(T):
+            q, row = qkv[b, t, h * HS : h * HS + HS], weights[b, h, t]
+            for s in range(t + 1):
+                row[s] = exp(dot(q, qkv[b, s, k0 : k0 + HS]) * scale - lse[b, h, t])
+            for s in range(t + 1, T):
+                row[s] = ZERO

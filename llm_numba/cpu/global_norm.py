@@ -16,6 +16,11 @@ def sum_of_squares(x):
     return total
 
 
+def global_norm_squared_scratch(out, grads):
+    """A float64 for each block."""
+    return 2 * ((grads.shape[0] + BLOCK - 1) // BLOCK)
+
+
 @njit(**PARALLEL)
 def global_norm_squared(out, grads, scratch):
     """Add up the squares of all gradients.
@@ -25,7 +30,7 @@ def global_norm_squared(out, grads, scratch):
     Parallel: over blocks of BLOCK numbers, whose sums go to scratch and are then added in order: nothing races, and the
               number of threads does not matter
     Moves:    n floats
-    Scratch:  global_norm_scratch_size(n) floats
+    Scratch:  global_norm_squared_scratch(...)
 
     The sums are float64, in which a float32's square is exact and cannot overflow; reading memory takes longer.
     """
@@ -57,8 +62,3 @@ def clip(grad_scale, loss, grad_norm_squared, limits, highest):
         grad_scale[0] = highest / norm
     else:
         grad_scale[0] = 1.0
-
-
-def global_norm_scratch_size(n: int) -> int:
-    """How many floats `global_norm_squared` needs for n gradients."""
-    return 2 * ((n + BLOCK - 1) // BLOCK)

@@ -1,21 +1,21 @@
-"""How every CPU function is compiled, and the small pieces that several of them use.
+"""Compiler options of all CPU functions, and small functions that several ops share.
 
-LLVM may fuse a multiply with an add everywhere. It may reorder a sum, into vector lanes, only in the reductions below,
-which do nothing else: elsewhere it has picked one order in a process that compiled an op, and another in the next one,
-which read it from disk, and the bits of a run changed with it. Nowhere does it assume that there are no NaNs and
-infinities: these travel through a step to where they can be seen.
+LLVM may fuse a multiply and an add everywhere. It may reorder a sum (to use vector lanes) only in the reductions below,
+which do nothing else. Elsewhere it once chose one order in the process that compiled an op and another order in the
+process that read it from disk, so the bits of a run changed. LLVM never assumes that there are no NaNs or infinities:
+they pass through a step to where they can be seen.
 
-The longer ops are a parallel loop that calls a function for each task: it reads better, and compiles sooner, as Numba
-looks at the body of a parallel loop many times over.
+The longer ops are a parallel loop that calls one function per task. This is easier to read and compiles faster, because
+Numba analyses the body of a parallel loop many times.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
-# A thread that waits for work spins for some tenths of a millisecond, then it sleeps. One that spins on takes the core
-# from whoever else wants it; one that sleeps at once is late for the next loop, and often woken on the core of the one
-# that woke it, where the two then take turns. OpenMP (GNU's; others know only the first) reads these when Numba loads.
+# A thread that waits for work spins for a few tenths of a millisecond, then sleeps. Spinning longer takes the core from
+# other processes. Sleeping at once makes the thread late for the next loop, and the scheduler often wakes it on the
+# core of the thread that woke it, so that the two share one core. OpenMP reads these variables when Numba loads it;
+# only GNU's knows the second.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
@@ -23,32 +23,25 @@ import numpy as np  # noqa: E402
 from numba import config, njit  # noqa: E402
 
 from llm_numba.cpu.vectors import choose_features  # noqa: E402
-from llm_numba.util.cache import cache_folder  # noqa: E402
-
-
-def use_own_cache() -> None:
-    """Keep compiled functions under a name that changes with any file beside this one: Numba itself notices a change
-    in the file of a function, but not in another whose function it inlined there. NUMBA_CACHE_DIR comes first."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-{digest}")
+from llm_numba.util.cache import compiled_code_folder  # noqa: E402
 
 
 def is_compiled() -> bool:
-    """Whether Numba compiles the ops, or leaves them plain Python."""
+    """Whether Numba compiles the ops, rather than leaving them plain Python."""
     return not config.DISABLE_JIT
 
 
 def nothing_compiled() -> bool:
-    """Whether there is no op yet that could be read from disk; what starts the threads, in memory.py, is none."""
-    return all(index.name.startswith("memory.") for index in Path(config.CACHE_DIR).rglob("*.nbi"))
+    """Whether the disk holds no compiled op of this folder yet. (memory.py compiles a function that is not an op.)"""
+    found = Path(config.CACHE_DIR).glob("cpu_*/*.nbi")  # Numba makes a folder for each folder of sources
+    return all(index.name.startswith("memory.") for index in found)
 
 
 choose_features()
-use_own_cache()
+config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())  # NUMBA_CACHE_DIR takes precedence
 
 PARALLEL = dict(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
-TASK = dict(fastmath={"contract"}, error_model="numpy")  # what one iteration of a parallel loop does
+TASK = dict(fastmath={"contract"}, error_model="numpy")  # the body of a parallel loop
 INLINE = dict(inline="always", fastmath={"contract"}, error_model="numpy")
 REDUCTION = dict(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 
@@ -60,10 +53,10 @@ ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 @njit(**INLINE)
 def exp(x):
-    """e**x in float32, free of branches, so that LLVM turns a loop over it into vector code.
+    """e**x in float32 without branches, so that LLVM vectorises a loop over it.
 
-    x = n ln2 + r with a whole n; e**r is a polynomial and 2**n is made by writing n into a float's exponent bits.
-    Relative error 1.2e-7 for |x| < 10, rising to 3e-7 at the ends of [-87, 88]; beyond these x is taken as the bound;
+    x = n ln2 + r with an integer n; e**r is a polynomial, and 2**n is n written into the exponent bits of a float.
+    The relative error is 1.2e-7 for |x| < 10 and rises to 3e-7 at the ends of [-87, 88]; x is clamped to this interval.
     NaN stays NaN.
     Source:   S. L. Moshier, Cephes Mathematical Library, expf
     """
@@ -104,10 +97,10 @@ SIGN, ALL_BUT_SIGN, LOWEST = np.int32(31), np.int32(0x7FFFFFFF), np.int32(-0x800
 
 @njit(**TASK)
 def largest(x):
-    """The largest of x (n,) float32; a NaN among them gives a NaN or is passed over.
+    """The largest of x (n,) float32. If x contains a NaN, the result may be NaN.
 
-    LLVM vectorises a maximum of integers, but of floats only where there are no NaNs. A float's bits, all but the
-    sign's flipped where it is negative, are in the order of the floats.
+    LLVM vectorises a maximum of integers, but a maximum of floats only if there are no NaNs. Read as integers, floats
+    keep their order if all bits but the sign are flipped for negative ones.
     """
     bits = x.view(np.int32)
     key = LOWEST

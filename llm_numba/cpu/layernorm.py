@@ -2,6 +2,7 @@
 
 import numpy as np
 from numba import njit, prange
+from numba.extending import register_jitable
 
 from llm_numba.cpu.jit import INLINE, ONE, PARALLEL, REDUCTION, ZERO, dot, sum_of
 
@@ -57,6 +58,18 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         means[i], rstds[i] = normalise(y_rows[i], x_rows[i], weight, bias)
 
 
+@register_jitable
+def pieces_of(rows):
+    """The number of pieces into which the backward splits the rows."""
+    return min(PIECES, (rows + PIECE - 1) // PIECE)
+
+
+def layernorm_backward_scratch(dinp, dweight, dbias, dout, inp, weight, mean, rstd, accumulate):
+    """A share of dweight and one of dbias for each piece."""
+    B, T, C = inp.shape
+    return pieces_of(B * T) * 2 * C
+
+
 @njit(**PARALLEL)
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
     """The gradients of `layernorm_forward`, in one pass over the rows.
@@ -70,12 +83,12 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
               scratch; then over blocks of channels, each of which adds its shares up in order. Neither cut depends on
               the number of threads, so the sums do not either
     Moves:    4*B*T*C floats
-    Scratch:  layernorm_scratch_size(C) floats
+    Scratch:  layernorm_backward_scratch(...)
     """
     B, T, C = inp.shape
     dx_rows, dy_rows, x_rows = dinp.reshape(B * T, C), dout.reshape(B * T, C), inp.reshape(B * T, C)
     means, rstds = mean.reshape(B * T), rstd.reshape(B * T)
-    pieces = min(PIECES, (B * T + PIECE - 1) // PIECE)
+    pieces = pieces_of(B * T)
     shares = scratch[: pieces * 2 * C].reshape(pieces, 2, C)
 
     for piece in prange(pieces):
@@ -103,8 +116,3 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
             for c in range(dw.shape[0]):
                 dw[c] += dweight_share[c]
                 db[c] += dbias_share[c]
-
-
-def layernorm_scratch_size(C: int) -> int:
-    """How many floats `layernorm_backward` needs for C channels."""
-    return PIECES * 2 * C

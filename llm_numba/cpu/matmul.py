@@ -12,7 +12,18 @@ import numpy as np
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL, TASK, ZERO, dot
-from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile, pack_rows, prefetch, stack_array, transpose
+from llm_numba.cpu.tile import (
+    MR,
+    NR,
+    add_tile,
+    multiply,
+    new_tile,
+    pack_rows,
+    panels_of,
+    prefetch,
+    stack_array,
+    transpose,
+)
 
 KB = 384  # terms of the inner dimension in a block: a panel of them (96 KiB) stays in the L2 cache
 CHUNK = 8 * KB  # terms that all tasks sum before any goes on
@@ -26,14 +37,16 @@ new_panel = stack_array(KB, NR)
 new_strips = stack_array(OB // MR * KB, MR)
 
 
-def matmul_scratch_size(R, C, OC):
-    """Floats of scratch that a matmul over R rows, from C channels to OC, needs."""
-    return max(panels_of(C) * NR * R, panels_of(R) * NR * C)
+def matmul_forward_scratch(out, inp, weight, bias):
+    """inp transposed, in panels."""
+    B, T, C = inp.shape
+    return panels_of(B * T) * NR * C
 
 
-def panels_of(columns):
-    """How many panels of NR columns hold this many columns."""
-    return -(-columns // NR)
+def matmul_backward_scratch(dinp, dweight, dbias, dout, inp, weight, accumulate):
+    """inp in panels."""
+    B, T, C = inp.shape
+    return panels_of(C) * NR * B * T
 
 
 def matmul_forward(out, inp, weight, bias, scratch):
@@ -41,7 +54,7 @@ def matmul_forward(out, inp, weight, bias, scratch):
 
     out (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,) or None
     Writes:   out =
-    Scratch:  matmul_scratch_size(B*T, C, OC)
+    Scratch:  matmul_forward_scratch(...)
     Parallel: over blocks of OB output channels
     Flops:    2*B*T*C*OC
     """
@@ -59,7 +72,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
 
     dinp (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp (B, T, C), weight (OC, C)
     Writes:   dinp =; dweight, dbias += where accumulate, else =
-    Scratch:  matmul_scratch_size(B*T, C, OC)
+    Scratch:  matmul_backward_scratch(...)
     Parallel: dinp over blocks of rows and channels, dweight and dbias over blocks of output channels
     Flops:    4*B*T*C*OC
     """

@@ -8,13 +8,8 @@ from pathlib import Path
 import numpy as np
 from numba import config, get_num_threads, njit, prange, set_num_threads
 
-from llm_numba.arena import ALIGNMENT, TensorSpec, count, parameter_specs
-from llm_numba.cpu.attention import attention_scratch_size
-from llm_numba.cpu.global_norm import global_norm_scratch_size
+from llm_numba.arena import ALIGNMENT
 from llm_numba.cpu.jit import PARALLEL
-from llm_numba.cpu.layernorm import layernorm_scratch_size
-from llm_numba.cpu.matmul import matmul_scratch_size
-from llm_numba.models.config import GPT2Config
 from llm_numba.util.cli import UserError
 from llm_numba.util.host import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
 
@@ -32,6 +27,11 @@ def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) ->
     """The bytes of memory from offset on as an array of this shape and dtype."""
     count = int(np.prod(shape))
     return memory[offset : offset + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """The dtype of the arrays that hold tensors of this dtype."""
+    return np.dtype(dtype)
 
 
 def set_threads(threads: int) -> None:
@@ -98,21 +98,3 @@ def to_host(tensor: np.ndarray) -> np.ndarray:
 def capture(function: Callable[[], None]) -> Callable[[], None]:
     """A function that does what `function` does, each time with the same arrays; on the CPU it is that function."""
     return function
-
-
-def attention_specs(config: GPT2Config, B: int, T: int, plan: str) -> list[TensorSpec]:
-    """What attention_forward leaves for attention_backward: all weights to be looked at under the plan "keep", under
-    "reuse" one number a query. The ops go by the tensor's shape."""
-    shape = (B, config.num_heads, T, T) if plan == "keep" else (B, config.num_heads, T)
-    return [TensorSpec("att", shape, "float32", per_layer=True)]
-
-
-def scratch_size(config: GPT2Config, B: int, T: int) -> int:
-    """Floats of scratch that the most demanding op of a step needs."""
-    C = config.channels
-    return max(
-        matmul_scratch_size(B * T, 4 * C, config.padded_vocab_size),
-        attention_scratch_size(B, T, C, config.num_heads),
-        layernorm_scratch_size(C),
-        global_norm_scratch_size(count(parameter_specs(config), config.num_layers)),
-    )

@@ -12,7 +12,7 @@ of the loop vectoriser.
 import numpy as np
 from llvmlite import ir
 from numba import carray, config, njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 
 from llm_numba.cpu.jit import INLINE, TASK
 from llm_numba.cpu.vectors import vector_bits
@@ -57,6 +57,12 @@ def stack_array(rows, columns):
 
 
 new_tile = stack_array(MR, NR)
+
+
+@register_jitable
+def panels_of(columns):
+    """The number of panels of NR columns that hold this many columns."""
+    return (columns + NR - 1) // NR
 
 
 def start_of(context, builder, kind, array):

@@ -57,9 +57,9 @@ def random_bits(i, step, seed):
 def round_stochastically(x, random):
     """x stochastically rounded to bf16, as float32: hence unbiased. random: 16 bits.
 
-    bf16 is the upper half of the bits of a float32; if adding `random` to the lower half carries, x is rounded away from
-    0. A NaN is returned unchanged, because a carry could turn it into a number. The lower half of infinity, of 0 and of
-    any bf16 is 0, so they do not change.
+    bf16 is the upper half of the bits of a float32; if adding `random` to the lower half carries, x is rounded away
+    from 0. A NaN is returned unchanged, because a carry could turn it into a number. The lower half of infinity, of 0
+    and of any bf16 is 0, so they do not change.
     """
     if math.isnan(x):
         return x
@@ -107,10 +107,10 @@ def adamw_update(
 ):
     """One AdamW update of every parameter.
 
-    params, master, m, v <- grads, all (n,), n a multiple of RUN. params: float32 or bf16; master: float32 master weights
-        of bf16 params, or None; decays (n / RUN,) uint8: 1 if weight decay applies to these RUN parameters, else 0;
-        learning_rate (1,); step (1,) int32, 1 at the first update; seed (1,) int32; grad_scale (1,), a factor for every
-        gradient (clipping); beta1, beta2, eps, weight_decay: numbers
+    params, master, m, v <- grads, all (n,), n a multiple of RUN. params: float32 or bf16; master: float32 master
+        weights of bf16 params, or None; decays (n / RUN,) uint8: 1 if weight decay applies to these RUN parameters,
+        else 0; learning_rate (1,); step (1,) int32, 1 at the first update; seed (1,) int32; grad_scale (1,), a factor
+        for every gradient (clipping); beta1, beta2, eps, weight_decay: numbers
     Writes:   m = beta1 * m + (1 - beta1) * grads, v = beta2 * v + (1 - beta2) * grads**2,
               params -= learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * decays * params)
               with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step); nothing if grad_scale is negative.

@@ -116,8 +116,8 @@ def weights_kernel(weights, lse, qkv, num_heads, num_kv_heads, HS, scale):
 def attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
     """Causal attention: each token sees itself and the tokens before it.
 
-    out (B, T, NH*HS), lse (B, NH, T) float32 <- qkv (B, T, (NH + 2*NKV)*HS), each row q of all query heads, then k, then
-        v of all kv heads; query head h uses kv head h // (NH / NKV)
+    out (B, T, NH*HS), lse (B, NH, T) float32 <- qkv (B, T, (NH + 2*NKV)*HS), each row q of all query heads, then k,
+        then v of all kv heads; query head h uses kv head h // (NH / NKV)
     Writes:   out =, lse = the log-sum-exp of each query's scores
     Parallel: over tiles of queries of the B*NH heads; a block owns its queries
     Scratch:  none
@@ -159,8 +159,8 @@ def attention_backward_scratch(dqkv, dout, out, lse, qkv, num_heads, num_kv_head
 def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads):
     """Attention for sampling: T new tokens at position, position + 1, ... of their sequence.
 
-    Their keys and values are written to the cache; then each query attends to the cache up to its own token. The softmax
-    takes one pass: when the maximum score grows, the sums so far shrink.
+    Their keys and values are written to the cache; then each query attends to the cache up to its own token. The
+    softmax takes one pass: when the maximum score grows, the sums so far shrink.
 
     out (B, T, NH*HS), cache (B, maxT, 2, NKV*HS) <- qkv (B, T, (NH + 2*NKV)*HS), position (1,) int32, the index of the
         first new token
@@ -198,7 +198,7 @@ def head_size(out, num_heads: int) -> int:
     C = out.shape[2]
     if C // num_heads > WIDEST:
         raise UserError(
-            f"num_heads {num_heads} splits {C} channels into heads of {C // num_heads}, but attention on a GPU supports "
-            f"heads of up to {WIDEST}: use more heads"
+            f"num_heads {num_heads} splits {C} channels into heads of {C // num_heads}, but attention on a GPU "
+            f"supports heads of up to {WIDEST}: use more heads"
         )
     return C // num_heads

@@ -1,4 +1,4 @@
-"""What the variants of attention share: the limit of the head size, the order of query tiles, the rows of dout * out."""
+"""What the variants of attention share: the largest head, the order of query tiles, and delta = sum(dout * out)."""
 
 from numba import cuda
 
@@ -28,8 +28,8 @@ def query_tile(step, first, T, rows, kv_head, GROUP):
 def delta_kernel(delta, dout, out, HS):
     """delta (B, NH, T) = sum(dout * out) over the HS channels of each head; dout, out (B, T, C).
 
-    Grid: (groups of ROWS tokens, NH, B); block: THREADS. Adjacent threads multiply adjacent elements; then a thread sums
-    a row. Moves: 2*B*T*C*itemsize bytes.
+    Grid: (groups of ROWS tokens, NH, B); block: THREADS. Adjacent threads multiply adjacent elements; then a thread
+    sums a row. Moves: 2*B*T*C*itemsize bytes.
     """
     products = cuda.shared.array((ROWS, PITCH), float32)
     thread, h, b = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z

@@ -193,8 +193,8 @@ def forward_kernel(HS: int, GROUP: int):
     def attention_forward_kernel(out, lse, qkv, scale):
         """out (B, T, C) =, lse (B, NH, T) = <- qkv (B, T, C + 2*C // GROUP), scale of the scores.
 
-        Grid: (tiles of queries, NH, B), the longest rows first; block: WARPS warps. A warp owns M * 16 queries, a thread
-        its fragments of their scores and channels. Moves k and v about T / (2 * BQ) times, q and out once.
+        Grid: (tiles of queries, NH, B), the longest rows first; block: WARPS warps. A warp owns M * 16 queries, a
+        thread its fragments of their scores and channels. Moves k and v about T / (2 * BQ) times, q and out once.
         """
         shared = shared_address(cuda.shared.array(0, types.uint8, alignment=256))
         scores, acc = cuda.local.array((M, N, 4), float32), cuda.local.array((M, CHANNELS, 4), float32)
@@ -364,8 +364,8 @@ def dq_kernel(HS: int, GROUP: int):
     def attention_dq_kernel(dqkv, dout, lse, delta, qkv, scale):
         """dq in dqkv (B, T, C + 2*C // GROUP) = <- dout (B, T, C), lse, delta (B, NH, T), qkv.
 
-        Grid: (tiles of queries, NH, B), the longest rows first; block: WARPS warps. A warp owns M * 16 queries, a thread
-        its fragments of their scores and channels. Moves k and v about T / (2 * BQ) times.
+        Grid: (tiles of queries, NH, B), the longest rows first; block: WARPS warps. A warp owns M * 16 queries, a
+        thread its fragments of their scores and channels. Moves k and v about T / (2 * BQ) times.
         """
         shared = shared_address(cuda.shared.array(0, types.uint8, alignment=256))
         weights, ds = cuda.local.array((M, N, 4), float32), cuda.local.array((M, N, 4), float32)
@@ -435,9 +435,9 @@ def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
 
 
 def launcher(kernel, tiles, owned, lse, heads, HS):
-    """A function that launches the kernel on its grid: one block for each tile of T rows of `heads` heads of lse's batch.
+    """A function that launches the kernel with a block for each tile of rows of each head.
 
-    owned: the tiles that a block owns. It iterates over two more at a time, each of them double buffered.
+    owned: how many tiles a block owns; it iterates over two more, each of them double buffered
     """
     B, _, T = lse.shape
     warps, M, rows, _ = tiles[HS]

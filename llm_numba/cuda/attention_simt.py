@@ -1,9 +1,9 @@
 """Attention on CUDA cores (SIMT): any GPU, float32 or bf16, heads of up to WIDEST channels.
 
-Every kernel works on tiles: some rows of one head's q, k, v, dout in shared memory; the scores between a tile of queries
-and a tile of keys exist only in registers. Block (TX, TY): thread (x, y) owns the scores of rows y, y + TY, ... with
-columns x, x + TX, ..., and of the result four adjacent channels out of every 4*TX in the same rows. Rows of a tile are
-PAD floats longer than the head, so that the rows a warp reads together lie in different banks.
+Every kernel works on tiles: some rows of one head's q, k, v, dout in shared memory; the scores between a tile of
+queries and a tile of keys exist only in registers. Block (TX, TY): thread (x, y) owns the scores of rows y, y + TY, ...
+with columns x, x + TX, ..., and of the result four adjacent channels out of every 4*TX in the same rows. Rows of a tile
+are PAD floats longer than the head, so that the rows a warp reads together lie in different banks.
 
 Source: Dao 2023, FlashAttention-2, arXiv:2307.08691.
 """

@@ -1,8 +1,8 @@
 """Softmax and cross-entropy in one op, so that the probabilities are never stored.
 
 A block owns a row of logits and reads it twice: first for the maximum and the sum of e**(x - maximum), then, while the
-row is still in cache, for the gradient. A thread loads CHUNK logits at a time, THREADS apart: accesses are coalesced and
-CHUNK loads are in flight at once. The index is unsigned, which saves the check for negative indices.
+row is still in cache, for the gradient. A thread loads CHUNK logits at a time, THREADS apart: accesses are coalesced
+and CHUNK loads are in flight at once. The index is unsigned, which saves the check for negative indices.
 
 Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (the maximum and the sum in one pass).
 """
@@ -81,7 +81,10 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
 
 @kernel
 def add_mean_kernel(loss, losses, share):
-    """loss[0] += share * mean(losses), in float64. Grid: one block; block: THREADS; a thread owns every THREADS-th loss."""
+    """loss[0] += share * mean(losses), in float64.
+
+    Grid: one block; block: THREADS; a thread owns every THREADS-th loss.
+    """
     total = float64(0)
     for i in range(cuda.threadIdx.x, losses.shape[0], THREADS):
         total += float64(losses[i])

@@ -28,7 +28,8 @@ def gelu_forward_kernel(out, inp):
     Grid: n / (THREADS * EACH); block: THREADS; a thread owns EACH elements, THREADS apart, so accesses are coalesced.
     Moves: 2*n elements.
     """
-    first = uint32(cuda.blockIdx.x) * THREADS * EACH + uint32(cuda.threadIdx.x)  # unsigned: no check for negative indices
+    # unsigned: no check for negative indices
+    first = uint32(cuda.blockIdx.x) * THREADS * EACH + uint32(cuda.threadIdx.x)
     x = cuda.local.array(EACH, float32)
     # load everything before the first store: the compiler does not move a load before an earlier store
     for k in range(EACH):

@@ -74,10 +74,10 @@ def global_norm_squared(out, grads, scratch):
 def clip(grad_scale, loss, grad_norm_squared, limits, highest):
     """The factor for every gradient that limits their norm to `highest`.
 
-    grad_scale (1,) <- loss (1,) float64, grad_norm_squared (1,) float64, limits (2,) float64 of the loss and of the norm,
-        highest (0: no clipping)
-    Writes:   grad_scale = min(1, highest / norm), or -1, which skips the update, if the loss or the norm is not finite or
-              above its limit
+    grad_scale (1,) <- loss (1,) float64, grad_norm_squared (1,) float64, limits (2,) float64 of the loss and of the
+        norm, highest (0: no clipping)
+    Writes:   grad_scale = min(1, highest / norm), or -1, which skips the update, if the loss or the norm is not finite
+              or above its limit
     Source:   Pascanu et al. 2012, arXiv:1211.5063
     """
     clip_kernel[1, 1, stream()](grad_scale, loss, grad_norm_squared, limits, float64(highest))

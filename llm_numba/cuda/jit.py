@@ -1,22 +1,20 @@
 """How kernels are compiled and launched, and the small device functions that several of them use.
 
-A bf16 tensor is an array of uint16, the upper halves of float32 bit patterns: Numba has no bf16 type that works in every
-kind of memory. A kernel reads an element with `to_float`, computes in float32 and writes with `to_storage`. For float32
-tensors both functions do nothing, so one kernel serves both precisions.
+A bf16 tensor is an array of uint16, the upper halves of float32 bit patterns: Numba has no bf16 type that works in
+every kind of memory. A kernel reads an element with `to_float`, computes in float32 and writes with `to_storage`. For
+float32 tensors both functions do nothing, so one kernel serves both precisions.
 
-With NUMBA_ENABLE_CUDASIM=1, Numba runs the kernels as plain Python, one operating system thread per CUDA thread. The end
-of this file replaces what that simulator does not support; `sized` shrinks what would take it too long.
+With NUMBA_ENABLE_CUDASIM=1, Numba runs the kernels as plain Python, one operating system thread per CUDA thread. The
+end of this file replaces what that simulator does not support; `sized` shrinks what would take it too long.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numba import config, cuda
 
-from llm_numba.util.cache import cache_folder
+from llm_numba.util.cache import compiled_code_folder
 
 float32, int32, int64, uint16, uint32 = np.float32, np.int32, np.int64, np.uint16, np.uint32
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -90,13 +88,6 @@ def _allow_shared(kernel, types: tuple, nbytes: int) -> None:
         raise RuntimeError(f"a block on this GPU cannot have {nbytes} bytes of shared memory: {error!r}")
 
 
-def use_own_cache() -> None:
-    """As for the CPU: compiled kernels under a name that changes with any file beside this one."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    config.CACHE_DIR = config.CACHE_DIR or str(cache_folder() / f"numba-cuda-{digest}")
-
-
 def is_compiled() -> bool:
     """Whether Numba compiles the kernels, rather than simulating them."""
     return not SIMULATED
@@ -108,7 +99,7 @@ def nothing_compiled() -> bool:
 
 
 if not SIMULATED:
-    use_own_cache()
+    config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())
     config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # some kernels of a step, and most tests, use few blocks
 
     from llvmlite import ir

@@ -41,8 +41,8 @@ def forward_kernel(C: int, adds: bool):
         """out (n, C), mean (n,), rstd (n,) <- inp (n, C), weight (C,), bias (C,).
 
         If `adds`, residual (n, C) = inp + more (n, C), and the stored sum is normalised; else both are ignored.
-        Grid: n; block: threads; a block owns a row, a thread every threads-th of its channels. Moves: 2*n*C elements, or
-        4*n*C if `adds`.
+        Grid: n; block: threads; a block owns a row, a thread every threads-th of its channels. Moves: 2*n*C elements,
+        or 4*n*C if `adds`.
         """
         row, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x) % threads  # the compiler derives a bound from %
         shared = cuda.shared.array(SHARED, float32)

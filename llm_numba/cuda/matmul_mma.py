@@ -1,8 +1,8 @@
 """Matrix product of bf16 matrices on tensor cores with mma.sync, from compute capability 8.0 on.
 
-A block of 256 threads computes a TILE_M x TILE_N tile of out, each of its eight warps 64 x 64 elements of it, which stay
-in registers. It walks along K in steps of TILE_K. Asynchronous copies of the next steps to a ring of STAGES buffers in
-shared memory run while the tensor cores work on the current step.
+A block of 256 threads computes a TILE_M x TILE_N tile of out, each of its eight warps 64 x 64 elements of it, which
+stay in registers. It walks along K in steps of TILE_K. Asynchronous copies of the next steps to a ring of STAGES
+buffers in shared memory run while the tensor cores work on the current step.
 
 A tile of an operand lies in shared memory row by row, as in global memory, in chunks of 8 elements (16 bytes). The
 chunks of a row are swizzled (XOR with the row's index), so that the eight chunks that ldmatrix reads at once lie in
@@ -113,9 +113,9 @@ def product_kernel(a_transposed, b_transposed):
     def product(out, a, b, bias, with_bias, accumulate, K_split):
         """out[s, m, n] = (+= if accumulate) sum of a[m, k] b[n, k] over split s of k, + bias[n] if with_bias.
 
-        out (splits, M, N) float32 or bf16; a (M, K), b (N, K), or (K, M), (K, N) if transposed, and bias (N,) bf16. Only
-        float32 results accumulate, only bf16 ones have a bias. K_split, the length of a split, is a multiple of TILE_K;
-        row lengths are multiples of 8.
+        out (splits, M, N) float32 or bf16; a (M, K), b (N, K), or (K, M), (K, N) if transposed, and bias (N,) bf16.
+        Only float32 results accumulate, only bf16 ones have a bias. K_split, the length of a split, is a multiple of
+        TILE_K; row lengths are multiples of 8.
 
         Grid: tiling.grid; block: BLOCK threads; a warp owns 64 x 64 elements of out, a thread 128 of them, in pairs
         Moves: 128 rows of a and 256 of b per block; most are in L2 because of the grouped tiles

@@ -1,9 +1,9 @@
 """Matrix product on CUDA cores (SIMT): any GPU, float32 or bf16, every layout; tiles in shared memory and registers.
 
-A block computes TILE_M x TILE_N elements of out. It walks along K in steps of TILE_K: the tiles of a and b of a step lie
-in shared memory, one row per k, and are read there many times while the tiles of the next step are loaded to registers.
-A thread owns four sub-tiles of SUB x SUB elements, half a tile apart, so that the threads of a warp read adjacent
-elements.
+A block computes TILE_M x TILE_N elements of out. It walks along K in steps of TILE_K: the tiles of a and b of a step
+lie in shared memory, one row per k, and are read there many times while the tiles of the next step are loaded to
+registers. A thread owns four sub-tiles of SUB x SUB elements, half a tile apart, so that the threads of a warp read
+adjacent elements.
 """
 
 from numba import cuda
@@ -77,8 +77,8 @@ def product_kernel(a_transposed, b_transposed):
     def product(out, a, b, bias, with_bias, accumulate, K_split):
         """out[s, m, n] = (+= if accumulate) sum of a[m, k] b[n, k] over split s of k, + bias[n] if with_bias.
 
-        out (splits, M, N), a (M, K), b (N, K), or (K, M), (K, N) if transposed, bias (N,): float32 or bf16. K_split: the
-        length of a split, a multiple of TILE_K.
+        out (splits, M, N), a (M, K), b (N, K), or (K, M), (K, N) if transposed, bias (N,): float32 or bf16. K_split:
+        the length of a split, a multiple of TILE_K.
 
         Grid: tiling.grid; block: BLOCK threads; a thread owns OWN x OWN elements of out
         Moves: TILE_M rows of a and TILE_N of b per block; most are in L2 because of the grouped tiles

@@ -6,13 +6,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba.arena import count, parameter_specs
-from llm_numba.cuda.global_norm import global_norm_squared_scratch
 from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
-from llm_numba.cuda.layernorm import max_pieces
-from llm_numba.cuda.matmul import SLICES
-from llm_numba.cuda.tiling import MAX_SPLIT_ELEMENTS, MAX_SPLITS
-from llm_numba.models.config import GPT2Config
 from llm_numba.util import host
 
 DRIVER_RESERVE = 512 * 2**20  # bytes; the driver loads kernels there
@@ -30,8 +24,13 @@ def allocate(nbytes: int):
 
 def view(memory, offset: int, shape: tuple[int, ...], dtype: str):
     """The bytes of memory from offset on as an array of this shape and dtype; bfloat16 is stored as uint16."""
-    dtype = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    dtype = storage_dtype(dtype)
     return memory[offset : offset + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """The dtype of the arrays that hold tensors of this dtype: uint16 for bfloat16."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 @kernel
@@ -84,8 +83,8 @@ def synchronise() -> None:
 def capture(function: Callable[[], None]) -> Callable[[], None]:
     """A function that does the same as `function`, with the same arrays each time, by one launch of a CUDA graph.
 
-    The first call runs `function` itself, which compiles its kernels; the second captures its launches in a graph; later
-    calls launch the graph. `function` must not allocate or synchronise. The simulator has no graphs.
+    The first call runs `function` itself, which compiles its kernels; the second captures its launches in a graph;
+    later calls launch the graph. `function` must not allocate or synchronise. The simulator has no graphs.
     """
     if SIMULATED:
         return function
@@ -141,17 +140,3 @@ def describe_device() -> str:
     gpu = cuda.get_current_device()
     major, minor = gpu.compute_capability
     return f"on {gpu.name}, compute capability {major}.{minor}"
-
-
-def scratch_size(config: GPT2Config, B: int, T: int) -> int:
-    """Floats of scratch that are enough for every op of a step, at these and at smaller B and T."""
-    C, Vp = config.channels, config.padded_vocab_size
-    products = [(B * T, 4 * C), (B * T, Vp), (4 * C, C), (Vp, C)]
-    parameters = np.broadcast_to(np.float32(0), count(parameter_specs(config), config.num_layers))
-    return max(
-        min(MAX_SPLITS * max(M * N for M, N in products), MAX_SPLIT_ELEMENTS),
-        SLICES * max(4 * C, Vp),  # column sums
-        B * config.num_heads * T,  # attention_backward
-        max_pieces(C) * 2 * C,  # layernorm_backward
-        global_norm_squared_scratch(None, parameters),
-    )

@@ -67,8 +67,8 @@ def peak_flops(dtype: str = "float32") -> float | None:
     """The peak of multiply-adds over all SMs, two flops each, in flops per second; None in the simulator. Takes 0.1 s.
 
     dtype: "float32" for the CUDA cores; "bfloat16" for the tensor cores with mma.sync, which every GPU from compute
-    capability 8.0 on has. On Hopper (9.0) mma.sync reaches only about three quarters of wgmma. The best of several tries,
-    because other work can only slow a try down.
+    capability 8.0 on has. On Hopper (9.0) mma.sync reaches only about three quarters of wgmma. The best of several
+    tries, because other work can only slow a try down.
     """
     if SIMULATED:
         return None
@@ -142,7 +142,8 @@ STREAMS = {"read": (stream_read, 1), "copy": (stream_copy, 2), "add": (stream_ad
 
 
 def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
-    """The bandwidth of GPU memory in bytes per second, by access pattern; {} in the simulator. Takes a few tenths of 1 s.
+    """The bandwidth of GPU memory in bytes per second, by access pattern; {} in the simulator. Takes a few tenths of 1
+    s.
 
     "read": x; "copy": z = x; "add": z = x + y; "update": x in place. The arrays have `floats` elements, or fewer if
     memory is short. Each byte read or written counts once, as in STREAM. The best of several interleaved tries.

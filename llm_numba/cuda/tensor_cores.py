@@ -1,10 +1,10 @@
 """Tensor cores and asynchronous copies: PTX instructions that Numba has no function for.
 
-mma multiplies small bf16 matrices. Every thread of a warp holds a few elements of each, its fragment. With g = lane // 4
-and q = lane % 4, two bf16 per register, the first in the lower half:
+mma multiplies small bf16 matrices. Every thread of a warp holds a few elements of each, its fragment. With g = lane //
+4 and q = lane % 4, two bf16 per register, the first in the lower half:
 
-    a (16 x 16), 4 registers: rows g, g + 8, g, g + 8; columns 2q and 2q + 1 of the left half in the first two registers,
-                              of the right half in the other two
+    a (16 x 16), 4 registers: rows g, g + 8, g, g + 8; columns 2q and 2q + 1 of the left half in the first two
+                              registers, of the right half in the other two
     b (16 x 8), 2 registers:  rows 2q and 2q + 1 of the upper half, then of the lower half; column g
     c (16 x 8), 4 float32:    rows g, g, g + 8, g + 8; columns 2q, 2q + 1, 2q, 2q + 1
 
@@ -100,8 +100,8 @@ copy_async = instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r
 commit_group = instruction("cp.async.commit_group;", "", ())
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4{}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
-# four 8 x 8 matrices; lane l passes the address of row l % 8 of matrix l // 8. A thread gets row g, columns 2q and 2q + 1
-# of each; transposed: rows 2q and 2q + 1, column g
+# four 8 x 8 matrices; lane l passes the address of row l % 8 of matrix l // 8. A thread gets row g, columns 2q and 2q +
+# 1 of each; transposed: rows 2q and 2q + 1, column g
 ldmatrix = instruction(LDMATRIX.format(""), "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
 ldmatrix_transposed = instruction(LDMATRIX.format(".trans"), "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
 

@@ -3,8 +3,9 @@
 Grouped tiles: consecutive blocks compute `group` tiles one below the other, so that blocks which run at the same time
 find the same tile of b in L2.
 
-Split-K: a product with too few tiles to fill the GPU is split along K into partial products, which go to scratch and are
-added in a fixed order. The number of splits depends on the sizes alone, so the same sizes always give the same bits.
+Split-K: a product with too few tiles to fill the GPU is split along K into partial products, which go to scratch and
+are added in a fixed order. The number of splits depends on the sizes alone, so the same sizes always give the same
+bits.
 """
 
 import functools

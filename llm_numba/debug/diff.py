@@ -6,39 +6,44 @@ same precision as the device (oracle.py): an error is rounding as long as it is 
 """
 
 import functools
-import sys
 from itertools import groupby
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from llm_numba.arena import DTYPES, Arena, layout
-from llm_numba.debug.inspect import Source, add_source_flags, check_source_flags, one_batch, read_source, step_groups
-from llm_numba.models.config import PRESETS
-from llm_numba.models.gpt2 import set_parameter
-from llm_numba.ops import DEVICES, WRITES, get_ops
+from llm_numba.debug.inspect import (
+    Source,
+    add_source_flags,
+    check_memory,
+    check_source_flags,
+    one_batch,
+    read_source,
+    step_groups,
+)
+from llm_numba.models import presets
+from llm_numba.ops import DEVICES, Ops, get_ops
+from llm_numba.training.step import set_parameter
 from llm_numba.util.cli import Parser, UserError, exit_with
-from llm_numba.util.files import format_bytes
 
-# How much larger than NumPy's an error of rounding may be: sums in another order come out up to 4 times as far off.
-# In bfloat16 nearly all is lost where tensors are stored, at the same places in NumPy and on a GPU.
+# How much larger than NumPy's a rounding error may be: sums in another order are up to 4 times less accurate.
+# In bfloat16 nearly all of it comes from storing tensors, at the same places in NumPy and on a GPU.
 MULTIPLE = {"float32": 8, "bfloat16": 3}
-LEAST = 2.0**-23  # two roundings of float32, which stand for NumPy's error where that happens to be smaller
+LEAST = 2.0**-23  # two roundings of float32: used if NumPy's error happens to be smaller
 
 
 class Row(NamedTuple):
-    """A tensor's line; of what is a pair the first is device A's. Errors are against float64."""
+    """The line of a tensor. The first of each pair belongs to device A. Errors are relative to float64."""
 
     heading: str
     name: str
-    largest: float  # of the absolute differences
-    index: tuple[int, ...]  # where it is
-    relative: float  # |A - B| / |B|, of the whole tensors
-    ulps: float  # the largest difference in the float32 numbers that lie between
+    largest: float  # absolute difference
+    index: tuple[int, ...]  # of the largest difference
+    relative: float  # |A - B| / |B|, norms of the whole tensors
+    ulps: float  # the largest difference in units in the last place of float32
     errors: tuple[float, float]  # |X - exact| / |exact|
-    excess: tuple[float, float]  # the error, or that of the worst element, in what rounding explains: above 1 is wrong
+    excess: tuple[float, float]  # error (of the tensor, or its worst element) / what rounding explains: wrong above 1
 
     @property
     def differs(self) -> bool:
@@ -46,8 +51,7 @@ class Row(NamedTuple):
 
 
 def compare(heading: str, name: str, pair, exact, rounded, dtypes) -> Row:
-    """The line of a tensor. pair: A's and B's; exact: in float64; rounded: NumPy's in the precisions of A and B, which
-    dtypes names."""
+    """The line of a tensor. pair: A's and B's; exact: float64; rounded: NumPy's in the dtypes of A and B."""
     pair, exact = [x.astype(np.float64) for x in pair], exact.astype(np.float64)
     difference = distance(*pair)
     index = np.unravel_index(difference.argmax(), difference.shape)
@@ -70,7 +74,7 @@ def compare(heading: str, name: str, pair, exact, rounded, dtypes) -> Row:
 
 
 def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x - y| of each element: 0 also where both are the same infinity or NaN, and infinite where only one is NaN."""
+    """|x - y| of each element: 0 if both are the same infinity or NaN, infinite if only one is NaN."""
     with np.errstate(invalid="ignore"):
         return np.where(
             (x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf)
@@ -78,8 +82,8 @@ def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def errors_of(x: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """How far x is off, as a whole and at its worst element: the root of the mean square of x - exact, and the largest
-    |x - exact|, in the root of the mean square of exact."""
+    """The error of x as a whole and of its worst element: RMS(x - exact) and the largest |x - exact|, both relative to
+    RMS(exact)."""
     off = distance(x, exact)
     if not off.any():
         return np.zeros(2)
@@ -93,7 +97,7 @@ def root_mean_square(x: np.ndarray) -> np.float64:
 
 
 def through_float32(op):
-    """The op for tensors in bfloat16: it computes in float32, and what it leaves is rounded."""
+    """The op for bfloat16 tensors: it computes in float32 and rounds its results."""
 
     @functools.wraps(op)
     def run(*arguments):
@@ -106,29 +110,30 @@ def through_float32(op):
     return run
 
 
-def rows_of(source: Source, devices: list[SimpleNamespace], dtypes: list[str]) -> list[Row]:
-    """The line of every tensor of one step, in the order in which it makes them; the ops of A and B, their dtypes."""
-    from llm_numba import oracle  # loads Numba, which has to be told before whether to simulate a GPU
+def rows_of(source: Source, devices: list[Ops], dtypes: list[str]) -> list[Row]:
+    """The line of every tensor of one step, in the order of computation. devices: the ops of A and B."""
+    from llm_numba import oracle  # imports Numba, which must know before whether to simulate a GPU
 
-    def in_numpy(dtype):
-        wide = {name: through_float32(getattr(oracle, name)) for name in WRITES} if dtype == "bfloat16" else {}
-        return SimpleNamespace(**vars(oracle) | wide)
-
-    def groups_of(ops, dtype):
-        return step_groups(source, ops, "reuse", dtype)  # "reuse": attention keeps the same on every device
+    in_numpy = Ops(**vars(oracle))
+    in_bfloat16 = in_numpy.wrap(lambda name, op: through_float32(op))
 
     precisions = list(dict.fromkeys(dtypes))
-    backends = [(ops, groups_of(ops, dtype)) for ops, dtype in zip(devices, dtypes, strict=True)]
-    backends += [(in_numpy(dtype), groups_of(oracle, dtype)) for dtype in precisions]
-    backends += [(oracle, oracle.in_float64(groups_of(oracle, "float32")))]
-    check_memory(source, backends, oracle)
+    backends = [(ops, step_groups(source, ops, dtype)) for ops, dtype in zip(devices, dtypes, strict=True)]
+    backends += [
+        (in_bfloat16 if dtype == "bfloat16" else in_numpy, step_groups(source, in_numpy, dtype)) for dtype in precisions
+    ]
+    backends.append((in_numpy, oracle.in_float64(step_groups(source, in_numpy, "float32"))))
+    needed = [layout(groups, source.model.num_layers, "keep")[1] for _, groups in backends]
+    for (ops, _), nbytes in zip(backends, needed, strict=True):
+        check_memory(source, nbytes, ops)
+    check_memory(source, sum(needed), in_numpy)
 
     runs = []
     for ops, groups in backends:
-        arena = Arena(groups, source.config, "keep", ops)
+        arena = Arena(groups, source.model, "keep", ops)
         runs.append((ops, arena, arena.training()))
     numpy_runs = dict(zip(precisions, runs[2:], strict=False))
-    first = numpy_runs.get("bfloat16", runs[2])  # the others get its weights, which are rounded already
+    first = numpy_runs.get("bfloat16", runs[2])  # the others get its weights, which are already rounded
     source.fill(*first)
     for ops, arena, m in runs:
         for name, values in first[1].named("parameters").items():
@@ -137,7 +142,7 @@ def rows_of(source: Source, devices: list[SimpleNamespace], dtypes: list[str]) -
         ops.to_device(m.targets, first[2].targets)
 
     rows = []
-    with np.errstate(invalid="ignore", over="ignore"):  # the rows tell of what is not finite
+    with np.errstate(invalid="ignore", over="ignore"):  # the rows show what is not finite
         for step in zip(*(one_batch(*run) for run in runs), strict=True):
             heading, name, _ = step[0]
             *pair, truth = [tensor for _, _, tensor in (*step[:2], step[-1])]
@@ -146,20 +151,8 @@ def rows_of(source: Source, devices: list[SimpleNamespace], dtypes: list[str]) -
     return rows
 
 
-def check_memory(source: Source, backends, host) -> None:
-    """Raise a UserError where a device has not the memory for its run, or the host for all of them."""
-    needed = [layout(groups, source.config.num_layers, "keep")[1] for _, groups in backends]
-    for ops, nbytes in (*zip((ops for ops, _ in backends), needed, strict=True), (host, sum(needed))):
-        available = ops.available_memory()
-        if nbytes > available:
-            raise UserError(
-                f"--batch-size {source.B}: the tensors need {format_bytes(nbytes)}, but {format_bytes(available)} "
-                "of memory are available; give a smaller --batch-size or --sequence-length, or a smaller model"
-            )
-
-
 def table(rows: list[Row], names: list[str], whole: bool) -> str:
-    """All rows, or those that differ and of each heading the one that is nearest to it."""
+    """All rows if `whole`, else those that differ and the worst one under each heading."""
     columns = f"{'tensor':<16} {'largest difference':<28} {'relative':>9} {'ulps':>9}"
     lines = [columns + "".join(f" {'error of ' + name:>17}" for name in names)]
     for heading, group in groupby(rows, key=lambda row: row.heading):
@@ -180,14 +173,14 @@ def line_of(row: Row) -> str:
 
 
 def verdict(rows: list[Row], names: list[str]) -> str:
-    """Which tensor is the first that rounding does not explain, and which device is wrong there."""
+    """The first tensor that rounding does not explain, and the device that is wrong there."""
     differing = [row for row in rows if row.differs]
     if not differing:
         return f"{names[0]} and {names[1]} agree: both are within rounding in all {len(rows)} tensors"
     row = differing[0]
     excess = dict(zip(names, row.excess, strict=True))
     wrong, other = sorted(names, key=lambda name: excess[name], reverse=True)
-    also = "is within rounding" if excess[other] <= 1 else f"is wrong too, by {excess[other]:.3g} times"
+    also = "is within rounding" if excess[other] <= 1 else f"is wrong too, {excess[other]:.3g} times"
     return (
         f"{wrong} is wrong: {row.name} ({row.heading}) is the first of {len(differing)} of {len(rows)} tensors beyond "
         f"rounding, {excess[wrong]:.3g} times as far from float64 as rounding explains; {other} {also}"
@@ -196,17 +189,17 @@ def verdict(rows: list[Row], names: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m llm_numba.debug.diff",
-        description="Run one batch forward and backward on two devices, and tell where they differ and which is wrong.",
+        prog="llm-numba diff",
+        description="Run one batch forward and backward on two devices; print where they differ and which is wrong.",
     )
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "source",
         nargs="?",
         metavar="RUN",
         help="a run folder or a checkpoint, with a batch of its data",
     )
-    model.add_argument("--preset", choices=PRESETS, help="instead: random weights and tokens (without either: nano)")
+    source.add_argument("--preset", choices=presets(), help="instead: random weights and tokens (without either: nano)")
     add_source_flags(parser)
     parser.add_argument(
         "--devices",
@@ -225,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--devices {' '.join(names)}: expected cpu and either cuda or cudasim, in any order")
 
     dtypes = ["fp32" if name == "cpu" else args.dtype for name in names]
-    # the simulator first: Numba has to be told before it is loaded
+    # the simulator first: Numba must know before it is imported
     found = {name: get_ops(name, dtype) for name, dtype in sorted(zip(names, dtypes, strict=True), reverse=True)}
     source = read_source(args.source or args.preset or "nano", args.batch_size, args.sequence_length, args.seed)
     rows = rows_of(source, [found[name] for name in names], [DTYPES[dtype] for dtype in dtypes])
@@ -235,5 +228,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -1,10 +1,10 @@
-"""Look inside one step: python -m llm_numba.debug.inspect RUN_OR_PRESET
+"""Look inside one step: llm-numba inspect RUN_OR_PRESET
 
-Runs one batch forward and backward with every tensor in memory of its own, and prints what each holds. A tensor is
-called by its name, behind its layer where there is one for each: encoded, 3.qkv, 3.dqkv.
+Runs one batch forward and backward with every tensor in its own memory, and prints statistics of each. A tensor's name
+starts with its layer if there is one per layer: encoded, 3.qkv, 3.dqkv.
 """
 
-import sys
+import difflib
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
@@ -12,44 +12,48 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm_numba.arena import DTYPES, Arena, Groups, training_groups
+from llm_numba.arena import DTYPES, Arena, Groups, layout
 from llm_numba.data.loader import Loader
-from llm_numba.formats.pretrained import of_checkpoint
-from llm_numba.models import gpt2 as model
-from llm_numba.models.config import PRESETS, GPT2Config
-from llm_numba.ops import DEVICES, choose_device, get_ops
-from llm_numba.train import MOMENTS, read_data
-from llm_numba.training import checkpoint, settings
-from llm_numba.training.memory_plan import check_memory
+from llm_numba.models import Model, preset, presets
+from llm_numba.ops import DEVICES, Ops, choose_device, get_ops
+from llm_numba.training.checkpoint import open_checkpoint
+from llm_numba.training.memory_plan import complete, training_groups
+from llm_numba.training.run_data import data_of
+from llm_numba.training.step import initialise, set_parameter
 from llm_numba.util.cli import Parser, UserError, exit_with
+from llm_numba.util.files import format_bytes
 
 HEADER = (
     f"{'tensor':<16} {'shape':<20} {'mean':>11} {'std':>10} {'min':>11} {'max':>11} {'zeros':>7} {'not finite':>11}"
 )
+UNUSED = ("m", "v")  # groups of training that come after the gradients
+Named = Iterator[tuple[str, str, np.ndarray]]  # (heading, name, tensor)
 
 
-def one_batch(ops, arena: Arena, m) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Run a step on m.tokens and m.targets, and give (heading, name, tensor) of all that it makes, in its order.
+def one_batch(ops: Ops, arena: Arena, m) -> Named:
+    """Run a step on m.tokens and m.targets, and yield everything it computes, in order.
 
-    A tensor is given when it holds what its name says: the logits before their gradient replaces them, as dlogits.
+    A tensor is yielded while it holds what its name says: the logits before their gradient, dlogits, replaces them.
     """
+    model = arena.model
     model.forward(ops, m)
-    model.loss(ops, m, arena.config.vocab_size, write_dlogits=False)
+    model.loss(ops, m, write_dlogits=False)
     yield from tensors_of(ops, arena, "activations", without=("losses",))
     yield "loss", "losses", ops.to_host(m.losses)
-    model.loss(ops, m, arena.config.vocab_size)
+    model.loss(ops, m)
     model.backward(ops, m)
-    yield "activation gradients", "dlogits", ops.to_host(m.logits)
+    if hasattr(m, "logits"):
+        yield "activation gradients", "dlogits", ops.to_host(m.logits)
     yield from tensors_of(ops, arena, "activation gradients")
     yield from tensors_of(ops, arena, "gradients")
 
 
-def tensors_of(ops, arena: Arena, group: str, without=()) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(heading, name, tensor) of a group, the layers' own in the middle; gradients from the last layer to the first."""
+def tensors_of(ops: Ops, arena: Arena, group: str, without=()) -> Named:
+    """The tensors of a group, those of the layers in the middle; gradients from the last layer to the first."""
     specs = [p.spec for p in arena.places if p.group == group and p.spec.name not in without]
-    if group == "gradients":  # listed like the parameters
+    if group == "gradients":  # in the order of the parameters
         specs.reverse()
-    layers = range(arena.config.num_layers)
+    layers = range(arena.model.num_layers)
     for per_layer, block in groupby(specs, key=lambda spec: spec.per_layer):
         tensors = {spec.name: ops.to_host(arena.tensors[group, spec.name]) for spec in block}
         if not per_layer:
@@ -59,8 +63,24 @@ def tensors_of(ops, arena: Arena, group: str, without=()) -> Iterator[tuple[str,
                 yield from ((f"{group} of layer {l}", f"{l}.{name}", x[l]) for name, x in tensors.items())
 
 
+def attention_weights(ops: Ops, arena: Arena, m) -> Named:
+    """The weights of every attention call of a forward pass, (B, NH, T, T), of which training saves only `lse`."""
+    weights = arena.tensors["attention weights", "weights"]
+    found, calls = [], [-1]
+
+    def attention(out, lse, qkv, num_heads, num_kv_heads, scratch):
+        ops.attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch)
+        ops.attention_weights(weights, lse, qkv, num_heads, num_kv_heads)
+        calls[0] += 1
+        found.append(("attention weights", f"{calls[0]}.att", np.array(ops.to_host(weights))))
+
+    arena.model.forward(ops.replace(attention_forward=attention), m)
+    yield from found
+
+
 def describe(name: str, tensor: np.ndarray) -> str:
-    """One line: shape, mean, standard deviation, extremes of the finite values; share of zeros; how many not finite."""
+    """One line: shape, mean, standard deviation, minimum and maximum of the finite elements; share of zeros; elements
+    that are not finite."""
     finite = tensor[np.isfinite(tensor)].astype(np.float64)
     mean, std, low, high = (f(finite) if finite.size else np.nan for f in (np.mean, np.std, np.min, np.max))
     zeros, broken = np.mean(tensor == 0), tensor.size - finite.size
@@ -70,7 +90,7 @@ def describe(name: str, tensor: np.ndarray) -> str:
 
 
 def save(tensor: np.ndarray, name: str, path: Path) -> None:
-    """Write a tensor as .npy, or as a picture, .png: rows by columns, of the first sequence, heads side by side."""
+    """Write a tensor as .npy, or as a picture (.png) of the first sequence: rows by columns, heads side by side."""
     try:
         if path.suffix == ".npy":
             np.save(path, tensor)
@@ -89,7 +109,7 @@ def picture(tensor: np.ndarray, name: str, path: Path) -> None:
     flat = tensor[0] if tensor.ndim >= 3 else np.atleast_2d(tensor)
     panels = flat if flat.ndim == 3 else flat[None]
     finite = np.abs(panels[np.isfinite(panels)])
-    bound = float(np.quantile(finite, 0.995)) if finite.any() else 1.0  # a few outliers would pale the rest
+    bound = float(np.quantile(finite, 0.995)) if finite.any() else 1.0  # a few outliers would hide the rest
     bound = bound or float(finite.max())
     figure, axes = plt.subplots(
         1, len(panels), figsize=(max(6, 3 * len(panels)), 5), squeeze=False, sharey=True, layout="constrained"
@@ -107,10 +127,10 @@ def picture(tensor: np.ndarray, name: str, path: Path) -> None:
 class Source(NamedTuple):
     """A model and a batch, before there is memory for them."""
 
-    config: GPT2Config
+    model: Model
     B: int
     T: int
-    fill: Callable  # (ops, arena, m): writes the parameters and m.tokens and m.targets
+    fill: Callable  # (ops, arena, m): writes the parameters, m.tokens and m.targets
 
 
 def read_source(source: str, B: int, T: int, seed: int) -> Source:
@@ -118,37 +138,32 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
 
     T is 0 for that of the run, or the preset's context.
     """
-    if source in PRESETS:
-        config = PRESETS[source]
-        T = length(T, config.max_seq_len)
+    if source in presets():
+        model = preset(source)
+        T = length(T, model.max_seq_len)
 
         def fill(ops, arena, m):
-            model.initialise(ops, arena, seed)
-            batch = np.random.default_rng(seed).integers(0, config.vocab_size, (B, T + 1))
+            initialise(ops, arena, seed)
+            batch = np.random.default_rng(seed).integers(0, model.vocab_size, (B, T + 1))
             ops.to_device(m.tokens, batch[:, :-1])
             ops.to_device(m.targets, batch[:, 1:])
 
-        return Source(config, B, T, fill)
+        return Source(model, B, T, fill)
 
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(PRESETS)})")
-    path = checkpoint.newest(path) if path.is_dir() else path
-    stored = checkpoint.load(path)
-    config = checkpoint.sizes_of(path, *stored[:2])
-    s = settings.from_record(stored[1]["settings"], path)
-    weights, tensors = of_checkpoint(*stored), stored[0]
-    T = length(T, s.sequence_length or config.max_seq_len)
+    if not Path(source).exists():
+        raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(presets())})")
+    stored = open_checkpoint(source)
+    T = length(T, stored.settings.sequence_length or stored.model.max_seq_len)
 
     def fill(ops, arena, m):
-        for name in arena.named("parameters"):
-            model.set_parameter(ops, arena, name, tensors[name])
+        for name, values in stored.parameters():
+            set_parameter(ops, arena, name, values)
         batch = np.empty((2, B, T), np.int32)
-        Loader(read_data(s, config, weights).train, B, T, seed, True).next_batch(*batch)
+        Loader(data_of(stored).train, B, T, seed, True).next_batch(*batch)
         ops.to_device(m.tokens, batch[0])
         ops.to_device(m.targets, batch[1])
 
-    return Source(config, B, T, fill)
+    return Source(stored.model, B, T, fill)
 
 
 def length(T: int, context: int) -> int:
@@ -157,10 +172,38 @@ def length(T: int, context: int) -> int:
     return T or context
 
 
-def step_groups(source: Source, ops, attention: str, dtype: str) -> Groups:
-    """What a step needs up to its gradients; arguments as for training_groups."""
-    groups = training_groups(source.config, source.B, source.T, ops, attention, dtype)
-    return {group: specs for group, specs in groups.items() if group not in MOMENTS}
+def step_groups(source: Source, ops: Ops, dtype: str) -> Groups:
+    """What a step needs up to its gradients."""
+    groups = training_groups(source.model, source.B, source.T)
+    groups = {group: specs for group, specs in groups.items() if group not in UNUSED}
+
+    def program(ops, arena):
+        m = arena.training()
+        source.model.forward(ops, m)
+        source.model.loss(ops, m)
+        source.model.backward(ops, m)
+
+    return complete(groups, source.model, ops, dtype, program)
+
+
+def check_memory(source: Source, needed: int, ops: Ops) -> None:
+    """Raise a UserError if `needed` bytes are not available."""
+    available = ops.available_memory()
+    if needed > available:
+        raise UserError(
+            f"--batch-size {source.B}: the tensors need {format_bytes(needed)}, but {format_bytes(available)} of "
+            "memory are available; give a smaller --batch-size or --sequence-length, or a smaller model"
+        )
+
+
+def names_of(arena: Arena, groups) -> set[str]:
+    """The names under which `one_batch` and `tensors_of` yield the tensors of these groups."""
+    names = {"dlogits"}
+    for place in arena.places:
+        if place.group in groups:
+            spec = place.spec
+            names |= {f"{l}.{spec.name}" for l in range(arena.model.num_layers)} if spec.per_layer else {spec.name}
+    return names
 
 
 def add_source_flags(parser: Parser) -> None:
@@ -180,8 +223,8 @@ def check_source_flags(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m llm_numba.debug.inspect",
-        description="Run one batch forward and backward, and print what every activation and gradient holds.",
+        prog="llm-numba inspect",
+        description="Run one batch forward and backward, and print statistics of every activation and gradient.",
     )
     parser.add_argument(
         "source",
@@ -190,18 +233,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_source_flags(parser)
     parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="auto",
-        help="auto: a CUDA card, or else the CPU (default)",
+        "--device", choices=DEVICES, default="auto", help="auto (default): a CUDA GPU if there is one, else the CPU"
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 needs a CUDA card")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 needs a CUDA GPU")
     parser.add_argument(
         "--save",
         action="append",
         default=[],
         metavar="TENSOR=FILE",
-        help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png; may be given repeatedly",
+        help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png (the attention weights "
+        "of layer 0) or tokens=tokens.npy; repeatable",
     )
     args = parser.parse_args(argv)
     check_source_flags(args)
@@ -214,27 +255,34 @@ def main(argv: list[str] | None = None) -> None:
 
     ops = get_ops(choose_device(args.device), args.dtype)
     source = read_source(args.source, args.batch_size, args.sequence_length, args.seed)
-    groups = step_groups(source, ops, "keep", DTYPES[args.dtype])
-    s = settings.Settings(batch_size=source.B, sequence_length=source.T, dtype=args.dtype, no_jit=True)
-    check_memory(groups, s, source.config, ops)
-    arena = Arena(groups, source.config, "keep", ops)
+    groups = step_groups(source, ops, DTYPES[args.dtype])
+    lse = next((spec for spec in groups["activations"] if spec.name == "lse"), None)
+    if lse:
+        groups["attention weights"] = [lse._replace(name="weights", shape=(*lse.shape, source.T), per_layer=False)]
+    check_memory(source, layout(groups, source.model.num_layers, "keep")[1], ops)
+    arena = Arena(groups, source.model, "keep", ops)
     m = arena.training()
+    shown = ("parameters", "activations", "activation gradients", "gradients")
+    known = names_of(arena, shown) | {"tokens", "targets"}
+    known |= {f"{l}.att" for l in range(source.model.num_layers)} if lse else set()
+    for name in wanted.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f"--save {name}={wanted[name]}: no such tensor" + (f"; did you mean {near[0]}?" if near else "")
+        )
     source.fill(ops, arena, m)
-    shown, names = None, set()
-    for heading, name, tensor in chain(tensors_of(ops, arena, "parameters"), one_batch(ops, arena, m)):
-        if heading != shown:
-            print(f"\n{heading}\n{HEADER}")
-            shown = heading
+    batch = (("batch", name, ops.to_host(getattr(m, name))) for name in ("tokens", "targets"))
+    heading = None
+    parts = [batch, tensors_of(ops, arena, "parameters"), one_batch(ops, arena, m)]
+    for part, name, tensor in chain(*parts, attention_weights(ops, arena, m) if lse else ()):
+        if part != heading:
+            print(f"\n{part}\n{HEADER}")
+            heading = part
         print(describe(name, tensor))
-        names.add(name)
         if name in wanted:
             save(tensor, name, wanted[name])
-    missing = wanted.keys() - names
-    if missing:
-        raise UserError(f"--save {missing.pop()}=...: no such tensor; the table above has their names")
     print(f"\nloss {float(np.mean(ops.to_host(m.losses), dtype=np.float64)):.4f}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

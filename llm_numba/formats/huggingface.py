@@ -18,9 +18,8 @@ import tiktoken
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llm_numba.arena import parameter_specs
 from llm_numba.data.tokenizer import END_OF_TEXT, PATTERN, checked_encoding
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import write_whole
 
@@ -85,7 +84,7 @@ BYTES = {character: byte for byte, character in CHARACTERS.items()}
 # The model
 
 
-def read_config(folder: Path) -> GPT2Config:
+def read_config(folder: Path) -> GPT2:
     """The sizes that config.json gives. Errors: an architecture that is not GPT-2's; sizes that cannot be."""
     path = folder / CONFIG
     found = read_json(path)
@@ -96,12 +95,12 @@ def read_config(folder: Path) -> GPT2Config:
     C = found["n_embd"]
     check_values(path, found, {"n_inner": (None, 4 * C)})
     try:
-        return GPT2Config(**{ours: found[theirs] for ours, theirs in SIZES.items()})
+        return GPT2(**{ours: found[theirs] for ours, theirs in SIZES.items()})
     except UserError as error:
         raise UserError(f"{path}: not a model that can be: {error}") from error
 
 
-def read_parameters(folder: Path, config: GPT2Config) -> Iterator[tuple[str, np.ndarray]]:
+def read_parameters(folder: Path, config: GPT2) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values as float32, of all layers) of each parameter, one by one, read when it is asked for; wte (V, C).
 
     The headers of all files are checked before this returns. Errors: weights as a pickle only; tensors that are
@@ -133,7 +132,7 @@ def read_parameters(folder: Path, config: GPT2Config) -> Iterator[tuple[str, np.
                 raise UserError(
                     f"{folder}: {CLASSIFIER} differs from wte.weight; here GPT-2's classifier is wte itself"
                 )
-            for spec in parameter_specs(config):
+            for spec in config.parameters():
                 layers = range(config.num_layers if spec.per_layer else 1)
                 values = [read(NAMES[spec.name].format(l)) for l in layers]
                 values = [x.T if spec.name in TRANSPOSED else x for x in values]
@@ -160,12 +159,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: holds no {WEIGHTS}")
 
 
-def check_tensors(folder: Path, config: GPT2Config, tensors: dict) -> None:
+def check_tensors(folder: Path, config: GPT2, tensors: dict) -> None:
     """Raise a UserError unless these are the tensors of a GPT-2 of these sizes, of a dtype that can be read."""
     names = {name for name in tensors if not NO_PARAMETER.fullmatch(name)} - {CLASSIFIER}
     layers = range(min(config.num_layers, len(names) + 1))  # no longer than the files, whatever the config says
     found = {}
-    for spec in parameter_specs(config):
+    for spec in config.parameters():
         shape = (config.vocab_size, config.channels) if spec.name == "wte" else spec.shape
         shape = shape[::-1] if spec.name in TRANSPOSED else shape
         found |= {NAMES[spec.name].format(l): shape for l in (layers if spec.per_layer else range(1))}
@@ -187,9 +186,7 @@ def check_tensors(folder: Path, config: GPT2Config, tensors: dict) -> None:
             raise UserError(f"{folder}: {full_name} is {header.get_dtype()}, expected {', '.join(READ)}")
 
 
-def write_model(
-    folder: Path, config: GPT2Config, parameters: dict[str, np.ndarray], dtype: str, end: int | None
-) -> None:
+def write_model(folder: Path, config: GPT2, parameters: dict[str, np.ndarray], dtype: str, end: int | None) -> None:
     """config.json and model.safetensors, in a folder that is there.
 
     parameters: by name, all layers of one together; what pads wte is cut off; dtype: "fp32" or "bf16"; end: the id of

@@ -15,9 +15,8 @@ import ml_dtypes
 import numpy as np
 import tiktoken
 
-from llm_numba.arena import parameter_specs
 from llm_numba.data.tokenizer import END_OF_TEXT, PATTERN, checked_encoding
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import write_whole
 
@@ -29,13 +28,13 @@ GPT2_SIZE, GPT2_END = 50257, 50256  # what a tokenizer of version 1 has
 LONGEST = 255  # bytes of a token
 
 
-def read_model(path: Path) -> tuple[GPT2Config, int, dict[str, np.ndarray]]:
+def read_model(path: Path) -> tuple[GPT2, int, dict[str, np.ndarray]]:
     """(config, Vp of the file, parameters by name as float32 (wte with its Vp rows)) of a model file; what is float32
     there is read from the disk when it is used."""
     header = read_header(path, MODEL, "model", VERSIONS)
     maxT, V, L, NH, C, Vp = (int(x) for x in header[2:8])
     try:
-        config = GPT2Config(maxT, V, L, NH, C)
+        config = GPT2(maxT, V, L, NH, C)
     except UserError as error:
         raise UserError(f"{path}: not a model that can be: {error}") from error
     if Vp < V:
@@ -45,7 +44,7 @@ def read_model(path: Path) -> tuple[GPT2Config, int, dict[str, np.ndarray]]:
     return config, Vp, {name: x.astype(np.float32, copy=False) for name, x in split(numbers, shapes).items()}
 
 
-def write_model(path: Path, config: GPT2Config, parameters: dict[str, np.ndarray], version: int = 3) -> None:
+def write_model(path: Path, config: GPT2, parameters: dict[str, np.ndarray], version: int = 3) -> None:
     """A model file: parameters by name, wte with its padded rows; version 3 is float32, 5 is bf16."""
     header = np.zeros(HEADER, "<i4")
     Vp = len(parameters["wte"])
@@ -63,7 +62,7 @@ def write_model(path: Path, config: GPT2Config, parameters: dict[str, np.ndarray
     write_whole(path, header.tobytes(), *(part.reshape(-1).view(np.uint8) for part in parts))
 
 
-def read_state(path: Path, config: GPT2Config, Vp: int) -> SimpleNamespace:
+def read_state(path: Path, config: GPT2, Vp: int) -> SimpleNamespace:
     """tokens, targets (B, T), logits (B, T, V), loss and gradients (by parameter) of the debug state of a model."""
     header = read_header(path, STATE, "debug state", [STATE_VERSION])
     B, T = int(header[2]), int(header[3])
@@ -147,9 +146,9 @@ def read_numbers(path: Path, dtype, count: int, offset: int, whole: bool = True)
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def shapes_of(config: GPT2Config, Vp: int) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: GPT2, Vp: int) -> dict[str, tuple[int, ...]]:
     """parameter -> its shape in a file, in the file's order."""
-    shapes = {s.name: (config.num_layers, *s.shape) if s.per_layer else s.shape for s in parameter_specs(config)}
+    shapes = {s.name: (config.num_layers, *s.shape) if s.per_layer else s.shape for s in config.parameters()}
     return shapes | {"wte": (Vp, config.channels)}
 
 

@@ -1,137 +1,296 @@
-"""GPT-2: the forward pass, the loss, the backward pass and the update, as calls of ops in their order.
+"""GPT-2, all of it: sizes and presets, tensors, and the ops of a training step in their order.
 
-`ops` are the functions of one device, `m` the arena's tensors by name (`Arena.namespace`), `m.layers` the same for each
-layer. Nothing here knows which device it is on, and nothing is allocated. B, T, C, Vp: batch, time, channels, padded
-vocabulary. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Nothing here knows which device it runs on, and nothing allocates memory: `ops` are the ops of one device, `m` is a
+namespace of the arena's tensors (`Arena.namespace`), `m.layers` holds the same for each layer.
+B, T, C, V, Vp: batch, time (sequence length), channels, vocabulary, padded vocabulary.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
-from llm_numba.arena import Arena, parameter_specs
+from llm_numba.arena import TensorSpec, padded
+from llm_numba.util.cli import UserError
 
 
-def initialise(ops, arena: Arena, seed: int) -> None:
-    """parameters = GPT-2's random start; the rows of wte that only pad the vocabulary are 0 and stay so."""
-    rng = np.random.default_rng(seed)
-    for spec in parameter_specs(arena.config):
-        values = np.float32(spec.fill)
-        if spec.std:
-            values = rng.standard_normal(arena.tensors["parameters", spec.name].shape, np.float32)
-            values *= np.float32(spec.std)
-            if spec.name == "wte":
-                values[arena.config.vocab_size :] = 0
-        set_parameter(ops, arena, spec.name, values)
+@dataclass(frozen=True)
+class GPT2:
+    """The sizes of a GPT-2, with llm.c's names, and everything that follows from them."""
 
+    max_seq_len: int  # the context: the longest T
+    vocab_size: int  # V
+    num_layers: int  # L
+    num_heads: int  # NH
+    channels: int  # C
 
-def set_parameter(ops, arena: Arena, name: str, values) -> None:
-    """A parameter = values, in every precision in which the arena keeps it."""
-    for group in "parameters", "master":
-        if (group, name) in arena.tensors:
-            ops.to_device(arena.tensors[group, name], values)
+    name: ClassVar[str] = "gpt2"
+    PRESETS: ClassVar[dict[str, "GPT2"]] = {}
 
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.channels % self.num_heads:
+            raise UserError(f"channels ({self.channels}) must be a multiple of num_heads ({self.num_heads})")
 
-def exact_parameters(arena: Arena) -> dict:
-    """The parameters by name, as precise as the arena has them."""
-    return arena.named("master") or arena.named("parameters")
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vp: V rounded up to a multiple of 128, which keeps the rows of the logits aligned."""
+        return -(-self.vocab_size // 128) * 128
 
+    def miniature(self, T: int) -> "GPT2":
+        """The smallest GPT-2 with a context of T tokens and heads of the same size: its step compiles the same code."""
+        return GPT2(T, 257, num_layers=1, num_heads=1, channels=self.channels // self.num_heads)
 
-def forward(ops, m):
-    """m.tokens (B, T) -> m.lnf (B, T, C), from which `logits` follow."""
-    first = m.layers[0]
-    ops.encoder_forward(m.encoded, m.tokens, m.wte, m.wpe)  # (B, T, C)
-    ops.layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, m.encoded, first.ln1w, first.ln1b)  # (B, T, C)
-    for l in m.layers:
-        ops.matmul_forward(l.qkv, l.ln1, l.qkvw, l.qkvb, m.scratch)  # (B, T, 3*C)
-        ops.attention_forward(l.atty, l.att, l.qkv, m.num_heads, m.scratch)  # (B, T, C)
-        ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)  # (B, T, C)
-        ops.residual_layernorm_forward(
-            l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b
-        )  # both (B, T, C)
-        ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
-        ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
-        ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)  # (B, T, C)
-        next = l.next  # the LayerNorm that follows: the next layer's ln1, or lnf
-        ops.residual_layernorm_forward(
-            l.residual3, next.out, next.mean, next.rstd, l.residual2, l.fcproj, next.weight, next.bias
-        )  # both (B, T, C)
+    def flops_per_token(self, T: int) -> float:
+        """Forward and backward: 6 per matmul weight, and attention's two products over half of T x T."""
+        L, C = self.num_layers, self.channels
+        return 6.0 * (12 * L * C * C + self.padded_vocab_size * C) + 6.0 * L * C * T
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tensors
 
-def logits(ops, m, rows):
-    """rows.lnf (1, n, C) -> rows.logits (1, n, Vp); rows are one of m.blocks, or m itself."""
-    ops.matmul_forward(rows.logits, rows.lnf, m.wte, None, m.scratch)
+    def parameters(self) -> list[TensorSpec]:
+        """The parameters, in llm.c's order. The projections into the residual stream start smaller, because 2*L of
+        them add up in it (Radford et al. 2019, section 2.3)."""
+        C, residual_std, layer = self.channels, 0.02 / math.sqrt(2 * self.num_layers), dict(per_layer=True)
+        return [
+            TensorSpec("wte", (self.padded_vocab_size, C), std=0.02, decays=True),
+            TensorSpec("wpe", (self.max_seq_len, C), std=0.02, decays=True),
+            TensorSpec("ln1w", (C,), fill=1, **layer),
+            TensorSpec("ln1b", (C,), **layer),
+            TensorSpec("qkvw", (3 * C, C), std=0.02, decays=True, **layer),
+            TensorSpec("qkvb", (3 * C,), **layer),
+            TensorSpec("attprojw", (C, C), std=residual_std, decays=True, **layer),
+            TensorSpec("attprojb", (C,), **layer),
+            TensorSpec("ln2w", (C,), fill=1, **layer),
+            TensorSpec("ln2b", (C,), **layer),
+            TensorSpec("fcw", (4 * C, C), std=0.02, decays=True, **layer),
+            TensorSpec("fcb", (4 * C,), **layer),
+            TensorSpec("fcprojw", (C, 4 * C), std=residual_std, decays=True, **layer),
+            TensorSpec("fcprojb", (C,), **layer),
+            TensorSpec("lnfw", (C,), fill=1),
+            TensorSpec("lnfb", (C,)),
+        ]
 
+    def activations(self, B: int, T: int, recompute: str = "none") -> list[TensorSpec]:
+        """What `forward` and `loss` write, in their order.
 
-def loss(ops, m, vocab_size, share=1.0, write_dlogits=True, accumulate=False):
-    """m.losses (B, T) for m.targets, m.loss += share * their mean. Where write_dlogits, also the backward of the last
-    matmul: m.dlnf, and m.dwte, to which it is added where accumulate.
+        recompute: what the backward pass computes again, so that all layers can share its memory.
+        """
+        C, layer, exact = self.channels, dict(per_layer=True), dict(dtype="float32")
+        norm = dict(shares="norm" if "layernorm" in recompute else "")
+        gelu = dict(shares="gelu" if "gelu" in recompute else "")
+        return [
+            TensorSpec("encoded", (B, T, C)),
+            TensorSpec("ln1", (B, T, C), **layer, **norm),
+            TensorSpec("ln1_mean", (B, T), **layer, **exact),
+            TensorSpec("ln1_rstd", (B, T), **layer, **exact),
+            TensorSpec("qkv", (B, T, 3 * C), **layer),
+            TensorSpec("lse", (B, self.num_heads, T), **layer, **exact),  # log-sum-exp of each query's scores
+            TensorSpec("atty", (B, T, C), **layer),
+            TensorSpec("attproj", (B, T, C), shares="branch", **layer),
+            TensorSpec("residual2", (B, T, C), **layer),
+            TensorSpec("ln2", (B, T, C), **layer, **norm),
+            TensorSpec("ln2_mean", (B, T), **layer, **exact),
+            TensorSpec("ln2_rstd", (B, T), **layer, **exact),
+            TensorSpec("fch", (B, T, 4 * C), **layer),
+            TensorSpec("fch_gelu", (B, T, 4 * C), **layer, **gelu),
+            TensorSpec("fcproj", (B, T, C), shares="branch", **layer),
+            TensorSpec("residual3", (B, T, C), **layer),
+            TensorSpec("lnf", (B, T, C)),
+            TensorSpec("lnf_mean", (B, T), **exact),
+            TensorSpec("lnf_rstd", (B, T), **exact),
+            # a quarter of the rows at a time, but at least 1024: the logits are the largest activation
+            TensorSpec("logits", (B, T, self.padded_vocab_size), rows=min(B * T, max(1024, padded(-(-B * T // 4))))),
+            TensorSpec("losses", (B, T), **exact),
+        ]
 
-    One block of rows after the other, so that the logits of a whole batch need not exist.
-    """
-    for number, rows in enumerate(m.blocks):
-        logits(ops, m, rows)
-        ops.fused_classifier(rows.logits, rows.losses, rows.targets, share / m.tokens.size, vocab_size, write_dlogits)
-        if write_dlogits:
-            more = accumulate or number > 0
-            ops.matmul_backward(rows.dlnf, m.dwte, None, rows.logits, rows.lnf, m.wte, m.scratch, more)
-    ops.add_mean(m.loss, m.losses, share)
+    def activation_gradients(self, B: int, T: int) -> list[TensorSpec]:
+        """What `loss` and `backward` write, in their order. The gradient of the logits replaces the logits."""
+        C, layer = self.channels, dict(per_layer=True)
+        return [
+            TensorSpec("dlnf", (B, T, C), shares="dbranch"),
+            TensorSpec("dresidual3", (B, T, C), shares="dstream", **layer),
+            TensorSpec("dfch_gelu", (B, T, 4 * C), shares="dwide", **layer),
+            TensorSpec("dfch", (B, T, 4 * C), shares="dfch", **layer),
+            TensorSpec("dln2", (B, T, C), shares="dbranch", **layer),
+            TensorSpec("dresidual2", (B, T, C), shares="dstream", **layer),
+            TensorSpec("datty", (B, T, C), shares="dbranch", **layer),
+            TensorSpec("dqkv", (B, T, 3 * C), shares="dwide", **layer),
+            TensorSpec("dln1", (B, T, C), shares="dbranch", **layer),
+            TensorSpec("dencoded", (B, T, C), shares="dstream"),
+        ]
 
+    def wire(self, m: SimpleNamespace) -> None:
+        """Connect the layers: `inp` and `dinp` are the residual stream that enters a layer and its gradient; `next` is
+        the LayerNorm that follows: out, mean, rstd, weight and bias of the next layer's ln1, or of lnf."""
+        stream, dstream = m.encoded, getattr(m, "dencoded", None)
+        parts = {"out": "", "mean": "_mean", "rstd": "_rstd", "weight": "w", "bias": "b"}
+        for l, layer in enumerate(m.layers):
+            layer.inp, layer.dinp = stream, dstream
+            if hasattr(layer, "cache"):  # to generate text, attention saves keys and values instead of lse
+                layer.lse = layer.cache
+            stream, dstream = layer.residual3, getattr(layer, "dresidual3", None)
+            owner, norm = (m.layers[l + 1], "ln1") if l + 1 < self.num_layers else (m, "lnf")
+            layer.next = SimpleNamespace(**{part: getattr(owner, norm + end) for part, end in parts.items()})
 
-def backward(ops, m, accumulate=False):
-    """m.dlnf and m.dwte -> the gradient of every parameter. Read `forward` from its last line up.
+    def initial_parameters(self, seed: int) -> Iterator[tuple[str, np.ndarray | float]]:
+        """(name, values) of every parameter at the start of training. Rows of wte that only pad the vocabulary are 0
+        and stay 0."""
+        rng = np.random.default_rng(seed)
+        for spec in self.parameters():
+            values = np.float32(spec.fill)
+            if spec.std:
+                layers = (self.num_layers,) if spec.per_layer else ()
+                values = rng.standard_normal((*layers, *spec.shape), np.float32) * np.float32(spec.std)
+                if spec.name == "wte":
+                    values[self.vocab_size :] = 0
+            yield spec.name, values
 
-    Where accumulate, parameters' gradients are added to what is there, else they are written; m.dwte and m.dwpe, to
-    which the embedding hands its share, are always added to.
-    """
-    top = m.layers[-1]
-    ops.zero(top.dresidual3)
-    ops.layernorm_backward(
-        top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch, accumulate
-    )
-    for l in reversed(m.layers):
-        if "gelu" in m.recompute:
-            ops.gelu_forward(l.fch_gelu, l.fch)
-        ops.matmul_backward(
-            l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch, accumulate
-        )
-        ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
-        if "layernorm" in m.recompute:
-            ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)
-        ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch, accumulate)
-        ops.residual_backward(l.dresidual2, l.dresidual3)
+    # -----------------------------------------------------------------------------------------------------------------
+    # A training step
+
+    def forward(self, ops, m) -> None:
+        """m.tokens (B, T) -> m.lnf (B, T, C), the input of `logits`."""
+        NH, first = self.num_heads, m.layers[0]
+        ops.encoder_forward(m.encoded, m.tokens, m.wte, m.wpe)  # (B, T, C)
+        ops.layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, m.encoded, first.ln1w, first.ln1b)  # (B, T, C)
+        for l in m.layers:
+            ops.matmul_forward(l.qkv, l.ln1, l.qkvw, l.qkvb, m.scratch)  # (B, T, 3*C)
+            ops.attention_forward(l.atty, l.lse, l.qkv, NH, NH, m.scratch)  # (B, T, C)
+            ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)  # (B, T, C)
+            ops.residual_layernorm_forward(
+                l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b
+            )  # both (B, T, C)
+            ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
+            ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
+            ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)  # (B, T, C)
+            next = l.next
+            ops.residual_layernorm_forward(
+                l.residual3, next.out, next.mean, next.rstd, l.residual2, l.fcproj, next.weight, next.bias
+            )  # both (B, T, C)
+
+    def logits(self, ops, m, rows) -> None:
+        """rows.lnf (1, n, C) -> rows.logits (1, n, Vp); rows is one of m.blocks, or m itself."""
+        ops.matmul_forward(rows.logits, rows.lnf, m.wte, None, m.scratch)
+
+    def loss(self, ops, m, share: float = 1.0, write_dlogits: bool = True, accumulate: bool = False) -> None:
+        """m.losses (B, T) = the loss of each target in m.targets, m.loss += share * their mean.
+
+        If write_dlogits, also the backward of the last matmul: m.dlnf =, m.dwte = (+= if accumulate). It works on one
+        block of rows at a time, so the logits of a whole batch need not exist.
+        """
+        for i, rows in enumerate(m.blocks):
+            self.logits(ops, m, rows)
+            dloss = share / m.tokens.size
+            ops.fused_classifier(rows.logits, rows.losses, rows.targets, dloss, self.vocab_size, write_dlogits)
+            if write_dlogits:
+                add = accumulate or i > 0
+                ops.matmul_backward(rows.dlnf, m.dwte, None, rows.logits, rows.lnf, m.wte, m.scratch, add)
+        ops.add_mean(m.loss, m.losses, share)
+
+    def backward(self, ops, m, accumulate: bool = False) -> None:
+        """m.dlnf and m.dwte -> the gradient of every parameter. Read `forward` from its last line up.
+
+        Gradients of parameters are written (=), or added (+=) if accumulate. `encoder_backward` always adds: to what
+        `loss` left in m.dwte, and to m.dwpe.
+        """
+        NH, top = self.num_heads, m.layers[-1]
+        if not accumulate:
+            ops.zero(m.dwpe)
+        ops.zero(top.dresidual3)
         ops.layernorm_backward(
-            l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch, accumulate
-        )
-        ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch, accumulate)
-        ops.attention_backward(l.dqkv, l.datty, l.atty, l.att, l.qkv, m.num_heads, m.scratch)
-        if "layernorm" in m.recompute:
-            ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)
-        ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch, accumulate)
-        ops.residual_backward(l.dinp, l.dresidual2)
-        ops.layernorm_backward(
-            l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch, accumulate
-        )
-    ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+            top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch,
+            accumulate,
+        )  # fmt: skip
+        for l in reversed(m.layers):
+            if "gelu" in m.recompute:
+                ops.gelu_forward(l.fch_gelu, l.fch)
+            ops.matmul_backward(
+                l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch, accumulate
+            )
+            ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
+            if "layernorm" in m.recompute:
+                ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)
+            ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch, accumulate)
+            ops.residual_backward(l.dresidual2, l.dresidual3)
+            ops.layernorm_backward(
+                l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch,
+                accumulate,
+            )  # fmt: skip
+            ops.matmul_backward(
+                l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch, accumulate
+            )
+            ops.attention_backward(l.dqkv, l.datty, l.atty, l.lse, l.qkv, NH, NH, m.scratch)
+            if "layernorm" in m.recompute:
+                ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)
+            ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch, accumulate)
+            ops.residual_backward(l.dinp, l.dresidual2)
+            ops.layernorm_backward(
+                l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch, accumulate
+            )
+        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+
+    def update(self, ops, m, s) -> None:
+        """One step of AdamW on every parameter, with the settings s, m.learning_rate, m.step and m.seed.
+
+        The step is skipped if the loss or the norm of the gradients is not finite or above m.limits.
+        """
+        flat = m.flat
+        ops.global_norm_squared(m.grad_norm_squared, flat.gradients, m.scratch)
+        ops.clip(m.grad_scale, m.loss, m.grad_norm_squared, m.limits, s.grad_clip)
+        ops.adamw_update(
+            flat.parameters, flat.master, flat.gradients, flat.m, flat.v, m.decays,
+            m.learning_rate, s.beta1, s.beta2, s.eps, s.weight_decay, m.step, m.seed, m.grad_scale,
+        )  # fmt: skip
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generating text
+
+    def generation_cache(self) -> list[TensorSpec]:
+        """The keys and values of earlier tokens."""
+        return [TensorSpec("cache", (1, self.max_seq_len, 2, self.channels), per_layer=True)]
+
+    def generation_activations(self, T: int) -> list[TensorSpec]:
+        """What `next_logits` needs for T new tokens, beside parameters and cache; all layers share it."""
+        activations = self.activations(1, T)
+        return [
+            *(s._replace(shares=f"{s.name} of {T}" if s.per_layer else "") for s in activations if s.name != "lse"),
+            TensorSpec("tokens", (1, T), "int32"),
+            TensorSpec("position", (1,), "int32"),
+            TensorSpec("wpe", (T, self.channels)),  # the rows of the parameter at these positions
+        ]
+
+    def seek(self, ops, m, parameters: dict, position: int) -> None:
+        """The tokens in m.tokens stand at `position` and after it."""
+        ops.to_device(m.position, position)
+        ops.copy(m.wpe, parameters["wpe"][position : position + m.tokens.shape[1]])
+
+    def next_logits(self, ops, m) -> None:
+        """m.logits (1, T, Vp) = the logits after each token of m.tokens; the cache gets their keys and values.
+
+        This is `forward` with attention that reads the keys and values of earlier tokens from the cache.
+        """
+
+        def attention(out, cache, qkv, num_heads, num_kv_heads, scratch):
+            ops.attention_cached_forward(out, cache, qkv, m.position, num_heads, num_kv_heads)
+
+        self.forward(ops.replace(attention_forward=attention), m)
+        self.logits(ops, m, m)
 
 
-def gradients(ops, m, vocab_size):
-    """m.loss, the gradient of every parameter = those of the mean over all micro-batches."""
-    ops.zero(m.loss)
-    ops.zero(m.dwpe)
-    for number, (tokens, targets) in enumerate(m.micro_batches):
-        ops.copy(m.tokens, tokens)
-        ops.copy(m.targets, targets)
-        forward(ops, m)
-        loss(ops, m, vocab_size, 1.0 / len(m.micro_batches), accumulate=number > 0)
-        backward(ops, m, accumulate=number > 0)
-
-
-def update(ops, m, s):
-    """One step of AdamW on every parameter, with the settings s, m.learning_rate, m.step and m.seed; it is left out
-    where the loss or the gradients' norm is not finite or above m.limits."""
-    flat = m.flat
-    ops.global_norm_squared(m.grad_norm_squared, flat.gradients, m.scratch)
-    ops.clip(m.grad_scale, m.loss, m.grad_norm_squared, m.limits, s.grad_clip)
-    ops.adamw_update(
-        flat.parameters, flat.master, flat.gradients, flat.m, flat.v, m.decays,
-        m.learning_rate, s.beta1, s.beta2, s.eps, s.weight_decay, m.step, m.seed, m.grad_scale,
-    )  # fmt: skip
+GPT2.PRESETS.update({
+    #             context  V      L   NH  C
+    "nano": GPT2(32, 257, 2, 2, 16),  # 12 thousand parameters: for stepping through
+    "tiny": GPT2(128, 2048, 4, 3, 192),  # 2 million: the first run
+    "d12": GPT2(1024, 50257, 12, 12, 768),  # 124 million: GPT-2 small
+    "d24": GPT2(1024, 50257, 24, 16, 1024),  # 355 million: medium
+    "d36": GPT2(1024, 50257, 36, 20, 1280),  # 774 million: large
+    "d48": GPT2(1024, 50257, 48, 25, 1600),  # 1558 million: XL
+})  # fmt: skip

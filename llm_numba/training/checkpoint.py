@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, whole or not there, in which a flipped bit is found."""
+"""Checkpoints: one safetensors file each, written whole or not at all, with a checksum that detects a flipped bit."""
 
 import contextlib
 import hashlib
@@ -6,36 +6,75 @@ import itertools
 import json
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llm_numba.arena import parameter_specs
-from llm_numba.models.config import GPT2Config
+from llm_numba.data.tokenizer import tokenizer_from_state
+from llm_numba.models import Model, model_of
+from llm_numba.training import settings
 from llm_numba.training.outliers import WINDOW
+from llm_numba.training.settings import Settings
 from llm_numba.util.cli import UserError
 
 FORMAT = "llm_numba checkpoint 1"
 RANKS = "tokenizer.ranks"
 NAME = re.compile(r"step_(\d+)\.safetensors")
-TEMPORARY = ("*.safetensors.tmp", ".tmp*")  # ours; the safetensors library's own, which it renames to ours
+TEMPORARY = ("*.safetensors.tmp", ".tmp*")  # ours; those of the safetensors library, which it renames to ours
 
 Tokenizer = tuple[dict, bytes]
 
 
-def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
-    """Write a checkpoint: after a crash, or a power cut, `path` holds either what it held before or all of this.
+class Checkpoint(NamedTuple):
+    """What a run's checkpoint holds: the tensors by name, and the record of everything else."""
 
-    tensors:   any shapes; float32, uint8, int64 ... come back bit for bit
-    state:     JSON types; floats come back exactly, nan and inf included
-    tokenizer: a dict of JSON types and the ranks' bytes
-    Errors: UserError where the file cannot be written (disk full, folder not writable ...); no temporary file stays.
+    path: Path
+    tensors: dict[str, np.ndarray]
+    record: dict
+    encoding: tiktoken.Encoding | None
+    model: Model
+    settings: Settings
+
+    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, values), all layers together."""
+        return ((spec.name, self.tensors[spec.name]) for spec in self.model.parameters())
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint file, or the newest whole one of a run folder; damaged newer ones are reported on stderr.
+
+    Errors: UserError if there is none, or if no run wrote it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path, stored, problems = load_newest(path)
+        for problem in problems:
+            print(f"note: {problem}; using {path}", file=sys.stderr)
+    else:
+        stored = load(path)
+    tensors, record, tokenizer = stored
+    model = check_record(path, tensors, record)
+    recorded = settings.from_record(record["settings"], path)
+    return Checkpoint(path, tensors, record, tokenizer and tokenizer_from_state(*tokenizer), model, recorded)
+
+
+def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
+    """Write a checkpoint. After a crash or a power cut, `path` holds either its old content or all of the new one.
+
+    tensors:   any shapes; float32, uint8, int64 ... are restored bit for bit
+    state:     JSON types; floats are restored exactly, nan and inf included
+    tokenizer: a dict of JSON types and the bytes of the ranks
+    Errors: UserError if the file cannot be written (disk full, folder not writable ...); no temporary file stays.
     """
     path = Path(path)
     texts = {"format": FORMAT, "state": json.dumps(state), "tokenizer": json.dumps(tokenizer and tokenizer[0])}
-    # safetensors writes the memory as it lies
+    # safetensors ignores strides
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     if tokenizer:
         tensors[RANKS] = np.frombuffer(tokenizer[1], np.uint8)
@@ -47,10 +86,10 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenize
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(tensors, temporary, texts)
-        temporary.chmod(mode)  # safetensors gives its files to the owner alone
+        temporary.chmod(mode)  # safetensors creates files that only the owner can read
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
-        if os.name != "nt":  # Windows opens no folder
+        if os.name != "nt":  # Windows cannot open a folder
             _sync(path.parent, os.O_RDONLY)
     except (OSError, SafetensorError) as error:
         reason = str(error).rpartition("I/O error: ")[2]
@@ -61,10 +100,10 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenize
 
 
 def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
-    """What `save` was given: (tensors, state, tokenizer). Each tensor is read once, into memory of its own.
+    """(tensors, state, tokenizer) as `save` got them.
 
-    Errors: UserError for a file that is missing, truncated, damaged or no checkpoint; it names the checkpoint of the
-    same run that can be used instead: the last one before it that is whole.
+    Errors: UserError for a file that is missing, truncated, damaged or not a checkpoint. It names the last whole
+    checkpoint before it in the same run.
     """
     path = Path(path)
     try:
@@ -75,15 +114,15 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | Non
     for other in reversed([p for p in _checkpoints(path.parent) if step is not None and _step(p) < step]):
         with contextlib.suppress(UserError):
             _read(other)
-            message += f"; the one before it is whole: {other}"
+            message += f"; use the last whole one before it: {other}"
             break
     raise UserError(message)
 
 
 def load_newest(run_folder: str | Path) -> tuple[Path, tuple, list[str]]:
-    """(path, what `load` returns, what is wrong with each newer one) of the run's newest checkpoint that is whole.
+    """(path, what `load` returns, what is wrong with each newer one) of the run's newest whole checkpoint.
 
-    Errors: UserError where there is none.
+    Errors: UserError if there is none.
     """
     newest(run_folder)
     problems = []
@@ -92,55 +131,53 @@ def load_newest(run_folder: str | Path) -> tuple[Path, tuple, list[str]]:
             return path, _read(path), problems
         except UserError as error:
             problems.append(str(error))
-    raise UserError(f"{problems[0]}; nor is any other of {run_folder} whole")
+    raise UserError(f"{problems[0]}; {run_folder} has no whole checkpoint")
 
 
-def sizes_of(path: str | Path, tensors: dict[str, np.ndarray], state: dict) -> GPT2Config:
-    """The sizes of the model in a training run's checkpoint, of which `load` returned these.
+def check_record(path: str | Path, tensors: dict[str, np.ndarray], record: dict) -> Model:
+    """The model of a checkpoint's tensors and record.
 
-    Errors: UserError for a whole file that no run has written: all that a run reads is there, and fits.
+    Errors: UserError for a whole file that no run wrote, in which something that a run reads is missing or misfit.
     """
     try:
-        config = GPT2Config(**state["config"])
-        if any(type(size) is not int for size in vars(config).values()):
-            raise TypeError("a size is not a whole number")
-        for spec in parameter_specs(config):
-            shape = (config.num_layers, *spec.shape) if spec.per_layer else spec.shape
+        model = model_of(record)
+        for spec in model.parameters():
+            shape = (model.num_layers, *spec.shape) if spec.per_layer else spec.shape
             for name in (spec.name, f"m.{spec.name}", f"v.{spec.name}"):
                 if tensors[name].shape != shape or tensors[name].dtype != np.float32:
                     raise ValueError(f"{name} does not fit the model's sizes")
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError(f"step is {state['step']!r:.20}")
+        if type(record["step"]) is not int or record["step"] < 0:
+            raise ValueError(f"step is {record['step']!r:.20}")
         for name in "loss_history", "norm_history":
-            if len(state[name]) > WINDOW or any(type(x) is not float for x in state[name]):
-                raise ValueError(f"{name} is not a list of numbers")
+            if len(record[name]) > WINDOW or any(type(x) is not float for x in record[name]):
+                raise ValueError(f"{name} is not a list of floats")
         for name, kind in ("loader", dict), ("settings", dict), ("data", list):
-            if type(state[name]) is not kind:
-                raise TypeError(f"{name} is {state[name]!r:.20}")
+            if type(record[name]) is not kind:
+                raise TypeError(f"{name} is {record[name]!r:.20}")
     except (KeyError, TypeError, ValueError, UserError) as error:
-        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is no checkpoint of a run, or another version's: {problem}") from error
-    return config
+        problem = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is not a run's checkpoint, or another version wrote it: {problem}") from error
+    return model
 
 
 def checkpoint_path(run_folder: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """The path of the checkpoint after `step` updates."""
     return Path(run_folder) / "checkpoints" / f"step_{step:06d}.safetensors"
 
 
 def newest(run_folder: str | Path) -> Path:
-    """The run's checkpoint with the most steps. Errors: UserError where there is none."""
+    """The run's checkpoint with the most steps. Errors: UserError if there is none."""
     folder = Path(run_folder) / "checkpoints"
     checkpoints = _checkpoints(folder)
     if not checkpoints:
-        raise UserError(f"no checkpoint to resume from in {folder}: is {run_folder} a run's folder?")
+        raise UserError(f"no checkpoint in {folder}: is {run_folder} a run folder?")
     return checkpoints[-1]
 
 
 def set_aside(path: str | Path) -> list[Path]:
-    """Rename the checkpoints of the same run with more steps than this one, so that going on from it is what counts.
+    """Rename the checkpoints of the same run with more steps than this one, since the run continues from this one.
 
-    They keep their content, as step_000200.safetensors.aside, aside2 and so on. Returns their new paths.
+    They become step_000200.safetensors.aside, aside2 and so on. Returns their new paths.
     """
     path = Path(path)
     newer = [p for p in _checkpoints(path.parent) if _step(p) > _step(path)]
@@ -148,15 +185,15 @@ def set_aside(path: str | Path) -> list[Path]:
 
 
 def _free(path: Path) -> Path:
-    """The path itself, or the first of path2, path3, ... where there is a file."""
+    """The path itself, or the first of path2, path3, ... that does not exist."""
     return next(p for i in itertools.count(1) if not (p := path.with_name(f"{path.name}{i if i > 1 else ''}")).exists())
 
 
 def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
-    """Remove the run's checkpoints but the last `keep` (at least 1) and those of every `keep_every`-th step (0: none).
+    """Remove the run's checkpoints except the last `keep` (at least 1) and every `keep_every`-th step (0: none).
 
-    What writers that were killed have left behind goes too; so nothing may be writing a checkpoint meanwhile.
-    Errors: UserError where a file cannot be removed.
+    Temporary files of killed writers are removed too, so nothing else may be writing a checkpoint at the same time.
+    Errors: UserError if a file cannot be removed.
     """
     folder = Path(run_folder) / "checkpoints"
     old = [p for p in _checkpoints(folder)[:-keep] if not keep_every or _step(p) % keep_every]
@@ -169,7 +206,7 @@ def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
     try:
-        with open(path, "rb"):  # says what is wrong with a path better than safetensors does
+        with open(path, "rb"):  # its error messages are clearer than those of safetensors
             pass
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -178,21 +215,21 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
             texts = file.metadata() or {}
             sha256 = texts.pop("sha256", None)
             if texts.get("format") != FORMAT or texts.keys() != {"format", "state", "tokenizer"}:
-                raise UserError(f"{path} is no checkpoint that this version of llm_numba can read, or is damaged")
+                raise UserError(f"{path} is not a checkpoint that this version of llm_numba can read, or it is damaged")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
+        raise UserError(f"{path} is truncated, damaged or not a safetensors file ({error})") from error
     if sha256 != _sha256(texts, tensors):
-        raise UserError(f"{path} is damaged: its checksum does not match what it holds")
+        raise UserError(f"{path} is damaged: its checksum does not match its content")
     try:
         state, tokenizer = json.loads(texts["state"]), json.loads(texts["tokenizer"])
         return tensors, state, None if tokenizer is None else (tokenizer, tensors.pop(RANKS).tobytes())
     except (KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} holds no state of a run that can be read ({error})") from error
+        raise UserError(f"{path} holds no readable state of a run ({error})") from error
 
 
 def _sha256(texts: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
-    """The checksum of all that a checkpoint says; the first line tells how to divide what follows it."""
+    """The checksum of a checkpoint; the first line that is hashed says how to divide the bytes after it."""
     outline = [sorted(texts.items()), [(name, t.dtype.name, t.shape) for name, t in sorted(tensors.items())]]
     digest = hashlib.sha256(json.dumps(outline).encode() + b"\n")
     for _, tensor in sorted(tensors.items()):
@@ -201,7 +238,7 @@ def _sha256(texts: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, by step; temporary files are none."""
+    """The checkpoints in a folder, by step, without temporary files."""
     return sorted((p for p in folder.glob("step_*.safetensors") if _step(p) is not None), key=_step)
 
 
@@ -211,7 +248,7 @@ def _step(path: Path) -> int | None:
 
 
 def _sync(path: Path, flags: int) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, flags)
     try:
         os.fsync(handle)

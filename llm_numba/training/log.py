@@ -1,34 +1,46 @@
-"""What a run leaves to read: its settings, a log as text and as JSON lines, and a picture of the losses."""
+"""The files of a run folder that are for reading: settings.json, train.log, log.jsonl and loss.png."""
 
 import contextlib
+import errno
 import json
 import math
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from llm_numba.data.hellaswag import Score
+from llm_numba.training.loss_plot import LOSSES, write_figure
+from llm_numba.training.read_log import Run, columns_in
 from llm_numba.training.trackers import Tracker
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, command, discard
 from llm_numba.util.files import write_whole
 
-SMOOTH = 20  # steps that are averaged before a loss is drawn
+COLUMNS = (
+    "Columns of the log: loss and gradient norm, each with its z-score over the last 128 steps; learning rate; step "
+    "time; throughput; share of the measured peak; time left."
+)
+CLEAR = "\r\x1b[K"  # a terminal's current line
 
 
 class RunLog:
-    """The files of a run folder, and the lines on the screen.
+    """Writes the files of a run folder, and lines on the screen.
 
-    step: that of the checkpoint that the run goes on from, and the log loses what came after it; None for a new run.
-    track: a tracker that gets the rows too. unread: why the screen can no longer be written, if so.
-    Errors: UserError where the folder of a new run holds one already, another process is writing it, or a file cannot
+    train.log and log.jsonl get every step. A terminal gets one live line, and the full line of every tenth of the run,
+    of outliers, and of each step after which something else is printed. Other outputs get every line.
+    step: that of the checkpoint from which a run resumes; later rows are removed from log.jsonl. None for a new run.
+    track: a tracker that gets the rows too. unwritable: why the screen can no longer be written, if so.
+    Errors: UserError if the folder of a new run already contains one, another process is writing it, or a file cannot
     be written.
     """
 
     def __init__(self, folder: Path, record: dict, step: int | None, track: str = "none"):
-        self.folder, self.path, self.unread = folder, folder / "log.jsonl", ""
-        self.lock = FileLock(folder / ".lock")  # which the system takes back when the process ends, however it does
+        self.folder, self.path = folder, folder / "log.jsonl"
+        self.unwritable: OSError | None = None
+        self.is_terminal, self.is_live, self.hidden = sys.stdout.isatty(), False, ""
+        self.lock = FileLock(folder / ".lock")  # released by the system however the process ends
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -40,7 +52,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.path}: a line is damaged ({error}); mend it, or move the file away") from error
+            raise UserError(f"{self.path}: a line is damaged ({error}); fix it, or move the file away") from error
         finally:
             if not hasattr(self, "json"):
                 self.lock.release()
@@ -48,41 +60,50 @@ class RunLog:
 
     def _open(self, record: dict, step: int | None) -> None:
         if step is None and (self.folder / "settings.json").exists():
-            raise UserError(
-                f"--out {self.folder}: holds a run already; go on with --resume {self.folder}, or choose another"
-            )
-        lines = [] if step is None else self._lines()
+            resume = command("train", "--resume", self.folder)
+            raise UserError(f"--out {self.folder}: already contains a run; resume it with {resume}, or choose another")
+        lines = []
+        if step is not None and self.path.exists():
+            with open(self.path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]  # the last line may be cut off
         write_whole(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
         write_whole(self.folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
-        self.text = open(self.folder / "train.log", "a", encoding="utf-8")
-        self.json = open(self.path, "a")
+        self.text = open(self.folder / "train.log", "a", encoding="utf-8", errors="surrogateescape")
+        self.json = open(self.path, "a", encoding="utf-8")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.tracker.close()
+        self._show("")
         for file in self.text, self.json:
-            with contextlib.suppress(OSError):  # of a line that could not be written, which was told then
+            with contextlib.suppress(OSError):  # a line that could not be written, which was reported then
                 file.close()
         self.lock.release()
 
-    def _lines(self) -> list[str]:
-        """The whole lines of the JSON log; the last one may have been cut off."""
-        if not self.path.exists():
-            return []
-        with open(self.path) as file:
-            return [line for line in file if line.endswith("\n")]
-
     def say(self, line: str) -> None:
-        try:
-            print(line, flush=True)
-        except OSError as error:  # the program at the end of the pipe, or the terminal, has gone
-            self.unread = error.strerror
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        """A line on the screen and in train.log."""
+        self._show(f"{self.hidden}{line}\n")
+        self.hidden = ""
         self._write(self.text, line)
 
+    def _show(self, text: str, live: bool = False) -> None:
+        """Write to the screen, over the live line if there is one."""
+        clear = CLEAR if self.is_live else ""
+        if self.unwritable or not clear + text:
+            return
+        try:
+            print(end=clear + text, flush=True)
+            self.is_live = live
+        except OSError as error:
+            if error.errno == errno.EBADF:  # closed on purpose, as by >&-
+                discard(sys.stdout)
+            else:
+                self.unwritable = error
+
     def record(self, **values) -> None:
+        """A row of log.jsonl."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._write(self.json, json.dumps(finite))
         self.tracker.log(finite)
@@ -94,17 +115,27 @@ class RunLog:
             raise UserError(f"{file.name}: cannot be written ({error.strerror}); the checkpoints are kept") from error
 
     def step(self, step: int, steps: int, seconds_left: float, **values) -> None:
+        """A training step, in the format that COLUMNS describes."""
+
         def z(value):
             return "    -" if math.isnan(value) else f"{value:5.2f}"
 
         v = values
         share = f" | {v['share_of_peak']:4.0%} of peak" if v["share_of_peak"] is not None else ""
-        self.say(
-            f"step {step:>{len(str(steps))}}/{steps} | loss {v['loss']:7.4f} (z {z(v['loss_z'])}) | "
-            f"norm {v['norm']:7.4f} (z {z(v['norm_z'])}) | lr {v['learning_rate']:.2e} | {v['ms']:7.1f} ms | "
-            f"{v['tokens_per_second']:7,.0f} tok/s{share} | {int(seconds_left) // 60}:{int(seconds_left) % 60:02} left"
+        number = f"step {step:>{len(str(steps))}}/{steps} | loss {v['loss']:7.4f}"
+        left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02} left"
+        line = (
+            f"{number} (z {z(v['loss_z'])}) | norm {v['norm']:7.4f} (z {z(v['norm_z'])}) | "
+            f"lr {v['learning_rate']:.2e} | {v['ms']:7.1f} ms | {v['tokens_per_second']:7,.0f} tok/s{share} | {left}"
             + (" | SKIPPED: an outlier" if v["skipped"] else "")
         )
+        if not self.is_terminal or v["skipped"] or step == 1 or step % max(1, steps // 10) == 0:
+            self.hidden = ""
+            self.say(line)
+        else:
+            self.hidden = line + "\n"
+            self._show(f"{number} | {v['tokens_per_second']:7,.0f} tok/s | {left}", live=True)
+            self._write(self.text, line)
         self.record(step=step, **values)
 
     def validation(self, step: int, loss: float) -> None:
@@ -119,37 +150,27 @@ class RunLog:
         self.say(f"--- sample at step {step} ---\n{text}\n---")
         self.record(step=step, sample=text)
 
-    def picture(self, reference: list[list[float]]) -> None:
-        """loss.png: the training loss, smoothed, the validation loss, and the reference curve [(step, loss)] if any."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        rows = [json.loads(line) for line in self._lines()]
-        train = [(row["step"], row["loss"]) for row in rows if type(row.get("loss")) is float]
-        val = [(row["step"], row["val_loss"]) for row in rows if type(row.get("val_loss")) is float]
-        if not train:
+    def picture(self, expected: list[list[float]]) -> None:
+        """loss.png: the losses so far, and the expected curve [(step, loss)] if there is one."""
+        columns, _ = columns_in(self.path.read_text(encoding="utf-8"))
+        if "loss" not in columns:
             return
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=1)
-        axes.plot(steps, smoothed(losses), color="C0", label=f"training, mean of {SMOOTH} steps")
-        if val:
-            axes.plot(*zip(*val, strict=True), "o-", color="C1", label="validation")
-        if reference:
-            axes.plot(*zip(*reference, strict=True), "--", color="grey", label="reference run")
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.folder))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        try:
-            figure.savefig(self.folder / "loss.png", dpi=120)
-        except OSError as error:
-            raise UserError(f"{self.folder / 'loss.png'}: cannot be written ({error.strerror})") from error
-        finally:
-            plt.close(figure)
+        runs = [Run(str(self.folder), columns)]
+        if expected:
+            runs.append(Run("expected curve", {"loss": tuple(np.array(expected, float).T)}))
+        write_figure(self.folder / "loss.png", runs, LOSSES)
 
 
-def smoothed(values) -> list[float]:
-    """The mean of each value and the SMOOTH - 1 before it, of fewer at the start."""
-    return [sum(v := values[max(0, i + 1 - SMOOTH) : i + 1]) / len(v) for i in range(len(values))]
+def share_of_peak(
+    flops: float, peak: float | None, measure: Callable[[], float | None]
+) -> tuple[float | None, float | None]:
+    """(share, peak): which part of `peak` the `flops` per second of a step are; None if no peak is known.
+
+    A step that exceeds the peak proves that the machine was busy when it was measured, so it is measured again; if the
+    step exceeds that too, the peak stays unknown.
+    """
+    if peak and flops > peak:
+        peak = measure()
+    if not peak or flops > peak:
+        return None, None
+    return flops / peak, peak

@@ -1,81 +1,141 @@
-"""How much memory a run needs, said before it takes any."""
+"""What a run puts into the arena, and how much memory that takes, reported before any is allocated."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 
-from llm_numba import sample
-from llm_numba.arena import DTYPES, Groups, format_map, layout, training_groups
-from llm_numba.models.config import GPT2Config
+import numpy as np
+
+from llm_numba.arena import DTYPES, RUN, Arena, Groups, TensorSpec, count, format_map, in_precision, layout
+from llm_numba.models import Model
+from llm_numba.ops import Ops
+from llm_numba.training import step
+from llm_numba.training.generate import generation_groups, generation_step
 from llm_numba.training.settings import Settings
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import format_bytes
 
-MOST_SEQUENCES = 1 << 16  # of a batch that is proposed
+LARGEST_BATCH = 1 << 16  # sequences, of the batch sizes that are proposed
+
+Program = Callable[[Ops, Arena], None]
+
+
+def training_groups(
+    model: Model, B: int, T: int, master: bool = False, micro_batches: int = 1, recompute: str = "none"
+) -> Groups:
+    """All tensors of training but scratch, group by group.
+
+    master: keep the parameters in float32 too; recompute: "none", "gelu" or "gelu+layernorm".
+    """
+    parameters = model.parameters()
+    exact = [spec._replace(dtype="float32") for spec in parameters]
+    inputs = [
+        TensorSpec("batches", (micro_batches, 2, B, T), "int32"),  # tokens and targets
+        TensorSpec("tokens", (B, T), "int32"),
+        TensorSpec("targets", (B, T), "int32"),
+        TensorSpec("decays", (count(parameters, model.num_layers) // RUN,), "uint8"),
+        TensorSpec("learning_rate", (1,), "float32"),
+        TensorSpec("step", (1,), "int32"),
+        TensorSpec("seed", (1,), "int32"),
+        TensorSpec("limits", (2,), "float64"),  # no update above this loss and this gradient norm
+        TensorSpec("grad_scale", (1,), "float32"),
+        TensorSpec("loss", (1,), "float64"),
+        TensorSpec("grad_norm_squared", (1,), "float64"),
+    ]
+    return {
+        "parameters": parameters,
+        "master": exact if master else [],
+        "gradients": [spec._replace(name="d" + spec.name) for spec in exact],
+        "m": exact,
+        "v": exact,
+        "activations": model.activations(B, T, recompute),
+        "activation gradients": model.activation_gradients(B, T),
+        "inputs": inputs,
+    }
+
+
+def complete(groups: Groups, model: Model, ops: Ops, dtype: str, *programs: Program) -> Groups:
+    """The groups in the precision of the run, and the scratch that the ops of these programs need.
+
+    The programs run once without memory: every op only reports how much scratch it needs for its arguments' shapes.
+    """
+    needed = [0]
+
+    def report(name, op):
+        needs = getattr(ops, f"{name}_scratch", lambda *arguments: 0)
+        return lambda *arguments: needed.append(needs(*(x for x in arguments if x is not scratch)))
+
+    dry = ops.wrap(report).replace(
+        allocate=lambda nbytes: None,
+        view=lambda memory, offset, shape, dtype: np.broadcast_to(np.empty((), ops.storage_dtype(dtype)), shape),
+        capture=lambda function: function,
+    )
+    groups = in_precision(groups, dtype)
+    arena = Arena(groups | {"scratch": [TensorSpec("scratch", (0,), "float32")]}, model, "reuse", dry)
+    scratch = arena.tensors["scratch", "scratch"]
+    for program in programs:
+        program(dry, arena)
+    return groups | {"scratch": [TensorSpec("scratch", (max(needed),), "float32")]}
 
 
 def plan_of(s: Settings) -> str:
-    """Who looks inside gets every tensor in memory of its own."""
+    """Debug modes give every tensor its own memory."""
     return "keep" if s.check_finite or s.no_jit or s.interpret else "reuse"
 
 
-def attention_of(s: Settings) -> str:
-    """Who steps through attention, or brings his own, has all its weights; --check-finite computes what the run did,
-    bit for bit."""
-    return "keep" if s.no_jit or s.interpret or any("attention" in value for value in s.use) else "reuse"
+def run_groups(s: Settings, model: Model, T: int, ops: Ops) -> Groups:
+    """All that a training run puts into the arena."""
+    master = s.dtype == "bf16" and not s.stochastic_rounding
+    groups = training_groups(model, s.batch_size, T, master, micro_batches(s, T), s.recompute)
 
+    def training_step(ops, arena):
+        step.training_step(ops, arena.model, arena.training(s.recompute), s)
 
-def all_groups(s: Settings, config: GPT2Config, T: int, ops) -> Groups:
-    """All that a run puts into the arena."""
-    dtype = DTYPES[s.dtype]
-    training = training_groups(
-        config,
-        s.batch_size,
-        T,
-        ops,
-        attention_of(s),
-        dtype,
-        master=s.dtype == "bf16" and not s.stochastic_rounding,
-        micro_batches=micro_batches(s, T),
-        recompute=s.recompute,
-    )
-    return training | sample.sampling_groups(config, ops, dtype)
+    return complete(groups | generation_groups(model), model, ops, DTYPES[s.dtype], training_step, generation_step)
 
 
 def micro_batches(s: Settings, T: int) -> int:
-    """How many of them make a step."""
+    """The micro-batches of a step."""
     return (s.tokens_per_step or s.batch_size * T) // (s.batch_size * T)
 
 
-def plan_memory(s: Settings, config: GPT2Config, ops) -> None:
-    """Print the arena's map and what the machine has; nothing is allocated."""
-    groups = all_groups(s, config, s.sequence_length or config.max_seq_len, ops)
-    print(format_map(*layout(groups, config.num_layers, plan_of(s))))
-    check_memory(groups, s, config, ops)
-    T = s.sequence_length or config.max_seq_len
-    most = largest_batch(range(s.batch_size, MOST_SEQUENCES), s, config, T, ops)
+def print_plan(s: Settings, model: Model, ops: Ops) -> None:
+    """Print the arena's map and what the machine has. Nothing is allocated. Errors: it does not fit."""
+    T = s.sequence_length or model.max_seq_len
+    groups = run_groups(s, model, T, ops)
+    print(format_map(*layout(groups, model.num_layers, plan_of(s))))
+    check_memory(groups, s, model, ops)
+    largest = largest_batch(range(s.batch_size, LARGEST_BATCH), s, model, T, ops)
     free = format_bytes(ops.available_memory())
-    print(f"available {ops.describe_device()}: {free}; it fits, and so would --batch-size {most}")
+    print(f"available {ops.describe_device()}: {free}; it fits, and so would --batch-size {largest}")
 
 
-def check_memory(groups: Groups, s: Settings, config: GPT2Config, ops) -> None:
-    """Raise a UserError, with a batch size that would fit, where the arena is larger than the memory available."""
-
-    available, needed = ops.available_memory(), layout(groups, config.num_layers, plan_of(s))[1]
+def check_memory(groups: Groups, s: Settings, model: Model, ops: Ops) -> None:
+    """Raise a UserError, with a setting that would fit, if the arena is larger than the available memory."""
+    available, needed = ops.available_memory(), layout(groups, model.num_layers, plan_of(s))[1]
     if needed <= available:
         return
-    fits = largest_batch(range(1, s.batch_size), s, config, s.sequence_length or config.max_seq_len, ops)
-    smaller = "model" if s.init else "--preset"
-    hint = f"--batch-size {fits} would fit" if fits else f"no batch size fits: choose a smaller {smaller}"
+    T = s.sequence_length or model.max_seq_len
+    flag, fits = f"--batch-size {s.batch_size}", largest_batch(range(1, s.batch_size), s, model, T, ops)
+    if arena_bytes(replace(s, tokens_per_step=0), model, T, ops) <= available:
+        flag, hint = f"--tokens-per-step {s.tokens_per_step}", "a step's tokens are kept in the arena; give fewer"
+    elif fits:
+        hint = f"--batch-size {fits} would fit"
+    else:
+        hint = f"no batch size fits: choose a smaller {'model' if s.init else '--preset'}"
     raise UserError(
-        f"--batch-size {s.batch_size}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of "
-        f"memory are available; {hint}"
+        f"{flag}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of memory are available; {hint}"
     )
 
 
-def largest_batch(sizes: range, s: Settings, config: GPT2Config, T: int, ops) -> int:
-    """The largest of these batch sizes whose arena fits into the memory available; one less than all if none does."""
+def largest_batch(sizes: range, s: Settings, model: Model, T: int, ops: Ops) -> int:
+    """The largest of these batch sizes whose arena fits into the available memory; one less than all if none does."""
 
     def bytes_of(B):
-        return layout(all_groups(replace(s, batch_size=B), config, T, ops), config.num_layers, plan_of(s))[1]
+        return arena_bytes(replace(s, batch_size=B, tokens_per_step=0), model, T, ops)
 
     return sizes.start + bisect_right(sizes, ops.available_memory(), key=bytes_of) - 1
+
+
+def arena_bytes(s: Settings, model: Model, T: int, ops: Ops) -> int:
+    return layout(run_groups(s, model, T, ops), model.num_layers, plan_of(s))[1]

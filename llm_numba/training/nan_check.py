@@ -1,14 +1,14 @@
 """--check-finite: stop at the first value that is nan or infinite, and say where it is."""
 
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from llm_numba.arena import Arena
-from llm_numba.ops import CONTRACT, WRITES
+from llm_numba.ops import CONTRACT, WRITES, Ops
 from llm_numba.training import checkpoint
+from llm_numba.training.override import parameters_of
 from llm_numba.util.cli import UserError
 
 
@@ -16,20 +16,20 @@ class NotFinite(UserError):
     """The first value that is nan or infinite, and where it is."""
 
 
-def kept(folder: Path) -> Path:
-    """Where the step that --check-finite stopped in a run folder is kept."""
+def bad_step_path(folder: Path) -> Path:
+    """Where a run folder keeps the step that --check-finite stopped."""
     return folder / "bad_step.safetensors"
 
 
-def keep(folder: Path, inputs: dict, tensors: dict[str, np.ndarray], record: dict) -> None:
-    """Write all that a step starts from: a checkpoint's content from before it, and its inputs."""
-    numbers = {name: value for name, value in inputs.items() if name != "batches"}
-    checkpoint.save(kept(folder), tensors | {"batches": inputs["batches"]}, record | {"inputs": numbers})
+def save_bad_step(folder: Path, inputs: dict, tensors: dict[str, np.ndarray], record: dict) -> None:
+    """Write everything that the step started from: the content of a checkpoint from before it, and its inputs."""
+    scalars = {name: value for name, value in inputs.items() if name != "batches"}
+    checkpoint.save(bad_step_path(folder), tensors | {"batches": inputs["batches"]}, record | {"inputs": scalars})
 
 
 def tensor_names(m: SimpleNamespace) -> dict[int, str]:
-    """id of a view in the namespace m -> "layer 3 qkv". One view has one name only under the plan "keep"."""
-    names = {}
+    """id of a view in the namespace m -> "layer 3 qkv". A view has one name only under the plan "keep"."""
+    names = {id(tensor): name for block in m.blocks for name, tensor in vars(block).items()}
     for l, layer in enumerate(m.layers):
         names |= {
             id(tensor): f"layer {l} {name}" for name, tensor in vars(layer).items() if name not in ("inp", "dinp")
@@ -37,10 +37,13 @@ def tensor_names(m: SimpleNamespace) -> dict[int, str]:
     return names | {id(tensor): name for name, tensor in vars(m).items()}
 
 
-def checked(ops, m: SimpleNamespace, arena: Arena, state: SimpleNamespace) -> SimpleNamespace:
-    """The same ops, each followed by a look at what it wrote. state.step counts the updates so far."""
+def checked(ops: Ops, production: Ops, m: SimpleNamespace, arena: Arena, state) -> Ops:
+    """The same ops, each followed by a check of what it wrote. state.step counts the updates so far.
+
+    production: the ops whose parameters have the names of the contract; those of --use may have others.
+    """
     names = tensor_names(m)
-    # a flat view of a group stands for the group's tensors
+    # a flat view of a group stands for the tensors of the group
     parts = {
         id(flat): [
             (name if group == "parameters" else f"{group} of {name}", x) for name, x in arena.named(group).items()
@@ -49,7 +52,7 @@ def checked(ops, m: SimpleNamespace, arena: Arena, state: SimpleNamespace) -> Si
     }
 
     def follow(op_name, op):
-        parameters = list(inspect.signature(getattr(op, "py_func", op)).parameters)
+        parameters = parameters_of(getattr(production, op_name))
         written = [parameters.index(name) for name in WRITES[op_name]]
 
         def call(*arguments):
@@ -69,15 +72,12 @@ def checked(ops, m: SimpleNamespace, arena: Arena, state: SimpleNamespace) -> Si
             where = f"{name}[{', '.join(map(str, index))}]"
             raise NotFinite(
                 f"step {state.step + 1}: {where} is {tensor[index]} after {op_name}, the first value that is not "
-                f"finite; {bad.sum():,} of the tensor's {tensor.size:,} values are not"
+                f"finite; {bad.sum():,} of the tensor's {tensor.size:,} elements are not"
             )
 
-    computing = WRITES.keys() - CONTRACT["memory"].keys()
-    return without_graphs(
-        SimpleNamespace(**{**vars(ops), **{name: follow(name, getattr(ops, name)) for name in computing}})
-    )
+    return without_graphs(ops.wrap(follow, WRITES.keys() - CONTRACT["memory"].keys()))
 
 
-def without_graphs(ops) -> SimpleNamespace:
+def without_graphs(ops: Ops) -> Ops:
     """The same ops, launched one by one."""
-    return SimpleNamespace(**{**vars(ops), "capture": lambda function: function})
+    return ops.replace(capture=lambda function: function)

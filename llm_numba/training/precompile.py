@@ -1,82 +1,93 @@
-"""Compile every op before the first step, and say so: a step that takes 20 seconds would look like a hang."""
+"""Compile every op before the first step, with a progress bar: a step that takes 20 seconds would look like a hang."""
 
+import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import asdict, replace
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
-from llm_numba import sample
 from llm_numba.arena import Arena
-from llm_numba.models import gpt2 as model
-from llm_numba.models.config import GPT2Config, preset
-from llm_numba.ops import CONTRACT, WRITES, get_ops
-from llm_numba.training.memory_plan import all_groups
+from llm_numba.models import Model, model_of
+from llm_numba.ops import CONTRACT, WRITES, Ops, get_ops
+from llm_numba.training.generate import CHUNK, Choice, generate, generation_groups, generation_step
+from llm_numba.training.memory_plan import complete, run_groups
 from llm_numba.training.settings import Settings
+from llm_numba.training.step import training_step
 
-SMALL = Settings(preset="nano")
+SLOWEST = CONTRACT["attention"].keys()  # to compile, on a CPU
 
 
-def warm_up(ops, config: GPT2Config, s: Settings) -> float:
-    """Run a training step and a sampled token of a very small model; returns the seconds that it took.
+def precompile(ops: Ops, model: Model, s: Settings) -> float:
+    """Run a training step and generate a token with the smallest model of the kind; returns the seconds it took.
 
-    Numba compiles a function for types, and for a head's size on a GPU, so that this is all the compiling that a run of
-    any size needs; it keeps the results on disk, and the next start only reads them. Where there is nothing to read
-    yet, a second process compiles attention, the largest part of the work on a CPU, at the same time.
+    Numba compiles a function for types, and on a GPU for a head size, so this compiles everything that a run of any
+    size calls. Numba stores the result on disk; the next start only loads it. If nothing is stored yet, a second
+    process compiles attention, on a CPU the largest part of the work, at the same time.
     """
     start = time.perf_counter()
-    with tqdm(total=len(WRITES), desc="compiling (once for this machine)", leave=False, disable=None) as progress:
-        told = SimpleNamespace(**{**vars(ops), **{name: _announced(ops, name, progress) for name in WRITES}})
+    with progress_bar(len(WRITES)) as bar:
+        announced = ops.wrap(lambda name, op: announce(name, op, bar))
         if ops.nothing_compiled():
-            command = [sys.executable, "-m", "llm_numba.training.precompile"]
+            record = json.dumps({"model": model.name, "config": asdict(model)})
+            command = [sys.executable, "-m", "llm_numba.training.precompile", record]
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
                 try:
-                    run_everything(only(told, WRITES.keys() - CONTRACT["attention"].keys()))
+                    run_everything(only(announced, WRITES.keys() - SLOWEST), model, s)
                     other.wait()
                 finally:
                     other.kill()
-        run_everything(told, config.head_size, s)
+        run_everything(announced, model, s)
     return time.perf_counter() - start
 
 
-def only(ops, names) -> SimpleNamespace:
-    """The same ops, but for those that are not among `names`: these do nothing."""
-    skipped = {name: lambda *_: None for name in WRITES if name not in names}
-    return SimpleNamespace(**{**vars(ops), **skipped})
+def precompile_generation(ops: Ops, model: Model, dtype: str) -> None:
+    """Compile what generating text calls."""
+    small = model.miniature(CHUNK + 1)
+    with progress_bar(None) as bar:
+        announced = ops.wrap(lambda name, op: announce(name, op, bar))
+        groups = {"parameters": small.parameters()} | generation_groups(small)
+        arena = Arena(complete(groups, small, ops, dtype, generation_step), small, "reuse", ops)
+        generation_step(announced, arena)
 
 
-def run_everything(ops, head_size: int = 16, s: Settings = SMALL) -> None:
-    """Call every op at least once, with the types that training and sampling use."""
-    T = sample.CHUNK
-    config = preset("nano", max_seq_len=T + 1, num_layers=1, num_heads=1, channels=head_size)
-    arena = Arena(all_groups(replace(s, batch_size=1, tokens_per_step=0), config, T, ops), config, "reuse", ops)
+def progress_bar(total: int | None):
+    return tqdm(total=total, desc="compiling (once on this machine)", unit="op", leave=False, disable=None)
+
+
+def only(ops: Ops, names) -> Ops:
+    """The same ops, but those that are not among `names` do nothing."""
+    return ops.replace(**{name: lambda *_: None for name in WRITES if name not in names})
+
+
+def run_everything(ops: Ops, model: Model, s: Settings) -> None:
+    """Call every op that training and generation call, with the types that they use."""
+    small, T = model.miniature(CHUNK + 1), CHUNK
+    s = replace(s, batch_size=1, tokens_per_step=0)
+    arena = Arena(run_groups(s, small, T, ops), small, "reuse", ops)
     m = arena.training(s.recompute)
     ops.to_device(m.step, 1)
-    model.gradients(ops, m, config.vocab_size)
-    ops.residual_backward(m.dencoded, m.lnf)  # the plan made it needless above
-    model.update(ops, m, s)
-    tokens = sample.generate(
-        ops, arena, [0] * T, SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0), np.random.default_rng(0)
-    )
-    next(tokens), next(tokens)
+    training_step(ops, small, m, s)
+    list(islice(generate(ops, arena, [0] * T, Choice(temperature=1.0, top_p=1.0), np.random.default_rng(0)), 2))
 
 
-def _announced(ops, name: str, progress: tqdm):
+def announce(name: str, op, bar):
+    """The op; its first call names it in the progress bar."""
     seen = []
 
     def call(*arguments):
         if not seen:
-            progress.set_postfix_str(name)
-        getattr(ops, name)(*arguments)
+            bar.set_postfix_str(name)
+        op(*arguments)
         if not seen:
-            progress.update()
+            bar.update()
             seen.append(True)
 
     return call
 
 
 if __name__ == "__main__":
-    run_everything(only(get_ops("cpu"), CONTRACT["attention"]))
+    run_everything(only(get_ops("cpu"), SLOWEST), model_of(json.loads(sys.argv[1])), Settings())

@@ -1,6 +1,6 @@
 """The settings of a training run: one table for the command line, `--help`, the run's record and the resume check.
 
-Nothing here imports Numba: the command line is read before Numba is loaded.
+This module does not import Numba: the command line is read before Numba is loaded.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from llm_numba.models.config import PRESETS, GPT2Config, preset
+from llm_numba.models import Model, preset, presets
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
 from llm_numba.training.outliers import WINDOW
 from llm_numba.training.override import split
@@ -18,15 +18,17 @@ from llm_numba.training.schedule import SCHEDULES, WSD_DECAY
 from llm_numba.util.cli import Parser, UserError
 from llm_numba.util.host import usable_cpus
 
-# preset -> the settings whose default differs from Settings' own
+# preset -> the settings whose default differs from that of Settings
 PRESET_DEFAULTS = {
-    "nano": {"sequence_length": 16, "batch_size": 1, "learning_rate": 3e-3},
+    "nano": {"sequence_length": 16, "batch_size": 1, "steps": 1000, "learning_rate": 3e-3},
     "tiny": {"batch_size": 16, "steps": 600, "learning_rate": 3e-3, "warmup": 40, "val_every": 100},
 }
-INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: its sizes, and weights that know something
-AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2; with --init: its own
+INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: the sizes are known, and the weights are trained
+AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # other presets: gpt2; with --init: the tokenizer of the weights
 FIXED_VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
+SIZES = {"layers": "num_layers", "heads": "num_heads", "channels": "channels"}  # flag -> the size of the model it sets
+LARGEST = 2**31 - 1  # of an integer setting: what an int32 can hold
 
 RANGES = {
     "at least 0": lambda x: x >= 0,
@@ -37,16 +39,18 @@ RANGES = {
     "above 0 and below 1": lambda x: 0 < x < 1,
 }
 
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
+KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", tuple: "a list of strings"}
 
 
-def option(group, default, help, unit="", choices=(), must="", free=False, once=False):
+def option(group, default, help, unit="", choices=(), must="", free=False, once=False, rare=False):
     """One setting: a field whose metadata says all that the command line, its help and the checks need.
 
     unit: what the value counts or names; must: a key of RANGES; free: a resumed run may change it;
-    once: it holds for one start only and a resumed run does not inherit it.
+    once: it holds for one start only and a resumed run does not inherit it; rare: only --help-all shows it.
     """
-    metadata = dict(group=group, help=help, unit=unit, choices=tuple(choices), must=must, free=free or once, once=once)
+    metadata = dict(
+        group=group, help=help, unit=unit, choices=tuple(choices), must=must, free=free or once, once=once, rare=rare
+    )
     return field(default=default, metadata=metadata)
 
 
@@ -54,280 +58,149 @@ def option(group, default, help, unit="", choices=(), must="", free=False, once=
 class Settings:
     """Everything that decides a run. A field `batch_size` is the flag `--batch-size`."""
 
+    # fmt: off
     out: str = option(
-        "run",
-        "",
-        "where the run's settings, log and checkpoints go; without it: the next free runs/PRESET-NNN, or runs/init-NNN",
-        "FOLDER",
-    )
+        "run", "", "folder for settings, log and checkpoints; default: the next free runs/PRESET-NNN", "FOLDER")
     resume: str = option(
-        "run",
-        "",
-        "go on with an earlier run: its folder (for its newest checkpoint) or a checkpoint file",
-        "PATH",
-        once=True,
-    )
-    seed: int = option(
-        "run", 42, "where the random numbers of weights, data order and samples start", "N", must="at least 0"
-    )
+        "run", "", "continue a run: its folder (for its newest checkpoint) or a checkpoint file", "PATH", once=True)
+    seed: int = option("run", 42, "seed of the initial weights, the data order and samples", "N", must="at least 0")
     threads: int = option(
-        "run",
-        0,
-        "CPU threads; 0: one for each physical core that this process may use",
-        "THREADS",
-        must="at least 0",
-        free=True,
-    )
-    plan_memory: bool = option("run", False, "say how much memory these settings need, and stop", once=True)
+        "run", 0, "CPU threads; 0: one for each physical core that this process may use", "THREADS",
+        must="at least 0", free=True)
+    plan_memory: bool = option("run", False, "print how much memory these settings need, and stop", once=True)
     device: str = option(
-        "run",
-        "auto",
-        "where the model runs: auto is a CUDA card where there is one, else the CPU; cudasim runs the CUDA kernels in "
-        "Numba's simulator, slowly, for a debugger",
-        choices=DEVICES,
-        free=True,
-    )
+        "run", "auto",
+        "where to train: auto is a CUDA GPU if there is one, else the CPU; cudasim runs the CUDA kernels in Numba's "
+        "simulator, slowly, for a debugger", choices=DEVICES, free=True)
     dtype: str = option(
-        "run",
-        "fp32",
-        "the precision of parameters and activations; bf16 needs a CUDA card, and is several times faster there",
-        choices=("fp32", "bf16"),
-        free=True,
-    )
+        "run", "fp32", "precision of parameters and activations; bf16 needs a CUDA GPU, and is several times faster",
+        choices=("fp32", "bf16"), free=True)
     stochastic_rounding: bool = option(
-        "run",
-        False,
-        "with bf16: round each update by chance instead of keeping a float32 copy of the parameters",
-        free=True,
-    )
+        "run", False, "with bf16: round each update stochastically instead of keeping float32 master weights",
+        free=True, rare=True)
     recompute: str = option(
-        "run",
-        "none",
-        "what the backward pass computes again instead of remembering it: slower, with less memory",
-        choices=("none", "gelu", "gelu+layernorm"),
-        free=True,
-    )
+        "run", "none", "what the backward pass computes again instead of storing it: slower, with less memory",
+        choices=("none", "gelu", "gelu+layernorm"), free=True, rare=True)
     graph: bool = option(
-        "run", True, "replay a step on a CUDA card as one recorded graph; --no-graph is for debugging", free=True
-    )
+        "run", True, "on a CUDA GPU, replay each step as one CUDA graph; --no-graph is for debugging",
+        free=True, rare=True)
+    variant: tuple = option(
+        "run", (), "force a variant of an op family, such as matmul=simt; llm-numba doctor lists them", "FAMILY=NAME",
+        once=True, rare=True)
 
-    preset: str = option("model", "tiny", "the model's sizes", choices=PRESETS)
+    preset: str = option("model", "tiny", "the model's sizes", "NAME")
+    layers: int = option("model", 0, "L, the number of layers; 0: that of the preset", "N", must="at least 0")
+    heads: int = option("model", 0, "NH, the attention heads of a layer; 0: those of the preset", "N",
+                        must="at least 0")
+    channels: int = option("model", 0, "C, the width of the model; 0: that of the preset", "N", must="at least 0")
     init: str = option(
-        "model",
-        "",
-        "start from these weights, with their sizes and tokenizer, instead of a --preset and random numbers: gpt2, "
-        "gpt2-medium, gpt2-large or gpt2-xl (downloaded), a folder of Hugging Face's, an llm.c .bin, a run or a "
-        "checkpoint",
-        "SOURCE",
-    )
+        "model", "",
+        "start from trained weights, with their sizes and tokenizer, instead of a --preset and random weights: gpt2, "
+        "gpt2-medium, gpt2-large or gpt2-xl (downloaded), a Hugging Face folder, an llm.c .bin, a run or a checkpoint",
+        "SOURCE")
     sequence_length: int = option(
-        "model", 0, "T, how many tokens the model sees at once; 0: the model's context", "TOKENS", must="at least 0"
-    )
+        "model", 0, "T, the tokens of a training sequence; 0: the model's context", "TOKENS", must="at least 0")
 
     data: tuple = option(
-        "data",
-        (),
-        "what to train on: text files, folders, globs or token shards; without it: Python's standard library",
-        "PATH",
-    )
+        "data", (),
+        "text files, folders, globs or token shards to train on; default: the Python standard library's sources; a "
+        "resumed run takes the same data from another place", "PATH", free=True)
     val_data: tuple = option(
-        "data", (), "what to validate on, as for --data; without it: a part of the training data", "PATH"
-    )
+        "data", (), "files to validate on, as for --data; default: a part of the training data", "PATH", free=True)
     tokenizer: str = option(
-        "data",
-        "auto",
-        "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's own, bytes makes each byte a token, "
-        "none is for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init its own",
-        choices=("auto", "bpe", "gpt2", "bytes", "none"),
-    )
+        "data", "auto",
+        "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's, bytes makes each byte a token, none is "
+        "for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init that of the "
+        "weights", choices=("auto", "bpe", "gpt2", "bytes", "none"))
     vocab_size: int = option(
-        "data",
-        0,
-        "V, the tokens of a bpe tokenizer or of your token shards; 0: the model's",
-        "TOKENS",
-        must="at least 0",
-    )
+        "data", 0, "V, the vocabulary of a bpe tokenizer or of your token shards; 0: the model's", "TOKENS",
+        must="at least 0")
     val_fraction: float = option(
-        "data",
-        0.05,
-        "the part of the training data that is kept for validation where there is no --val-data, from 0 to 1",
-        "FRACTION",
-        must="above 0 and below 1",
-    )
-    shuffle: bool = option("data", True, "visit the training data in random order, a new one each epoch")
+        "data", 0.05, "the part of the training data to hold out for validation if there is no --val-data, from 0 to 1",
+        "FRACTION", must="above 0 and below 1", rare=True)
+    shuffle: bool = option(
+        "data", True, "read the training and validation data in random order, a new one each epoch")
 
-    batch_size: int = option("batch", 8, "B, the sequences of one micro-batch", "SEQUENCES", must="at least 1")
+    batch_size: int = option("batch", 8, "B, the sequences of a micro-batch", "SEQUENCES", must="at least 1")
     tokens_per_step: int = option(
-        "batch",
-        0,
-        "the tokens of one update: gradients add up over TOKENS / (B T) micro-batches; 0: B T, one micro-batch",
-        "TOKENS",
-        must="at least 0",
-    )
+        "batch", 0,
+        "the tokens of an update: gradients accumulate over TOKENS / (B T) micro-batches; 0: B T, one micro-batch",
+        "TOKENS", must="at least 0")
     steps: int = option(
-        "batch",
-        0,
-        "how many updates the run makes; 0: as many as --epochs needs",
-        "STEPS",
-        must="at least 0",
-        free=True,
-    )
+        "batch", 0, "the number of updates; 0: as many as --epochs needs", "STEPS", must="at least 0", free=True)
     epochs: float = option(
-        "batch",
-        1.0,
-        "how often the run goes through the training data, if --steps is 0",
-        "EPOCHS",
-        must="above 0",
-        free=True,
-    )
+        "batch", 1.0, "passes over the training data, if --steps is 0", "EPOCHS", must="above 0", free=True)
     overfit: bool = option(
-        "batch", False, "train on the first batch only: its loss must go towards 0, or something is wrong"
-    )
+        "batch", False, "train on the first batch only: its loss must approach 0, or something is wrong")
 
-    learning_rate: float = option("optimiser", 3e-4, "the peak learning rate", "RATE", must="above 0")
+    learning_rate: float = option("optimiser", 3e-4, "the peak learning rate", "RATE", must="at least 0")
     schedule: str = option(
-        "optimiser",
-        "cosine",
-        "how the learning rate falls after the warm-up: along a cosine, in a line, not at all (constant), or only over "
-        f"the last {WSD_DECAY:.0%} of the steps (wsd)",
-        choices=SCHEDULES,
-    )
+        "optimiser", "cosine",
+        "how the learning rate falls after the warm-up: cosine, linear, constant (not at all), or wsd (only over the "
+        f"last {WSD_DECAY:.0%} of the steps)", choices=SCHEDULES)
     warmup: int = option(
-        "optimiser", 0, "the learning rate first rises to its peak over this many steps", "STEPS", must="at least 0"
-    )
+        "optimiser", 0, "steps over which the learning rate first rises to its peak", "STEPS", must="at least 0")
     final_fraction: float = option(
-        "optimiser",
-        0.1,
-        "the learning rate at the end, as a fraction of its peak, from 0 to 1",
-        "FRACTION",
-        must="at least 0 and at most 1",
-    )
+        "optimiser", 0.1, "the learning rate at the end, as a fraction of its peak, from 0 to 1", "FRACTION",
+        must="at least 0 and at most 1")
     beta1: float = option(
-        "optimiser", 0.9, "AdamW: how much of the gradients' mean a step keeps", "BETA", must="at least 0 and below 1"
-    )
+        "optimiser", 0.9, "AdamW: decay of the mean of the gradients", "BETA", must="at least 0 and below 1", rare=True)
     beta2: float = option(
-        "optimiser",
-        0.95,
-        "AdamW: how much of the squared gradients' mean a step keeps",
-        "BETA",
-        must="at least 0 and below 1",
-    )
-    eps: float = option("optimiser", 1e-8, "AdamW: added to the divisor, which may be near 0", "EPS", must="above 0")
+        "optimiser", 0.95, "AdamW: decay of the mean of the squared gradients", "BETA", must="at least 0 and below 1",
+        rare=True)
+    eps: float = option("optimiser", 1e-8, "AdamW: added to the denominator", "EPS", must="above 0", rare=True)
     weight_decay: float = option(
-        "optimiser",
-        0.1,
-        "AdamW: the pull of matrices towards 0 (biases and LayerNorms have none)",
-        "RATE",
-        must="at least 0",
-    )
+        "optimiser", 0.1, "AdamW: weight decay of matrices (biases and LayerNorms have none)", "RATE",
+        must="at least 0")
     grad_clip: float = option(
-        "optimiser",
-        1.0,
-        "gradients with a larger norm than this are scaled down to it; 0: never",
-        "NORM",
-        must="at least 0",
-    )
+        "optimiser", 1.0, "scale gradients down to this norm if theirs is larger; 0: never", "NORM", must="at least 0")
     skip_loss_z: float = option(
-        "optimiser",
-        0.0,
-        f"skip an update whose loss is over Z standard deviations above the mean of the last {WINDOW} steps; 0: never",
-        "Z",
-        must="at least 0",
-    )
+        "optimiser", 0.0,
+        f"skip an update whose loss is more than Z standard deviations above the mean of the last {WINDOW} steps; "
+        "0: never", "Z", must="at least 0", rare=True)
     skip_norm_z: float = option(
-        "optimiser", 0.0, "the same for the norm of the gradients; 0: never", "Z", must="at least 0"
-    )
+        "optimiser", 0.0, "the same for the norm of the gradients; 0: never", "Z", must="at least 0", rare=True)
 
     val_every: int = option(
-        "looking",
-        50,
-        "steps from one validation to the next; 0: only at the end",
-        "STEPS",
-        must="at least 0",
-        free=True,
-    )
+        "logging", 50, "steps between validations; 0: only at the end", "STEPS", must="at least 0", free=True)
     val_batches: int = option(
-        "looking", 20, "batches over which a validation averages the loss", "BATCHES", must="at least 1", free=True
-    )
+        "logging", 20, "batches over which a validation averages the loss", "BATCHES", must="at least 1", free=True)
     eval_every: int = option(
-        "looking",
-        0,
-        "steps from one test on HellaSwag, all of it, to the next; 0: no test",
-        "STEPS",
-        must="at least 0",
-        free=True,
-    )
+        "logging", 0, "steps between tests on all of HellaSwag; 0: no test", "STEPS", must="at least 0", free=True)
     eval_data: str = option(
-        "looking",
-        "",
-        "HellaSwag's examples, as JSON lines; without it: those that python -m llm_numba.data hellaswag fetches",
-        "FILE",
-        free=True,
-    )
+        "logging", "", "HellaSwag's examples, as JSON lines; default: those that llm-numba data hellaswag downloads",
+        "FILE", free=True, rare=True)
     sample_every: int = option(
-        "looking",
-        0,
-        "steps from one sample of text to the next; 0: only at the end",
-        "STEPS",
-        must="at least 0",
-        free=True,
-    )
-    sample_tokens: int = option("looking", 64, "the length of a sample", "TOKENS", must="at least 1", free=True)
+        "logging", 0, "steps between samples of text; 0: only at the end", "STEPS", must="at least 0", free=True)
+    sample_tokens: int = option(
+        "logging", 64, "length of a sample; 0: no samples", "TOKENS", must="at least 0", free=True)
     checkpoint_every: int = option(
-        "looking",
-        100,
-        "steps from one checkpoint to the next; 0: only at the end",
-        "STEPS",
-        must="at least 0",
-        free=True,
-    )
-    keep: int = option("looking", 3, "how many of the last checkpoints stay on disk", "N", must="at least 1", free=True)
+        "logging", 100, "steps between checkpoints; 0: only at the end", "STEPS", must="at least 0", free=True)
+    keep: int = option("logging", 3, "how many of the last checkpoints to keep", "N", must="at least 1", free=True)
     keep_every: int = option(
-        "looking",
-        0,
-        "the checkpoints of every STEPS-th step stay on disk for ever; 0: none does",
-        "STEPS",
-        must="at least 0",
-        free=True,
-    )
-
+        "logging", 0, "keep the checkpoint of every STEPS-th step permanently; 0: none", "STEPS", must="at least 0",
+        free=True, rare=True)
     track: str = option(
-        "looking",
-        "none",
-        "send the log to a tracker too: tensorboard (into the run folder), wandb or trackio",
-        choices=("none", "tensorboard", "wandb", "trackio"),
-        free=True,
-    )
+        "logging", "none", "send the log to a tracker too: tensorboard (into the run folder), wandb or trackio",
+        choices=("none", "tensorboard", "wandb", "trackio"), free=True)
 
     no_jit: bool = option(
-        "debugging",
-        False,
-        "run every op as plain Python, so that a debugger can step in: slow, use --preset nano",
-        once=True,
-    )
+        "debugging", False, "run every op as plain Python, so that a debugger can step in: slow, use --preset nano",
+        once=True)
     interpret: tuple = option(
-        "debugging",
-        (),
-        "run these as plain Python, all else compiled: layers (layernorm) or ops (layernorm_backward)",
-        "NAME",
-        once=True,
-    )
+        "debugging", (),
+        "run these as plain Python and compile the rest: layers (layernorm) or ops (layernorm_backward)", "NAME",
+        once=True)
     use: tuple = option(
-        "debugging",
-        (),
-        "put functions of your own in the place of ops: OP=MODULE:NAME, such as "
-        "matmul_forward=llm_numba.cpu.naive:matmul_forward_v1, or a .py file as MODULE; the first batch says how long "
-        "each takes and how far it is off",
-        "OP=MODULE:NAME",
-        once=True,
-    )
+        "debugging", (),
+        "replace ops with functions of yours: OP=MODULE:NAME, such as "
+        "matmul_forward=llm_numba.cpu.naive:matmul_forward, or a .py file as MODULE; on the first batch the run prints "
+        "both timings and the error", "OP=MODULE:NAME", once=True)
     check_finite: bool = option(
-        "debugging",
-        False,
-        "stop at the first nan or infinity, name its layer, tensor, index and step, and keep that step for "
-        "python -m llm_numba.debug.replay (slow)",
-        once=True,
-    )
+        "debugging", False,
+        "stop at the first nan or infinity, name its layer, tensor, index and step, and save that step for "
+        "llm-numba replay (slow)", once=True)
+    # fmt: on
 
 
 FIELDS = {f.name: f for f in fields(Settings)}
@@ -336,35 +209,40 @@ FIELDS = {f.name: f for f in fields(Settings)}
 def parse(argv: list[str]) -> tuple[Settings, set[str]]:
     """The settings that a command line asks for, and the names of those that it gives explicitly.
 
-    `--help` prints and leaves. Errors: UserError for an unknown flag, or a value of the wrong type or choice; whether
-    the values make sense (`check`) is asked later, as a resumed run may bring other ones.
+    `--help` and `--help-all` print and exit. Errors: UserError for an unknown flag, or a value of the wrong type or
+    choice. `check` comes later, since a resumed run may bring other values.
     """
-    given, unknown = _parser().parse_known_args(argv)
+    given, unknown = _parser("--help-all" in argv).parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], map(_flag, FIELDS), 1)
         hint = f": did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown argument {shlex.quote(unknown[0])}{hint} (--help lists them all)")
+        raise UserError(f"unknown argument {shlex.quote(unknown[0])}{hint} (--help-all lists them all)")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    presets = INIT_DEFAULTS if given.get("init") else PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
-    asked = _change(Settings(**presets), given)
-    if "warmup" not in given and asked.steps:  # a preset's warm-up gives way to a run that is shorter than the preset's
+    defaults = INIT_DEFAULTS if given.get("init") else PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
+    asked = _change(Settings(**defaults), given)
+    if "warmup" not in given and asked.steps:  # a run shorter than the preset's has a shorter warm-up
         asked = replace(asked, warmup=min(asked.warmup, asked.steps // 10))
     return asked, set(given)
 
 
 def check(settings: Settings) -> None:
     """Raise a UserError that names the flag, its value and what was expected, unless every value makes sense."""
-    if settings.init and settings.preset:
-        raise UserError(
-            f"--preset {settings.preset}: the model's sizes come with --init {settings.init}; leave --preset out"
-        )
+    if settings.init:
+        for name in ("preset", *SIZES):
+            if getattr(settings, name):
+                raise UserError(
+                    f"{_typed(name, getattr(settings, name))}: the model's sizes come with --init {settings.init}; "
+                    f"leave {_flag(name)} out"
+                )
     for name, value in asdict(settings).items():
         choices, must = FIELDS[name].metadata["choices"], FIELDS[name].metadata["must"]
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_typed(name, value)}: must be a finite number")
         if must and not RANGES[must](value):
             raise UserError(f"{_typed(name, value)}: must be {must}")
-        if choices and value not in choices and not (name == "preset" and settings.init):
+        if type(value) is int and value > LARGEST and name != "tokens_per_step":
+            raise UserError(f"{_typed(name, value)}: must be at most {LARGEST}")
+        if choices and value not in choices:
             raise UserError(f"{_typed(name, value)}: choose one of {', '.join(choices)}")
 
     cores = len(usable_cpus())
@@ -372,7 +250,7 @@ def check(settings: Settings) -> None:
         raise UserError(f"--threads {settings.threads}: this process may use {cores} cores; give 1 to {cores}, or 0")
 
     if not settings.init:
-        check_lengths(settings, PRESETS[settings.preset].max_seq_len)
+        check_lengths(settings, preset_model(settings).max_seq_len)
 
     if settings.device.startswith("cuda") and (settings.no_jit or settings.interpret):
         flag = "--no-jit" if settings.no_jit else "--interpret"
@@ -380,7 +258,7 @@ def check(settings: Settings) -> None:
     if settings.dtype == "bf16" and settings.device == "cpu":
         raise UserError("--dtype bf16: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if settings.stochastic_rounding and settings.dtype != "bf16":
-        raise UserError("--stochastic-rounding: is for --dtype bf16; with fp32 nothing is rounded to it")
+        raise UserError("--stochastic-rounding: is for --dtype bf16; fp32 parameters need no rounding")
 
     if settings.steps and settings.warmup > settings.steps:
         raise UserError(f"--warmup {settings.warmup}: must be at most --steps, which is {settings.steps}")
@@ -388,7 +266,8 @@ def check(settings: Settings) -> None:
     kind = tokenizer_kind(settings)
     if settings.init and kind == "bpe":
         raise UserError(
-            f"--tokenizer bpe: learns tokens that the weights of --init {settings.init} do not know; leave it out"
+            f"--tokenizer bpe: would train a tokenizer that the weights of --init {settings.init} do not know; "
+            "leave it out"
         )
     if settings.vocab_size and kind not in VOCAB_SIZES:
         raise UserError(
@@ -401,7 +280,7 @@ def check(settings: Settings) -> None:
             raise UserError(f"--vocab-size {settings.vocab_size}: with --tokenizer {kind} it must be {low} to {high}")
 
     if settings.eval_every and kind == "none":
-        raise UserError(f"--eval-every {settings.eval_every}: HellaSwag is text, which --tokenizer none cannot read")
+        raise UserError(f"--eval-every {settings.eval_every}: HellaSwag is text, which --tokenizer none cannot encode")
 
     for value in settings.use:
         split(value)
@@ -418,8 +297,8 @@ def check_lengths(settings: Settings, context: int) -> None:
     """The part of `check` that depends on the model's context; with `--init` that is known once the source is open."""
     if settings.sequence_length > context:
         flag = f"--sequence-length {settings.sequence_length}"
-        whose = f"--init {settings.init}" if settings.init else f"--preset {settings.preset}"
-        raise UserError(f"{flag}: the context of {whose} is {context}; give 1 to {context}")
+        source = f"--init {settings.init}" if settings.init else f"--preset {settings.preset}"
+        raise UserError(f"{flag}: the context of {source} is {context}; give 1 to {context}")
 
     micro_batch = settings.batch_size * (settings.sequence_length or context)
     if settings.tokens_per_step % micro_batch:
@@ -432,8 +311,8 @@ def check_lengths(settings: Settings, context: int) -> None:
 
 
 def tokenizer_kind(settings: Settings) -> str:
-    """The tokenizer that `--tokenizer` means: bpe, gpt2, bytes or none; auto goes by the preset; with `--init` it is
-    init, the one that comes with the weights."""
+    """The tokenizer that `--tokenizer` means: bpe, gpt2, bytes or none. auto depends on the preset; with `--init` it is
+    "init", the tokenizer of the weights."""
     if settings.tokenizer != "auto":
         return settings.tokenizer
     if settings.init:
@@ -441,20 +320,21 @@ def tokenizer_kind(settings: Settings) -> str:
     return AUTO_TOKENIZER.get(settings.preset, "gpt2")
 
 
-def preset_config(settings: Settings) -> GPT2Config:
-    """The sizes that `--preset`, `--tokenizer` and `--vocab-size` ask for, where there is no `--init`."""
-    known = FIXED_VOCABULARIES.get(tokenizer_kind(settings)) or settings.vocab_size
-    return preset(settings.preset, **({"vocab_size": known} if known else {}))
+def preset_model(settings: Settings) -> Model:
+    """The model that `--preset`, its sizes, `--tokenizer` and `--vocab-size` ask for, if there is no `--init`."""
+    changes = {size: getattr(settings, flag) for flag, size in SIZES.items() if getattr(settings, flag)}
+    vocab_size = FIXED_VOCABULARIES.get(tokenizer_kind(settings)) or settings.vocab_size
+    return preset(settings.preset, **changes, **({"vocab_size": vocab_size} if vocab_size else {}))
 
 
 def resume_with(recorded: Settings, given: Settings, explicit: set[str]) -> Settings:
-    """The settings of a resumed run: those it was started with, changed where the command line says so and may.
+    """The settings of a resumed run: those it was started with, with the changes of the command line.
 
     given, explicit: what `parse` returned. Settings for one start only come from `given` alone.
-    Errors: UserError for an explicit setting that differs and is not free. The result is still to be checked.
+    Errors: UserError for an explicit setting that differs and is not free. The result is not checked yet.
     """
     once = {name: getattr(given, name) for name, f in FIELDS.items() if f.metadata["once"]}
-    if "dtype" in explicit and given.dtype == "fp32":  # where nothing is left to be rounded by chance
+    if "dtype" in explicit and given.dtype == "fp32":  # which has nothing to round
         recorded = replace(recorded, stochastic_rounding=False)
     changes = {name: getattr(given, name) for name in FIELDS if name in explicit}
     for name, value in changes.items():
@@ -475,15 +355,16 @@ def to_record(settings: Settings) -> dict:
 def from_record(record: dict, source: str | Path) -> Settings:
     """The settings that `to_record` made into `record`; `source`, the file it was read from, is named in errors.
 
-    Errors: UserError for a key that is missing or unknown, or a value of another type. The result is not checked yet.
+    A setting that is missing has its default: an older version wrote the record.
+    Errors: UserError for an unknown key, or a value of another type. The result is not checked yet.
     """
     if not isinstance(record, dict):
         raise UserError(f"{source}: expected a JSON object of settings, found {record!r:.40}")
-    for problem, names in ("lacks", FIELDS.keys() - record.keys()), ("has unknown", record.keys() - FIELDS.keys()):
-        if names:
-            raise UserError(
-                f"{source}: {problem} settings {', '.join(sorted(names))}: another version wrote it, or an edit"
-            )
+    unknown = record.keys() - FIELDS.keys()
+    if unknown:
+        raise UserError(
+            f"{source}: unknown settings {', '.join(sorted(unknown))}: another version wrote them, or an edit"
+        )
     values = {}
     for name, value in record.items():
         kind = FIELDS[name].type
@@ -498,7 +379,7 @@ def from_record(record: dict, source: str | Path) -> Settings:
 
 
 def _change(settings: Settings, changes: dict) -> Settings:
-    """`settings` with `changes`; epochs alone count again, even where a number of steps would hide them."""
+    """`settings` with `changes`; epochs without steps replace a number of steps."""
     if "epochs" in changes and "steps" not in changes:
         changes = {**changes, "steps": 0}
     return replace(settings, **changes)
@@ -509,7 +390,7 @@ def _flag(name: str) -> str:
 
 
 def _typed(name: str, value, prefix: str = "") -> str:
-    """A setting as one types it: `--batch-size 8`, `--no-shuffle`, `without --overfit`."""
+    """A setting as typed: `--batch-size 8`, `--no-shuffle`, `without --overfit`."""
     flag = _flag(name)
     if value is False and FIELDS[name].default is True:
         return f"{prefix}--no-{name.replace('_', '-')}"
@@ -520,18 +401,22 @@ def _typed(name: str, value, prefix: str = "") -> str:
     return f"{prefix}{flag} {shlex.join(value) if isinstance(value, tuple) else shlex.quote(str(value))}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(all_flags: bool) -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m llm_numba.train",
+        prog="llm-numba train",
         usage="%(prog)s [options]",
-        description="Train a GPT-2. Without options: a tiny one, on the Python standard library's sources.\n\n"
-        "  %(prog)s --preset nano --steps 100\n"
+        description="Train a language model. Without options: a small GPT-2 on the Python standard library's sources.\n"
+        "\n"
+        "  %(prog)s --preset nano\n"
         "  %(prog)s --data book.txt --batch-size 16\n"
         "  %(prog)s --resume runs/tiny-000 --epochs 2",
+        epilog="A log line: loss and gradient norm, each with its z-score over the last 128 steps; learning rate; step "
+        "time; throughput; share of the measured peak.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what is given explicitly shows up in the result
         allow_abbrev=False,
     )
+    parser.add_argument("--help-all", action="help", help="show all settings, the rare ones too")
     groups = {}
     for name, f in FIELDS.items():
         meta = f.metadata
@@ -543,11 +428,13 @@ def _parser() -> argparse.ArgumentParser:
             kind = dict(action="store_true")
         elif f.type is tuple:
             kind = dict(action="extend", nargs="+", metavar=meta["unit"])
-        elif meta["choices"]:
-            kind = dict(choices=meta["choices"])
+        elif meta["choices"] or name == "preset":
+            kind = dict(choices=meta["choices"] or tuple(presets()))
         else:
             kind = dict(type=f.type, metavar=meta["unit"])
-        groups[meta["group"]].add_argument(_flag(name), help=_help(name).replace("%", "%%"), **kind)
+        hidden = meta["rare"] and not all_flags
+        help = argparse.SUPPRESS if hidden else _help(name).replace("%", "%%")
+        groups[meta["group"]].add_argument(_flag(name), help=help, **kind)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The argument types for which llm_numba.cuda.attention's kernels are compiled; the others are in the variants' files."""
+"""The argument types for which llm_numba.cuda.attention's kernels are compiled; see also its variants."""
 
 from assembling import array
 from numba.cuda.types import float32, int64

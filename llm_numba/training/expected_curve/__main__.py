@@ -4,13 +4,14 @@ from llm_numba.training.expected_curve import record
 from llm_numba.util.cli import Parser, exit_with
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m llm_numba.training.expected_curve",
-        description="Make a run the reference that later runs with its settings are compared with.",
+        prog="llm-numba record-curve",
+        description="Make the losses of a run the expected curve, which later runs with the same settings are compared "
+        "with.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that has ended")
-    record(parser.parse_args().run)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    record(parser.parse_args(argv).run)
 
 
 if __name__ == "__main__":

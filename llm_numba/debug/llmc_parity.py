@@ -38,7 +38,7 @@ def compare(ops, config, parameters, state, losses) -> list[tuple[str, float, fl
     """(what, ours or the distance, theirs or the tolerance, whether it agrees) of each thing compared."""
     B, T = state.tokens.shape
     V = config.vocab_size
-    arena = Arena(training_groups(config, B, T, ops, "reuse"), config, "reuse", ops)
+    arena = Arena(training_groups(config, B, T, ops), config, "reuse", ops)
     m = arena.training()
     set_parameters(ops, arena, parameters.items())
     ops.to_device(m.decays, 1)  # of every tensor, as llm.c's test has it

@@ -1,0 +1,74 @@
+"""Weights to start from: published models, files of other programs, or a run of this one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from llm_numba.arena import Arena
+from llm_numba.formats import huggingface, llmc, pretrained
+from llm_numba.models import Model
+from llm_numba.ops import Ops
+from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
+from llm_numba.training.step import set_parameter
+from llm_numba.util.cli import UserError
+
+LLMC_MODEL, LLMC_TOKENIZER = "model.bin", "gpt2_tokenizer.bin"  # in an export; llm.c's programs expect the second name
+
+
+class Weights(NamedTuple):
+    """A trained model, before there is memory for it."""
+
+    model: Model
+    tokenizer: Callable[[], tiktoken.Encoding | None]  # None if the source has none
+    parameters: Iterator[tuple[str, np.ndarray]]  # (name, all layers together), each read when it is needed
+
+
+def open_weights(source: str) -> Weights:
+    """The weights that `source` names: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a Hugging Face folder; an llm.c .bin,
+    or the folder of an exported one; a run folder or a checkpoint.
+
+    Errors: UserError if it is none of these, not a model that is known here, or damaged.
+    """
+    if source in pretrained.PUBLISHED:
+        return Weights(*pretrained.open_published(source))
+    path = Path(source).expanduser()
+    path = path / LLMC_MODEL if (path / LLMC_MODEL).exists() else path
+    if (path / huggingface.CONFIG).exists():
+        model = huggingface.read_config(path)
+        return Weights(model, lambda: huggingface.read_tokenizer(path), huggingface.read_parameters(path, model))
+    if path.is_file() and path.suffix == ".bin":
+        model, _, parameters = llmc.read_model(path)
+        tokenizer = path.with_name(LLMC_TOKENIZER)
+        return Weights(
+            model, lambda: llmc.read_tokenizer(tokenizer) if tokenizer.exists() else None, iter(parameters.items())
+        )
+    if path.is_file() or (path / "checkpoints").is_dir():
+        return weights_of(open_checkpoint(path))
+    raise UserError(
+        f"{source}: expected one of {', '.join(pretrained.PUBLISHED)}, a folder with a {huggingface.CONFIG}, "
+        "an llm.c .bin, a run folder or a checkpoint"
+    )
+
+
+def weights_of(stored: Checkpoint) -> Weights:
+    return Weights(stored.model, lambda: stored.encoding, stored.parameters())
+
+
+def set_parameters(ops: Ops, arena: Arena, parameters: Iterator[tuple[str, np.ndarray]]) -> None:
+    """The arena's parameters = these."""
+    for name, values in tqdm(parameters, desc="weights", leave=False, disable=None):
+        set_parameter(ops, arena, name, padded_to(values, arena.tensors["parameters", name].shape))
+
+
+def padded_to(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """values, with rows of zeros appended: files of other programs pad the vocabulary differently, or not at all."""
+    if values.shape == shape:
+        return values
+    rows = min(len(values), shape[0])
+    padded = np.zeros(shape, np.float32)
+    padded[:rows] = values[:rows]
+    return padded
