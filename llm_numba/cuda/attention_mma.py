@@ -209,7 +209,7 @@ def forward_kernel(HS: int, GROUP: int):
         copy_rows(shared, qkv, b, t0, h * HS, BQ, HS, THREADS)
         current, next = shared + OWN, shared + OWN + 2 * TILE
         copy_rows(current, qkv, b, 0, C + kv_head * HS, BK, HS, THREADS)
-        copy_rows(current + TILE, qkv, b, 0, (GROUP + 1) * C // GROUP + kv_head * HS, BK, HS, THREADS)
+        copy_rows(current + TILE, qkv, b, 0, C + C // GROUP + kv_head * HS, BK, HS, THREADS)
         commit_group()
         q_address = a_address(shared, warp * ROWS, HS)
         clear(acc)
@@ -222,7 +222,7 @@ def forward_kernel(HS: int, GROUP: int):
             cuda.syncthreads()
             if s0 + BK < min(t0 + BQ, T):
                 copy_rows(next, qkv, b, s0 + BK, C + kv_head * HS, BK, HS, THREADS)
-                copy_rows(next + TILE, qkv, b, s0 + BK, (GROUP + 1) * C // GROUP + kv_head * HS, BK, HS, THREADS)
+                copy_rows(next + TILE, qkv, b, s0 + BK, C + C // GROUP + kv_head * HS, BK, HS, THREADS)
             commit_group()
 
             if s0 < t0 + warp * ROWS + ROWS:  # else all keys come after the warp's queries
@@ -299,7 +299,7 @@ def dkv_kernel(HS: int, GROUP: int):
         factor = scale * LOG2_E
         k, v, current, next = shared, shared + OWN, shared + 2 * OWN, shared + 2 * OWN + 2 * TILE
         copy_rows(k, qkv, b, s0, C + kv_head * HS, BK, HS, THREADS)
-        copy_rows(v, qkv, b, s0, (GROUP + 1) * C // GROUP + kv_head * HS, BK, HS, THREADS)
+        copy_rows(v, qkv, b, s0, C + C // GROUP + kv_head * HS, BK, HS, THREADS)
         first_head = kv_head * GROUP
         copy_rows(current, qkv, b, s0, first_head * HS, BQ, HS, THREADS)
         copy_rows(current + TILE, dout, b, s0, first_head * HS, BQ, HS, THREADS)
@@ -348,7 +348,7 @@ def dkv_kernel(HS: int, GROUP: int):
             current, next = next, current
         own = warp * ROWS * HS * 2
         store_rows(dqkv, dk, scale, k + own, b, s0 + warp * ROWS, C + kv_head * HS, HS)
-        store_rows(dqkv, dv, ONE, v + own, b, s0 + warp * ROWS, (GROUP + 1) * C // GROUP + kv_head * HS, HS)
+        store_rows(dqkv, dv, ONE, v + own, b, s0 + warp * ROWS, C + C // GROUP + kv_head * HS, HS)
 
     return attention_dkv_kernel
 
@@ -381,7 +381,7 @@ def dq_kernel(HS: int, GROUP: int):
         copy_rows(q, qkv, b, t0, h * HS, BQ, HS, THREADS)
         copy_rows(dy, dout, b, t0, h * HS, BQ, HS, THREADS)
         copy_rows(current, qkv, b, 0, C + kv_head * HS, BK, HS, THREADS)
-        copy_rows(current + TILE, qkv, b, 0, (GROUP + 1) * C // GROUP + kv_head * HS, BK, HS, THREADS)
+        copy_rows(current + TILE, qkv, b, 0, C + C // GROUP + kv_head * HS, BK, HS, THREADS)
         commit_group()
         for m in range(M):
             for i in range(2):
@@ -393,7 +393,7 @@ def dq_kernel(HS: int, GROUP: int):
             cuda.syncthreads()
             if s0 + BK < min(t0 + BQ, T):
                 copy_rows(next, qkv, b, s0 + BK, C + kv_head * HS, BK, HS, THREADS)
-                copy_rows(next + TILE, qkv, b, s0 + BK, (GROUP + 1) * C // GROUP + kv_head * HS, BK, HS, THREADS)
+                copy_rows(next + TILE, qkv, b, s0 + BK, C + C // GROUP + kv_head * HS, BK, HS, THREADS)
             commit_group()
 
             if s0 < t0 + warp * ROWS + ROWS:

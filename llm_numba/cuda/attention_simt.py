@@ -161,7 +161,7 @@ def forward_kernel(width: int, GROUP: int):
             top[r], total[r] = MASKED, ZERO
         for s0 in range(0, min(t0 + BQ, out.shape[1]), BK):
             load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
-            load_rows(v, qkv[b], s0, (GROUP + 1) * C // GROUP + kv_head * HS, HS, THREADS)
+            load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
             cuda.syncthreads()
 
             # scores, and the maximum of each row so far
@@ -242,7 +242,7 @@ def dkv_kernel(width: int, GROUP: int):
         T, C = dout.shape[1], dout.shape[2]
         s0 = cuda.blockIdx.x * BK
         load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
-        load_rows(v, qkv[b], s0, (GROUP + 1) * C // GROUP + kv_head * HS, HS, THREADS)
+        load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
         clear(dk)
         clear(dv)
         first = s0 // BQ * BQ
@@ -269,7 +269,7 @@ def dkv_kernel(width: int, GROUP: int):
             add_weighted(dk, ds, q, row, TX)
             cuda.syncthreads()
         store_rows(dqkv[b], dk, k, s0, C + kv_head * HS, HS, TX, THREADS)
-        store_rows(dqkv[b], dv, v, s0, (GROUP + 1) * C // GROUP + kv_head * HS, HS, TX, THREADS)
+        store_rows(dqkv[b], dv, v, s0, C + C // GROUP + kv_head * HS, HS, TX, THREADS)
 
     return attention_dkv_kernel
 
@@ -308,7 +308,7 @@ def dq_kernel(width: int, GROUP: int):
         clear(dq)
         for s0 in range(0, min(t0 + BQ, T), BK):
             load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
-            load_rows(v, qkv[b], s0, (GROUP + 1) * C // GROUP + kv_head * HS, HS, THREADS)
+            load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
             cuda.syncthreads()
 
             multiply(scores, q, k)
