@@ -69,7 +69,7 @@ def machine(monkeypatch):
     return has
 
 
-def test_cards_are_listed_with_what_they_can(machine):
+def test_gpus_are_listed_with_their_properties(machine):
     machine(A100, T4)
     assert gpu.gpus() == [gpu.Gpu(*A100), gpu.Gpu(*T4)]
     assert [one.has_bf16 for one in gpu.gpus()] == [True, False]
@@ -78,7 +78,7 @@ def test_cards_are_listed_with_what_they_can(machine):
 
 
 @pytest.mark.parametrize("dtype, cards", [("fp32", [T4]), ("fp32", [A100, P100]), ("bf16", [A100, T4])])
-def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
+def test_a_supported_gpu_is_no_obstacle(machine, dtype, cards):
     machine(*cards)
     gpu.check_gpu(dtype)
     assert gpu.available() and gpu.obstacle() is None
@@ -94,7 +94,7 @@ def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
             [T4],
             dict(version=12080),
             "the NVIDIA driver is for CUDA 12.8, the installed packages are for CUDA 13: update the driver to R580 or "
-            'newer, or pip install "llm-numba[cuda12]" in a new environment',
+            'newer, or run pip install -e ".[cuda12]" in a new environment',
         ),
         (
             [T4],
@@ -102,15 +102,14 @@ def test_a_card_that_serves_is_no_obstacle(machine, dtype, cards):
             "the NVIDIA driver is for CUDA 11.4, the installed packages are for CUDA 12: update the driver to R525 or "
             "newer",
         ),
-        ([], {}, "there is no NVIDIA card"),
-        ([], dict(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"}), "there is no NVIDIA card"),
+        ([], {}, "no NVIDIA GPU found"),
+        ([], dict(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"}), "no NVIDIA GPU found"),
         (
             [T4],
             dict(failing={"cuInit": "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}),
-            "the NVIDIA driver answers CUDA_ERROR_SYSTEM_DRIVER_MISMATCH to cuInit: see what nvidia-smi says of the "
-            "card",
+            "the NVIDIA driver returned CUDA_ERROR_SYSTEM_DRIVER_MISMATCH from cuInit: check the GPU with nvidia-smi",
         ),
-        ([P100, A100], {}, "Tesla P100 (compute capability 6.0) is too old: 7.5 is the least"),
+        ([P100, A100], {}, "Tesla P100 (compute capability 6.0) is too old: compute capability 7.5 or newer is needed"),
     ],
 )
 def test_an_obstacle_is_told_in_one_line(machine, cards, options, reason):
@@ -130,15 +129,16 @@ def test_a_driver_serves_every_toolkit_of_its_major_version_and_before(machine, 
 def test_cards_that_are_hidden_are_told_from_none(machine, monkeypatch):
     machine(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu.obstacle() == "there is no NVIDIA gpu among CUDA_VISIBLE_DEVICES=''"
+    assert gpu.obstacle() == "no NVIDIA GPU found with CUDA_VISIBLE_DEVICES=''"
 
 
-def test_bf16_needs_a_card_that_has_it(machine):
+def test_bf16_needs_a_gpu_that_supports_it(machine):
     machine(T4, A100)
     with pytest.raises(UserError) as refusal:
         gpu.check_gpu("bf16")
     assert str(refusal.value) == (
-        "--dtype bf16: Tesla T4 (compute capability 7.5) has none, it comes with 8.0; use --dtype fp32"
+        "--dtype bf16: Tesla T4 (compute capability 7.5) does not support bf16, which needs compute capability 8.0; "
+        "use --dtype fp32"
     )
 
 
@@ -172,7 +172,7 @@ def test_free_memory_is_asked_for_in_a_context_that_is_given_back(machine):
     driver = machine(A100)
     assert gpu.free_memory(0) == 3 * MIB
     driver.failing["cuMemGetInfo"] = "CUDA_ERROR_UNKNOWN"
-    with pytest.raises(UserError, match="CUDA_ERROR_UNKNOWN to cuMemGetInfo"):
+    with pytest.raises(UserError, match="CUDA_ERROR_UNKNOWN from cuMemGetInfo"):
         gpu.free_memory(0)
     assert driver.contexts == 0
 

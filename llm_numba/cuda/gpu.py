@@ -39,7 +39,7 @@ def check_gpu(dtype: str) -> None:
     gpu = gpus()[0]
     if dtype == "bf16" and not gpu.has_bf16:
         raise UserError(
-            f"--dtype bf16: {gpu} does not support it, compute capability {_dotted(OLDEST_WITH_BF16)} does; "
+            f"--dtype bf16: {gpu} does not support bf16, which needs compute capability {_dotted(OLDEST_WITH_BF16)}; "
             "use --dtype fp32"
         )
 
