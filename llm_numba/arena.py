@@ -18,9 +18,7 @@ import numpy as np
 from llm_numba.util.files import format_bytes
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-RUN = (
-    64  # elements: tensors are padded to a multiple, so groups of different dtypes have the same element offsets
-)
+RUN = 64  # elements: tensors are padded to a multiple, so groups of different dtypes have the same element offsets
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # --dtype -> dtype of the arena
 
 

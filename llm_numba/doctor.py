@@ -1,6 +1,6 @@
-"""What this machine has and lacks: python -m llm_numba.doctor
+"""What is installed and which devices work: llm-numba doctor
 
-Prints versions, the CPU, the CUDA cards, what to install for what is missing, and what can be run here.
+Prints versions, the CPU, the GPUs, how to install what is missing, and which --device can be used.
 """
 
 import importlib
@@ -10,14 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from llm_numba import __version__
-from llm_numba.cuda import gpu
-from llm_numba.util.cli import Parser, UserError, exit_with
+from llm_numba.cuda import gpu, variants
+from llm_numba.util.cli import EXTRAS, Parser, UserError, exit_with, install
 from llm_numba.util.host import cgroup_limit, sensible_threads, usable_cpus
 
 PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "safetensors", "tiktoken")
-VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # the widest first
+OPTIONAL = ("download", "lessons", "tensorboard", "trackio", "wandb")  # extras of pyproject.toml
+VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # widest first
 
 
 def words(error: Exception) -> str:
@@ -26,13 +28,13 @@ def words(error: Exception) -> str:
 
 
 def report(name: str, say: Callable[[], str]) -> bool:
-    """Print a row of the table; whatever goes wrong is its content. Returns whether nothing did."""
+    """Print a row of the table, with the error if there is one. Returns whether there was none."""
     try:
-        text, fine = say(), True
+        text, works = say(), True
     except Exception as error:
-        text, fine = words(error), False
+        text, works = words(error), False
     print(f"  {name:<14} {text}")
-    return fine
+    return works
 
 
 def why_not_cuda(loads: bool) -> str | None:
@@ -46,7 +48,17 @@ def package(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError as error:
-        raise UserError(f"not installed: pip install {name}") from error
+        raise UserError(f"not installed: {install()}") from error
+
+
+def optional(extra: str) -> str:
+    """The modules of an extra. Errors: UserError that names the missing ones."""
+    modules = [module for module, its_extra in EXTRAS.items() if its_extra == extra]
+    modules += ["numba_cuda"] if extra == "lessons" else []  # its simulator
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: {install(extra)}")
+    return f"{', '.join(modules)} installed"
 
 
 def processor() -> str:
@@ -61,7 +73,7 @@ def cores() -> str:
     import psutil
 
     quota = cgroup_limit("cpu.max")
-    limit = f"; a cgroup allows the time of {quota:.3g}" if quota else ""
+    limit = f"; its cgroup may use {quota:.3g}" if quota else ""
     usable, threads = len(usable_cpus()), sensible_threads()
     return f"{psutil.cpu_count()} logical, {usable} for this process{limit}: {threads} threads by default"
 
@@ -72,8 +84,8 @@ def memory() -> str:
     from llm_numba.util.files import format_bytes
 
     limit, now = cgroup_limit("memory.max"), psutil.virtual_memory()
-    allowed = f"; a cgroup allows {format_bytes(limit)}" if limit else ""
-    return f"{format_bytes(now.total)}, of which {format_bytes(now.available)} available{allowed}"
+    allowed = f"; this cgroup may use {format_bytes(limit)}" if limit else ""
+    return f"{format_bytes(now.total)}, {format_bytes(now.available)} available{allowed}"
 
 
 def blas() -> str:
@@ -84,7 +96,7 @@ def blas() -> str:
 
 
 def run_op(device: str) -> str:
-    """What try_an_op says, in a process of its own: no crash of a library then takes the table with it."""
+    """The result of try_an_op in a subprocess, so that a crash of a library does not end the doctor."""
     program = f"from llm_numba.doctor import try_an_op; print(try_an_op({device!r}))"
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1" if device == "cudasim" else "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
@@ -95,7 +107,7 @@ def run_op(device: str) -> str:
 
 
 def try_an_op(device: str) -> str:
-    """Compile an op, run it and look at its result."""
+    """Compile an op, run it and check its result."""
     package = "llm_numba.cpu" if device == "cpu" else "llm_numba.cuda"
     memory, gelu = (importlib.import_module(f"{package}.{file}") for file in ("memory", "gelu"))
     out, inp = (memory.view(memory.allocate(4 * 32), 0, (1, 2, 16), "float32") for _ in range(2))
@@ -104,14 +116,15 @@ def try_an_op(device: str) -> str:
     if not (abs(memory.to_host(out) - 0.841192) < 1e-6).all():
         raise ArithmeticError("gelu(1) is not 0.841192")
     if device != "cpu":
-        return "an op runs and is right"
+        return "an op runs and its result is right"
     import numba
 
-    return f"an op runs and is right, on {numba.get_num_threads()} threads, thread layer {numba.threading_layer()}"
+    threads, layer = numba.get_num_threads(), numba.threading_layer()
+    return f"an op runs and its result is right, on {threads} threads, thread layer {layer}"
 
 
 def numba_cuda() -> str:
-    gpu.load_driver()  # for its words where the package is missing
+    gpu.load_driver()  # raises a UserError if a package is missing
     return version("numba-cuda")
 
 
@@ -124,7 +137,7 @@ def toolkit() -> str:
     major = gpu.load_driver().CUDA_VERSION // 1000
     missing = gpu.missing_parts()
     if missing:
-        raise UserError(f"CUDA {major}, without {', '.join(missing)}: {gpu.INSTALL}")
+        raise UserError(f"CUDA {major}, {', '.join(missing)} not found: {gpu.INSTALL}")
     return f"CUDA {major}: {', '.join((*gpu.LIBRARIES, 'libdevice'))}"
 
 
@@ -138,9 +151,9 @@ def describe(index: int, found: gpu.Gpu) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where the CPU's ops run, else 1."""
-    description = "Say what this machine has and lacks, and what can be run on it."
-    Parser(prog="python -m llm_numba.doctor", description=description).parse_args(argv)
+    """0 if the CPU's ops run, else 1."""
+    description = "Print what is installed on this machine, what is missing, and which devices work."
+    Parser(prog="llm-numba doctor", description=description).parse_args(argv)
 
     print("versions")
     report("llm_numba", lambda: __version__)
@@ -168,14 +181,18 @@ def main(argv: list[str] | None = None) -> int:
     if not reason:
         dtype = "bf16" if gpu.gpus()[0].has_bf16 else "fp32"
         runs[f"--device cuda --dtype {dtype}"] = report("ops", lambda: run_op("cuda"))
+        report("variants", lambda: "".join("\n    {:<10} {} {:>5}: {}".format(*row) for row in variants.explain()))
     runs["--device cudasim"] = report("simulator", lambda: run_op("cudasim"))
 
-    print(f"\nruns here: {', '.join(flags for flags, fine in runs.items() if fine) or 'nothing'}")
+    print("optional packages")
+    for extra in OPTIONAL:
+        report(extra, lambda extra=extra: optional(extra))
+
+    print(f"\nworks here: {', '.join(flags for flags, works in runs.items() if works) or 'nothing'}")
     if reason:
-        print(f"does not:  --device cuda: {reason}")
+        print(f"does not:   --device cuda: {reason}")
     return 0 if runs["--device cpu"] else 1
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -68,9 +67,7 @@ def write_folder(out: Path, overwrite: bool, write) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llm_numba.export", description="Write a model in a format that other programs read."
-    )
+    parser = Parser(prog="llm-numba export", description="Write a model in a format that other programs read.")
     parser.add_argument(
         "source",
         metavar="RUN_OR_CHECKPOINT",
@@ -98,5 +95,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -39,9 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only tokens that sum to P; 1: all")
     parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same texts")
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one, else the CPU"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one, else the CPU")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one for each physical core")
     args = parser.parse_args(argv)
     for flag, value, lowest, highest in (

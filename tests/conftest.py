@@ -1,9 +1,9 @@
-"""Fixtures of all tests: the ops of the device under test, and memory that tells what an op should not have touched."""
+"""Shared fixtures: the ops of the device under test, and guarded memory that shows what an op should not write."""
 
 import os
 
-os.environ["NUMBA_NUM_THREADS"] = "4"  # read when Numba is imported; tests choose fewer
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # there may be fewer cores than threads
+os.environ["NUMBA_NUM_THREADS"] = "4"  # Numba reads it on import; tests may use fewer
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more threads than cores
 
 import functools
 import importlib
@@ -18,27 +18,33 @@ from llm_numba.ops import CONTRACT, WRITES
 
 ALIGNMENT = 64
 GUARD = 256  # bytes before and after each array
-MOST_INTERPRETED = 256  # numbers in an activation that plain Python may work on in a test
+MOST_INTERPRETED = 256  # elements of an activation in a test that runs as plain Python
 DEVICES = ("cpu", "cudasim", "cuda")
+FAULT_FILES = {"test_faults", "test_strangers", "test_survival"}
+SLOW_FILES = {
+    *("test_assembled", "test_bench", "test_bf16", "test_borrowed", "test_compilation", "test_debugging"),
+    *("test_devices", "test_eval", "test_huggingface", "test_lessons", "test_lessons_tools", "test_llmc"),
+    *("test_plain_python", "test_weights"),
+}
+QUICK_SIMULATED = 64  # elements of an activation in a quick test in the simulator
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", default="cpu,cudasim", help="the backends whose ops are tested, separated by commas (cpu,cudasim)"
+        "--device", default="cpu,cudasim", help="devices to test, separated by commas (default: cpu,cudasim)"
     )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "compiled: says nothing, or takes too long, under NUMBA_DISABLE_JIT=1")
-    config.addinivalue_line("markers", "gpu: for a GPU, real or simulated")
-    config.addinivalue_line("markers", "real: says nothing, or takes too long, in the simulator")
     unknown = set(devices(config)) - set(DEVICES)
     if unknown or {"cuda", "cudasim"} <= set(devices(config)):
-        raise pytest.UsageError(f"--device {config.getoption('--device')}: expected some of {', '.join(DEVICES)}, "
-                                "but cuda and cudasim, which one process cannot have both, only apart")  # fmt: skip
+        raise pytest.UsageError(
+            f"--device {config.getoption('--device')}: expected some of {', '.join(DEVICES)}; cuda and cudasim need "
+            "separate runs"
+        )
     os.environ["DEVICE_OF_PROGRAMS"] = "cuda" if "cuda" in devices(config) else "cpu"
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1" if "cudasim" in devices(config) else "0"
-    if os.environ.get("NUMBA_DISABLE_JIT") == "1":  # NumPy's own scalars warn of each NaN that a test is about
+    if os.environ.get("NUMBA_DISABLE_JIT") == "1":  # NumPy scalars warn about NaN
         config.addinivalue_line("filterwarnings", "ignore:invalid value:RuntimeWarning")
 
 
@@ -51,10 +57,23 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", devices(metafunc.config), scope="session")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Keep what the device has, and under NUMBA_DISABLE_JIT=1 and in the simulator what Python can do in a moment."""
+def is_quick(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    large = parameters.get("device") == "cudasim" and math.prod(parameters.get("shape", ())) > QUICK_SIMULATED
+    return not (large or item.path.stem in SLOW_FILES | FAULT_FILES or item.get_closest_marker("slow"))
 
-    def is_not_for_it(item):
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config, items):
+    """Mark tests as quick or faults. Deselect what the device does not have, and what plain Python or the simulator is
+    too slow for."""
+    for item in items:
+        if item.path.stem in FAULT_FILES:
+            item.add_marker("faults")
+        if is_quick(item):
+            item.add_marker("quick")
+
+    def is_excluded(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("device") == "cpu" and item.get_closest_marker("gpu"):
             return True
@@ -63,9 +82,9 @@ def pytest_collection_modifyitems(config, items):
             return large or item.get_closest_marker("compiled") or item.get_closest_marker("real")
         return os.environ.get("NUMBA_DISABLE_JIT") == "1" and (large or item.get_closest_marker("compiled"))
 
-    left_out = {item for item in items if is_not_for_it(item)}
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    excluded = {item for item in items if is_excluded(item)}
+    config.hook.pytest_deselected(items=excluded)
+    items[:] = [item for item in items if item not in excluded]
 
 
 @pytest.fixture(scope="session")
@@ -90,14 +109,14 @@ def as_on_device(x):
 
 
 def root_of(array):
-    """The memory that an array is a view of: guards and all."""
+    """The allocation that an array is a view of, guards included."""
     while array.base is not None:
         array = array.base
     return array
 
 
 def on_device(op):
-    """The op on copies of its arrays, guards and all, in the device's memory; then what they have become."""
+    """The op on device copies of its arrays, guards included; the results are copied back."""
     from numba import cuda
 
     from llm_numba.cuda import memory
@@ -121,7 +140,7 @@ def on_device(op):
 
 
 def only_writes_what_it_may(name, op):
-    """The op, followed by a check that every array is unchanged that is neither a destination nor scratch."""
+    """The op, followed by a check that no array changed except destinations and scratch."""
     signature = inspect.signature(op)
 
     @functools.wraps(op)
@@ -139,7 +158,7 @@ def only_writes_what_it_may(name, op):
 
 @pytest.fixture(params=["float32", pytest.param("bfloat16", marks=pytest.mark.gpu)])
 def dtype(request):
-    """The precision of parameters and activations."""
+    """The dtype of parameters and activations."""
     return request.param
 
 
@@ -150,10 +169,10 @@ def rng():
 
 @pytest.fixture
 def place():
-    """A function that copies values into memory of their own, as float32 unless told otherwise.
+    """A function that copies values into newly allocated memory, as float32 by default.
 
-    The copy is aligned like the arena's tensors and stands between guards: bytes that read as NaN, and that must be
-    the same when the test ends.
+    The copy is aligned like the arena's tensors. Guard bytes before and after it read as NaN and must be unchanged when
+    the test ends.
     """
     guards = []
 
@@ -168,20 +187,20 @@ def place():
 
     yield copy
     for shape, before, after in guards:
-        assert (before == 0xFF).all(), f"something was written before an array of shape {shape}"
-        assert (after == 0xFF).all(), f"something was written after an array of shape {shape}"
+        assert (before == 0xFF).all(), f"an op wrote before the start of an array of shape {shape}"
+        assert (after == 0xFF).all(), f"an op wrote past the end of an array of shape {shape}"
 
 
 @pytest.fixture
 def garbage(place):
-    """A function that makes an array whose content must not matter: all NaN, between guards."""
+    """A function that makes a guarded array full of NaN, for outputs whose previous content must not matter."""
     return lambda *shape: place(np.full(shape, np.nan))
 
 
 @pytest.fixture
 def assert_same_bits(device):
-    """A function that runs `run`, which returns arrays, on 1, 2, 3 and 4 threads of the CPU, or a few times on a GPU,
-    and compares the arrays' bytes."""
+    """A function that calls `run` on 1, 2, 3 and 4 CPU threads, or four times on a GPU, and compares the bytes of the
+    arrays that it returns."""
 
     def check(run):
         results = []
@@ -192,7 +211,7 @@ def assert_same_bits(device):
         for times, result in zip((2, 3, 4), results[1:], strict=True):
             for i, (got, expected) in enumerate(zip(result, results[0], strict=True)):
                 what = f"on {times} threads" if device == "cpu" else f"of run {times}"
-                assert got == expected, f"result {i} {what} differs from that of the first"
+                assert got == expected, f"result {i} {what} differs from the first run's"
 
     import numba
 

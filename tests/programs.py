@@ -1,4 +1,4 @@
-"""The commands as a user runs them: in this process where that is the same, in one of their own where it is not."""
+"""Run the commands: in this process where that gives the same result, else in a subprocess."""
 
 import contextlib
 import json
@@ -18,15 +18,15 @@ from llm_numba.training import checkpoint
 from llm_numba.util.cli import exit_with
 
 ROOT = Path(__file__).parents[1]
-DEVICE = os.environ["DEVICE_OF_PROGRAMS"]  # which conftest.py chooses
+DEVICE = os.environ["DEVICE_OF_PROGRAMS"]  # chosen by conftest.py
 PACKAGE = "cpu" if DEVICE == "cpu" else "cuda"  # of llm_numba
-TIMES = ("ms", "tokens_per_second", "share_of_peak")  # what differs between two equal runs
+TIMES = ("ms", "tokens_per_second", "share_of_peak")  # differ between two equal runs
 QUICK = ("--preset", "nano", "--batch-size", 8, "--sequence-length", 32, "--val-batches", 1, "--sample-tokens", 4)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A folder for tokenised text; in Numba's own for compiled functions nothing changes."""
+    """A folder for tokenised text. Compiled functions stay in Numba's folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_NUMBA_CACHE", str(folder))
@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 
 
 def write_text(path, sentences=1500):
-    """A text of short words in no order that a step could guess; returns the path as a str."""
+    """Write a text of short words in an unpredictable order; return the path as a str."""
     words = "the cat sat on a mat and saw one dog run far off to big old red sea ".split()
     text = " ".join(words[i * i * 7919 % 104729 % len(words)] for i in range(10 * sentences))
     Path(path).write_text(text)
@@ -43,34 +43,31 @@ def write_text(path, sentences=1500):
 
 
 def with_device(name, arguments):
-    """The arguments, with the device that is tested where the program asks for one and they do not decide it."""
+    """The arguments, with the tested device if the program has that flag and they do not set it."""
     arguments = [str(argument) for argument in arguments]
     decided = {"--device", "--no-jit", "--interpret", "--help"} & set(arguments)
     return arguments if decided or name not in ("train", "sample", "inspect") else [*arguments, "--device", DEVICE]
 
 
 def run_here(*arguments, program=train):
-    """The command in this process; returns what its `main` does."""
+    """Run the command in this process; return what its `main` returns."""
     return program.main(with_device(program.__name__.rpartition(".")[2], arguments))
 
 
 def environment(**changes):
-    """That of a user, with the compiled functions and the tokenised text of these tests."""
+    """The environment of a user, with the caches of these tests; None removes a variable."""
     ours = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": numba.config.CACHE_DIR, **changes}
-    for name in "NUMBA_NUM_THREADS", "PYTHONUNBUFFERED":  # of the tests, of whoever runs them
+    for name in "NUMBA_NUM_THREADS", "PYTHONUNBUFFERED":  # set by the tests, or by the user who runs them
         ours.pop(name, None)
     return {name: value for name, value in ours.items() if value is not None}
 
 
-MODULES = {"inspect": "debug.inspect", "diff": "debug.diff", "replay": "debug.replay"}  # of commands with a room
-
-
 def command(name, *arguments):
-    return [sys.executable, "-m", f"llm_numba.{MODULES.get(name, name)}", *with_device(name, arguments)]
+    return [sys.executable, "-m", "llm_numba", name, *with_device(name, arguments)]
 
 
 def run(name, *arguments, cwd, **options):
-    """`python -m llm_numba.NAME ARGUMENTS` to its end."""
+    """Run `llm-numba NAME ARGUMENTS` to its end."""
     options = {
         "env": environment(),
         "capture_output": True,
@@ -83,9 +80,9 @@ def run(name, *arguments, cwd, **options):
 
 @contextlib.contextmanager
 def started(command, cwd, **options):
-    """A process that is under way, and that ends with the block."""
+    """A running process, which is killed at the end of the block."""
     options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    if os.name != "nt":  # in the background of a script these tests, and what they start, would not get SIGINT
+    if os.name != "nt":  # a background job of a script ignores SIGINT, and so would its children
         options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=cwd, **options) as process:
         try:
@@ -95,7 +92,7 @@ def started(command, cwd, **options):
 
 
 def wait_until(true, process, seconds=120):
-    """Look all the time until `true()` is; False where the process ends before."""
+    """Poll until `true()`; False if the process ends before."""
     deadline = time.monotonic() + seconds
     while not true():
         if process.poll() is not None:
@@ -105,14 +102,14 @@ def wait_until(true, process, seconds=120):
 
 
 def error_line(status, stderr):
-    """What a command told that was refused: one line, and exit status 2."""
+    """The error of a command that failed: one line, and exit status 2."""
     assert status == 2, stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
     return stderr
 
 
 def refused(capfd, *arguments, program=train):
-    """Run a command in this process that must be refused; returns its line."""
+    """Run a command in this process that must fail with a UserError; return the line it prints."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
         exit_with(lambda: run_here(*arguments, program=program))
@@ -120,7 +117,7 @@ def refused(capfd, *arguments, program=train):
 
 
 def rows_of(folder, key="loss"):
-    """The rows of log.jsonl that have `key`, without what time it took."""
+    """The rows of log.jsonl that have `key`, without times."""
     rows = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows if key in row]
 
@@ -130,13 +127,14 @@ def losses_of(folder):
 
 
 def rows_written(folder):
-    """How many steps a run that is under way has logged."""
+    """How many steps a run has logged so far."""
     path = Path(folder) / "log.jsonl"
     return path.read_bytes().count(b'"norm_z"') if path.exists() else 0
 
 
 def content_of(path):
-    """(tensors' bytes, state) of a checkpoint, or of a run's newest, but for the settings of one start only."""
+    """(tensors' bytes, state, tokenizer) of a checkpoint or of a run's newest, without settings that a resumed run may
+    change."""
     path = checkpoint.newest(path) if Path(path).is_dir() else path
     tensors, state, tokenizer = checkpoint.load(path)
     for name in ("out", "resume", "threads", "checkpoint_every", "keep", "keep_every", "steps", "check_finite"):
@@ -145,7 +143,7 @@ def content_of(path):
 
 
 def files_in(folder):
-    """{path: content} of all that a folder holds."""
+    """{path: content} of everything in a folder."""
     paths = sorted(Path(folder).rglob("*"))
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 

@@ -4,6 +4,7 @@ Most tests compare two devices that both are NumPy in float32 (oracle.py), one o
 """
 
 import re
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,13 @@ from programs import cache, files_in, refused, run_here, write_text  # noqa: F40
 
 from llm_numba import oracle
 from llm_numba.debug import diff
-from llm_numba.models.config import PRESETS, GPT2Config
-from llm_numba.ops import WRITES, get_ops
+from llm_numba.models.gpt2 import GPT2
+from llm_numba.ops import WRITES, Ops, get_ops
+from llm_numba.training.step import initialise
 
 B, T, L = 2, 3, 2
-LEAST = GPT2Config(max_seq_len=4, vocab_size=5, num_layers=L, num_heads=2, channels=8)
-FORWARD = "ln1 ln1_mean ln1_rstd qkv att atty attproj residual2 ln2 ln2_mean ln2_rstd fch fch_gelu fcproj residual3"
+LEAST = GPT2(max_seq_len=4, vocab_size=5, num_layers=L, num_heads=2, channels=8)
+FORWARD = "ln1 ln1_mean ln1_rstd qkv lse atty attproj residual2 ln2 ln2_mean ln2_rstd fch fch_gelu fcproj residual3"
 BACKWARD = "dresidual3 dfch_gelu dfch dln2 dresidual2 datty dqkv dln1"
 GRADIENTS = "dfcprojb dfcprojw dfcb dfcw dln2b dln2w dattprojb dattprojw dqkvb dqkvw dln1b dln1w"
 ORDER = [
@@ -46,13 +48,13 @@ def numpy_device(dtype, faults=None):
 
         return call
 
-    return SimpleNamespace(**{**vars(oracle), **{name: follow(name) for name in WRITES}})
+    return Ops(**{**vars(oracle), **{name: follow(name) for name in WRITES}})
 
 
 @pytest.fixture
 def compare(monkeypatch, capsys):
     """A function that runs the command with a broken device; returns its exit status, its rows and its last line."""
-    monkeypatch.setitem(PRESETS, "least", LEAST)
+    monkeypatch.setitem(GPT2.PRESETS, "least", LEAST)
 
     def run(*flags, broken=None, faults=None, preset="least"):
         monkeypatch.setattr(
@@ -124,7 +126,7 @@ FAULTS = [
     ("matmul_forward", 0, 4, "1.qkv"),
     ("matmul_forward", 0, 8, "logits"),
     ("attention_forward", 0, 1, "1.atty"),
-    ("attention_forward", 1, 0, "0.att"),
+    ("attention_forward", 1, 0, "0.lse"),
     ("gelu_forward", 0, 1, "1.fch_gelu"),
     ("fused_classifier", 1, 0, "losses"),
     ("fused_classifier", 0, 1, "dlogits"),  # the second time with gradients
@@ -209,13 +211,12 @@ def test_what_is_not_finite(compare, value):
 
 def test_weights_that_are_not_finite(compare, monkeypatch):
     """Then all devices have the same NaN in the same places, and agree."""
-    initialise = diff.read_source.__globals__["model"].initialise
 
     def broken(ops, arena, seed):
         initialise(ops, arena, seed)
         arena.tensors["parameters", "fcb"][1, 3] = np.nan
 
-    monkeypatch.setattr("llm_numba.models.gpt2.initialise", broken)
+    monkeypatch.setattr("llm_numba.debug.inspect.initialise", broken)
     assert compare()[0] == 0
 
 
@@ -280,9 +281,7 @@ def test_the_cpu_and_the_simulator(request, monkeypatch, capsys):
     """The real ones, at sizes at which the simulator takes a few seconds."""
     if "cudasim" not in request.config.getoption("--device"):
         pytest.skip("this process has no simulator")
-    monkeypatch.setitem(
-        PRESETS, "least", GPT2Config(max_seq_len=2, vocab_size=5, num_layers=1, num_heads=1, channels=4)
-    )
+    monkeypatch.setitem(GPT2.PRESETS, "least", GPT2(max_seq_len=2, vocab_size=5, num_layers=1, num_heads=1, channels=4))
     assert run_here("--preset", "least", "--devices", "cpu", "cudasim", program=diff) == 0
     rows, last = read(capsys.readouterr().out)
     assert "agree" in last and any(row.largest for row in rows.values())
@@ -290,7 +289,7 @@ def test_the_cpu_and_the_simulator(request, monkeypatch, capsys):
 
 def test_a_fault_in_the_cpu(monkeypatch, capsys):
     """The real CPU beside NumPy, first as it is, then with one gradient 2% off."""
-    monkeypatch.setitem(PRESETS, "least", LEAST)
+    monkeypatch.setitem(GPT2.PRESETS, "least", LEAST)
     cpu, given = get_ops("cpu"), {"cuda": numpy_device("fp32")}
     gelu_backward = cpu.gelu_backward
 
@@ -299,7 +298,7 @@ def test_a_fault_in_the_cpu(monkeypatch, capsys):
         dinp *= np.float32(1.02)
 
     monkeypatch.setattr(diff, "get_ops", lambda device, dtype: given[device])
-    for ops, said in (cpu, "agree"), (SimpleNamespace(**vars(cpu) | {"gelu_backward": broken}), "cpu is wrong: 1.dfch"):
+    for ops, said in (cpu, "agree"), (cpu.replace(gelu_backward=broken), "cpu is wrong: 1.dfch"):
         given["cpu"] = ops
         assert run_here("--preset", "least", "--batch-size", B, program=diff) == int(said != "agree")
         assert said in read(capsys.readouterr().out)[1]

@@ -1,11 +1,11 @@
-"""What is said of a card, or of the lack of one, with a driver that answers as it is told; and the doctor's table."""
+"""What is reported about a GPU, or why there is none, with a fake driver; and the table of llm-numba doctor."""
 
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from programs import environment, run
+from programs import environment, error_line, run
 
 from llm_numba import doctor
 from llm_numba.cuda import gpu
@@ -18,7 +18,7 @@ P100 = ("Tesla P100", (6, 0), 16 << 30)
 
 
 class Driver:
-    """The functions of cuda.bindings.driver that are asked; `failing` answers with an error, `lacking` is not there."""
+    """The functions of cuda.bindings.driver that are called; `failing` return an error, `lacking` does not exist."""
 
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
@@ -57,7 +57,7 @@ class Driver:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that gives this machine a driver and cards, and all of the toolkit."""
+    """A function that gives this machine a driver, GPUs and the whole toolkit."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpu, "missing_parts", lambda: [])
 
@@ -94,7 +94,7 @@ def test_a_supported_gpu_is_no_obstacle(machine, dtype, cards):
             [T4],
             dict(version=12080),
             "the NVIDIA driver is for CUDA 12.8, the installed packages are for CUDA 13: update the driver to R580 or "
-            'newer, or run pip install -e ".[cuda12]" in a new environment',
+            'newer, or pip install -e ".[cuda12]" in a new environment',
         ),
         (
             [T4],
@@ -112,7 +112,7 @@ def test_a_supported_gpu_is_no_obstacle(machine, dtype, cards):
         ([P100, A100], {}, "Tesla P100 (compute capability 6.0) is too old: compute capability 7.5 or newer is needed"),
     ],
 )
-def test_an_obstacle_is_told_in_one_line(machine, cards, options, reason):
+def test_an_obstacle_is_reported_in_one_line(machine, cards, options, reason):
     machine(*cards, **options)
     assert gpu.obstacle() == reason and not gpu.available()
     with pytest.raises(UserError) as refusal:
@@ -121,12 +121,12 @@ def test_an_obstacle_is_told_in_one_line(machine, cards, options, reason):
 
 
 @pytest.mark.parametrize("version, toolkit", [(13000, 12090), (13000, 13050)])
-def test_a_driver_serves_every_toolkit_of_its_major_version_and_before(machine, version, toolkit):
+def test_a_driver_supports_every_toolkit_up_to_its_major_version(machine, version, toolkit):
     machine(T4, version=version, toolkit=toolkit)
     assert gpu.available()
 
 
-def test_cards_that_are_hidden_are_told_from_none(machine, monkeypatch):
+def test_hidden_gpus_differ_from_none(machine, monkeypatch):
     machine(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu.obstacle() == "no NVIDIA GPU found with CUDA_VISIBLE_DEVICES=''"
@@ -142,13 +142,13 @@ def test_bf16_needs_a_gpu_that_supports_it(machine):
     )
 
 
-def test_a_toolkit_that_is_not_whole_is_an_obstacle(machine, monkeypatch):
+def test_an_incomplete_toolkit_is_an_obstacle(machine, monkeypatch):
     machine(A100)
     monkeypatch.setattr(gpu, "missing_parts", lambda: ["nvvm", "libdevice"])
     assert gpu.obstacle() == f"nvvm, libdevice of the CUDA toolkit not found: {gpu.INSTALL}"
 
 
-def test_parts_of_the_toolkit_are_looked_for_one_by_one(monkeypatch):
+def test_each_part_of_the_toolkit_is_looked_for(monkeypatch):
     from cuda import pathfinder
 
     def load(name):
@@ -168,7 +168,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert gpu.obstacle().startswith("cuda-bindings cannot be loaded (") and gpu.obstacle().endswith(gpu.INSTALL)
 
 
-def test_free_memory_is_asked_for_in_a_context_that_is_given_back(machine):
+def test_free_memory_needs_a_context_that_is_released(machine):
     driver = machine(A100)
     assert gpu.free_memory(0) == 3 * MIB
     driver.failing["cuMemGetInfo"] = "CUDA_ERROR_UNKNOWN"
@@ -177,9 +177,9 @@ def test_free_memory_is_asked_for_in_a_context_that_is_given_back(machine):
     assert driver.contexts == 0
 
 
-def test_to_ask_for_a_card_loads_no_numba():
-    """Numba reads NUMBA_ENABLE_CUDASIM when it is loaded, after --device is known."""
-    program = "import sys; from llm_numba.cuda import card; card.available(); assert 'numba' not in sys.modules"
+def test_looking_for_a_gpu_does_not_load_numba():
+    """Numba reads NUMBA_ENABLE_CUDASIM when it is loaded, which must come after --device is known."""
+    program = "import sys; from llm_numba.cuda import gpu; gpu.available(); assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment())
 
 
@@ -191,14 +191,16 @@ def test_to_ask_for_a_card_loads_no_numba():
         ([], "--device cpu, --device cudasim"),
     ],
 )
-def test_the_doctor_ends_with_what_runs_here(machine, cards, runs, monkeypatch, capsys):
+def test_the_doctor_ends_with_the_devices_that_work(machine, cards, runs, monkeypatch, capsys):
     machine(*cards)
     monkeypatch.setattr(doctor, "run_op", lambda device: "runs")
+    monkeypatch.setattr(doctor.variants, "explain", lambda: [("matmul", "fp32", "mma", "needs bf16")])
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
-    assert f"\nruns here: {runs}\n" in printed
-    assert printed.endswith("\n" if cards else "does not:  --device cuda: there is no NVIDIA card\n")
-    rows = [line for line in printed.splitlines() if line.startswith("  card ")]
+    assert ("\n    matmul     fp32   mma: needs bf16\n" in printed) == bool(cards)
+    assert f"\nworks here: {runs}\n" in printed
+    assert printed.endswith("\n" if cards else "does not:   --device cuda: no NVIDIA GPU found\n")
+    rows = [line for line in printed.splitlines() if line.startswith("  GPU ")]
     assert len(rows) == len(cards)
     for row, (name, capability, _) in zip(rows, cards, strict=True):
         assert name in row and "3 MiB free" in row
@@ -206,7 +208,7 @@ def test_the_doctor_ends_with_what_runs_here(machine, cards, runs, monkeypatch, 
 
 
 def test_the_doctor_never_ends_in_a_traceback(machine, monkeypatch, capsys):
-    """Whatever fails is a row of the table; 1 where the CPU's ops are among it."""
+    """Whatever fails becomes a row of the table; the exit status is 1 if the CPU's ops fail."""
     machine(A100, failing={"cuMemGetInfo": "CUDA_ERROR_UNKNOWN"})
 
     def broken(*_):
@@ -220,11 +222,11 @@ def test_the_doctor_never_ends_in_a_traceback(machine, monkeypatch, capsys):
     told = "fails: AttributeError: module 'numpy' has no attribute 'row_stack'"
     for row in ("numba", "processor", "cores", "memory", "ops", "numba.cuda", "simulator"):
         assert f"  {row:<14} {told}\n" in printed
-    assert "CUDA_ERROR_UNKNOWN to cuMemGetInfo" in printed
-    assert printed.endswith("runs here: nothing\ndoes not:  --device cuda: numba.cuda does not load\n")
+    assert "CUDA_ERROR_UNKNOWN from cuMemGetInfo" in printed
+    assert printed.endswith("works here: nothing\ndoes not:   --device cuda: numba.cuda does not load\n")
     monkeypatch.setattr(gpu, "load_driver", broken)
     assert doctor.main([]) == 1
-    assert capsys.readouterr().out.endswith(f"does not:  --device cuda: {told}\n")
+    assert capsys.readouterr().out.endswith(f"does not:   --device cuda: {told}\n")
 
 
 def test_an_op_that_crashes_its_process_is_a_row(monkeypatch):
@@ -237,8 +239,46 @@ def test_an_op_that_crashes_its_process_is_a_row(monkeypatch):
         doctor.run_op("cpu")
 
 
+HIDDEN = """
+import importlib.util, sys
+hidden, find = {modules}, importlib.util.find_spec
+
+class Hidden:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+importlib.util.find_spec = lambda name, *more: None if name in hidden else find(name, *more)
+sys.meta_path.insert(0, Hidden)
+from llm_numba.__main__ import main
+main()
+"""
+
+
+def without(modules, *arguments, cwd):
+    """`llm-numba ARGUMENTS` where these modules are not installed."""
+    command = [sys.executable, "-c", HIDDEN.format(modules=modules), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(PYTHONWARNINGS="ignore"), cwd=cwd)
+
+
+@pytest.mark.faults
+def test_a_plain_installation(tmp_path):
+    """Without any extra: the doctor reports what is missing, and an exercise is not blamed for it."""
+    missing = {"numba_cuda", "huggingface_hub", "jupytext", "wandb"}
+    done = without(missing, "doctor", cwd=tmp_path)
+    rows = dict(line.strip().split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  "))
+    assert rows["numba-cuda"] == f"numba-cuda is not installed: {gpu.INSTALL}"
+    assert "huggingface_hub" in rows["download"] and 'pip install -e ".[download]"' in rows["download"]
+    assert "jupytext" in rows["lessons"] and "numba_cuda" in rows["lessons"] and '".[lessons]"' in rows["lessons"]
+    assert rows["wandb"] == 'wandb not installed: pip install -e ".[wandb]"'
+
+    done = without(missing, "lessons", "check", "layernorm_mean", cwd=tmp_path)
+    assert "numba-cuda, which is not installed" in error_line(done.returncode, done.stderr) and done.stdout == ""
+
+
 def test_this_machine(tmp_path):
     done = run("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "runs here: --device cpu" in done.stdout and "--device cudasim" in done.stdout
+    assert "works here: --device cpu" in done.stdout and "--device cudasim" in done.stdout
     assert "thread layer" in done.stdout and "fails" not in done.stdout

@@ -445,5 +445,5 @@ def test_without_the_libraries(hub, tmp_path, monkeypatch):
     for name, used_by in ("requests", "tinyshakespeare"), ("huggingface_hub", "fineweb"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(UserError, match=rf'downloads need {name}: pip install "llm-numba\[download\]"'):
+            with pytest.raises(UserError, match=rf'{name} is not installed: pip install -e "\.\[download\]"'):
                 fetch(used_by, tmp_path)

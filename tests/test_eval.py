@@ -21,18 +21,18 @@ from programs import (
 from training import random_parameters
 
 from llm_numba import eval as evaluation
-from llm_numba.arena import DTYPES, layout, parameter_specs
+from llm_numba.arena import DTYPES, layout
 from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.shards import write_shard
 from llm_numba.data.tokenizer import load_tokenizer, tokenizer_state
-from llm_numba.models.config import PRESETS
+from llm_numba.models import preset
 from llm_numba.ops import get_ops
 from llm_numba.training import checkpoint
 from llm_numba.training.settings import Settings, to_record
 
 pytestmark = pytest.mark.compiled
-NANO = PRESETS["nano"]
+NANO = preset("nano")
 BYTES = load_tokenizer("bytes", (), None)
 WORDS = "the cat sat on a mat and saw one dog run far off to big old red sea".split()
 SENTENCES = "a cat sat on the mat. the dog ran to the sea. yes! "  # 51 letters, of which no window knows its place
@@ -55,16 +55,16 @@ def some_examples(rng, count, words=6):
     return [(text(words), [f"{text(3)} {last}" for last in "abcd"], int(rng.integers(4))) for _ in range(count)]
 
 
-def write_checkpoint(folder, config, parameters, encoding=BYTES, **changes):
+def write_checkpoint(folder, model, parameters, encoding=BYTES, **changes):
     """A run folder with a checkpoint of these parameters."""
     tensors = {}
-    for spec in parameter_specs(config):
-        layers = (config.num_layers,) if spec.per_layer else ()
+    for spec in model.parameters():
+        layers = (model.num_layers,) if spec.per_layer else ()
         for name in spec.name, f"m.{spec.name}", f"v.{spec.name}":
             tensors[name] = np.zeros((*layers, *spec.shape), np.float32)
         tensors[spec.name][tuple(map(slice, parameters[spec.name].shape))] = parameters[spec.name]
     s = Settings(preset="nano", **changes)
-    record = {"settings": to_record(s), "config": asdict(config), "step": 7, "data": [], "loader": {}}
+    record = {"settings": to_record(s), "config": asdict(model), "step": 7, "data": [], "loader": {}}
     record |= {"loss_history": [], "norm_history": []}
     path = checkpoint.checkpoint_path(folder, 7)
     checkpoint.save(path, tensors, record, tokenizer_state(encoding) if encoding else None)
@@ -262,8 +262,8 @@ def test_text_in_the_tokenizer_of_the_model(tmp_path):
 
 def test_all_layers_share_their_activations():
     """Of 12 layers it takes the memory of one; that is what makes room for a batch."""
-    ops, config = get_ops("cpu"), PRESETS["d12"]
-    places, nbytes = layout(evaluation.forward_groups(config, 4, 1024, ops), config.num_layers, "reuse")
+    ops, model = get_ops("cpu"), preset("d12")
+    places, nbytes = layout(evaluation.forward_groups(model, 4, 1024, ops), model.num_layers, "reuse")
     assert nbytes < 2.1 * 2**30 and not any(place.stacked and place.group != "parameters" for place in places)
 
 

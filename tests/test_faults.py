@@ -1,9 +1,10 @@
-"""What goes wrong: kills, signals, bad input, full disks. Nothing is lost, and one line says what to do."""
+"""Kills, signals, bad input, full disks: nothing is lost, and one line says what to do."""
 
 import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ from llm_numba import sample
 from llm_numba.data.shards import write_shard
 from llm_numba.training import checkpoint
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.faults]
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 STEPS = 160  # more than a window of z-scores, less than two epochs
 RUN = ("--steps", STEPS, "--checkpoint-every", 4, "--keep", 3, "--val-every", 25, "--batch-size", 16)
@@ -49,7 +50,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text):
-    """The run that is never stopped."""
+    """A run that is never stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run_here(*QUICK, "--data", text, *RUN, "--out", folder)
     return folder
@@ -57,7 +58,7 @@ def whole(tmp_path_factory, text):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory, text):
-    """A run of 4 steps with a checkpoint at 2 and at 4, not to be changed."""
+    """A run of 4 steps with checkpoints at 2 and 4; do not change it."""
     folder = tmp_path_factory.mktemp("short") / "run"
     run_here(*QUICK, "--data", text, "--steps", 4, "--checkpoint-every", 2, "--out", folder)
     return folder
@@ -79,13 +80,13 @@ exit_with(lambda: train.main(sys.argv[1:]))
 
 
 def slow_training(*arguments):
-    """The command that trains, with a disk so slow that a signal can be aimed at a moment of the run."""
+    """The command that trains on a disk so slow that a signal can be sent at a certain moment of the run."""
     return [sys.executable, "-c", SLOW_DISK, *map(str, arguments)]
 
 
 def assert_same(folder, whole):
-    assert rows_of(folder, "step") == rows_of(whole, "step")  # losses, norms, their z-scores, validation, the sample
-    assert content_of(folder) == content_of(whole)  # parameters, moments, the place in the data, the windows
+    assert rows_of(folder, "step") == rows_of(whole, "step")  # losses, norms, z-scores, validation, sample
+    assert content_of(folder) == content_of(whole)  # parameters, moments, the position in the data, z-score windows
     assert [path.name for path in (folder / "checkpoints").iterdir() if "tmp" in path.name] == []
 
 
@@ -94,9 +95,9 @@ def assert_same(folder, whole):
 
 
 @posix
-def test_killed_again_and_again_it_ends_as_if_it_never_was(whole, text, tmp_path, capsys):
-    """SIGKILL at eight moments: four anywhere, four from when a checkpoint's temporary file is there: before that is
-    on the disk, before it gets its name, before the name is on the disk, before what is older goes."""
+def test_a_run_that_is_killed_repeatedly_gives_the_same_result(whole, text, tmp_path, capsys):
+    """SIGKILL at eight moments: four anywhere, four while a checkpoint is written: before its data is on the disk,
+    before it is renamed, before the new name is on the disk, before older checkpoints are removed."""
     folder, numbers, unfinished = tmp_path / "run", random.Random(0), 0
     arguments = ("--data", text, *QUICK, *RUN, "--out", folder)
 
@@ -117,7 +118,7 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(whole, text, tmp_path
         for path in (folder / "checkpoints").glob("step_*.safetensors"):
             checkpoint.load(path)  # whole
         arguments = ("--resume", folder)
-    assert unfinished, "no kill came while a checkpoint was being written: half of this has tested nothing"
+    assert unfinished, "no kill came while a checkpoint was being written: half of this test has tested nothing"
     assert steps_of(folder)[-1] < STEPS
     run_here(*arguments)
     assert_same(folder, whole)
@@ -126,7 +127,7 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(whole, text, tmp_path
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint(whole, text, tmp_path, capsys, number):
-    folder = tmp_path / "run"
+    folder = tmp_path / "a run"
     with started(slow_training("--data", text, *QUICK, *RUN, "--out", folder), tmp_path) as process:
         assert wait_until(lambda: rows_written(folder) >= 21, process)
         process.send_signal(number)
@@ -135,18 +136,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint(whole, text, tmp_path, capsys, 
     assert err.decode().split() == f"{number.name}: stopping after this step; once more stops at once".split()
     steps = len(rows_of(folder))
     assert 21 <= steps < STEPS and steps_of(folder)[-1] == steps
-    *_, stopped, go_on = out.decode().splitlines()
+    *_, stopped, go_on = out.decode().splitlines()  # the path has a space
     assert f"stopped by {number.name} after step {steps}" in stopped
     assert (folder / "loss.png").exists()
-    program, *arguments = go_on.partition("python -m llm_numba.")[2].split()
-    assert (program, arguments) == ("train", ["--resume", str(folder)])
+    assert shlex.split(go_on.partition(":")[2]) == ["llm-numba", "train", "--resume", str(folder)]
+    arguments = "--resume", folder
     run_here(*arguments)
     assert_same(folder, whole)
 
 
 @posix
 def test_a_signal_before_the_first_step(whole, text, tmp_path, capsys, monkeypatch):
-    """Even then there is something to go on from."""
+    """Even then the run can be resumed."""
     from llm_numba import train
 
     folder = tmp_path / "run"
@@ -164,7 +165,7 @@ def test_a_signal_before_the_first_step(whole, text, tmp_path, capsys, monkeypat
 
 
 @posix
-def test_a_second_signal_stops_at_once(text, tmp_path):
+def test_a_second_signal_ends_the_run_at_once(text, tmp_path):
     folder = tmp_path / "run"
     slow = ("--batch-size", 1, "--tokens-per-step", 32 * 20_000)  # many seconds a step
     with started(command("train", "--data", text, *QUICK, *slow, "--out", folder), tmp_path) as process:
@@ -245,8 +246,8 @@ def test_a_bad_flag(text, tmp_path, monkeypatch, capfd, arguments, names):
     assert files_in(tmp_path) == {}
 
 
-def test_a_bad_flag_in_a_process_of_its_own(tmp_path):
-    """What the other tests do here is what the command does."""
+def test_a_bad_flag_in_a_subprocess(tmp_path):
+    """The command does what the tests in this process do."""
     process = run("train", "--batch-size", 0, cwd=tmp_path)
     assert "--batch-size 0" in error_line(process.returncode, process.stderr)
     assert process.stdout == "" and files_in(tmp_path) == {}
@@ -293,7 +294,7 @@ def test_a_bad_shard(tmp_path, monkeypatch, capfd, what):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_checkpoint(copy, capfd, damage):
-    """Asked for by its name, the line names the one before it, which still is good; a run goes on from that one."""
+    """If it is requested by name, the error names the previous good one; a run resumes from that one."""
     path = checkpoint.newest(copy)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -311,7 +312,7 @@ def test_a_damaged_checkpoint(copy, capfd, damage):
 
 @pytest.mark.parametrize("where", ["settings", "state"])
 def test_a_checkpoint_of_another_version(copy, capfd, where):
-    """Whole, but with a setting that this version does not know, or without one that it needs."""
+    """Complete, but with an unknown setting, or without a required one."""
     path = checkpoint.newest(copy)
     tensors, state, tokenizer = checkpoint.load(path)
     if where == "settings":
@@ -331,7 +332,7 @@ def test_a_damaged_log(copy, capfd, line):
     assert files_in(copy) == before
 
 
-def test_a_run_is_not_written_over(copy, text, capfd):
+def test_a_run_is_not_overwritten(copy, text, capfd):
     before = files_in(copy)
     assert f"--resume {copy}" in refused(capfd, *QUICK, "--data", text, "--out", copy)
     assert files_in(copy) == before
@@ -342,7 +343,7 @@ def test_a_folder_that_cannot_be_written(text, tmp_path, capfd, out):
     (tmp_path / "file").write_text("in the way")
     folder = {"a file": tmp_path / "file", "in a file": tmp_path / "file" / "run"}.get(out, out)
     if out == "/proc/run" and not os.path.isdir("/proc/self"):
-        pytest.skip("there is no folder here that not even root may write")
+        pytest.skip("this system has no folder that root cannot write")
     assert f"--out {folder}" in refused(capfd, *QUICK, "--data", text, "--steps", 2, "--out", folder)
     assert files_in(tmp_path) == {"file": b"in the way"}
 
@@ -365,25 +366,25 @@ def test_more_memory_than_there_is(text, tmp_path, monkeypatch, capfd, more):
     numbers = {}
     for batch in 10_000_000, None:
         arguments = ("--preset", "d48", "--sequence-length", 1, "--tokenizer", "bytes", "--data", text, *more)
-        available = 40 << 30  # that of a larger machine, always the same
+        available = 40 << 30  # of a larger machine
         monkeypatch.setattr(f"llm_numba.{PACKAGE}.memory.available_memory", lambda available=available: available)
         monkeypatch.setattr(f"llm_numba.{PACKAGE}.memory.allocate", lambda nbytes: pytest.fail("memory was allocated"))
         batch = batch or numbers["fits"] + 1
         line = refused(capfd, *arguments, "--batch-size", batch)
         numbers["fits"] = int(line.partition("; --batch-size ")[2].split()[0])
         assert line.startswith(f"error: --batch-size {batch}: ") and "40 GiB" in line
-    assert numbers["fits"] == batch - 1  # the largest that fits: the one above it does not
+    assert numbers["fits"] == batch - 1  # the largest that fits; one more does not
     assert files_in(tmp_path) == {}
 
 
-def test_a_model_of_which_no_batch_fits(text, tmp_path, monkeypatch, capfd):
+def test_a_model_too_large_for_any_batch(text, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(f"llm_numba.{PACKAGE}.memory.available_memory", lambda: 1 << 20)
     line = refused(capfd, "--preset", "d48", "--tokenizer", "bytes", "--data", text, "--plan-memory")
     assert "no batch size fits" in line and "--preset" in line
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(short, copy, text, tmp_path, capfd):
-    """It tells how to find the cause, by a command that works: also before the first checkpoint."""
+    """The error names a command that finds the cause and works, also before the first checkpoint."""
     path = checkpoint.newest(copy)
     tensors, state, tokenizer = checkpoint.load(path)
     tensors["fcw"][1, 5, 3] = np.nan
@@ -404,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, copy, text, tmp_path, ca
 
 
 def limited(nbytes):
-    """For a process in which no file may grow beyond this."""
+    """Limits the size of the files that a process writes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
 
 
@@ -416,14 +417,14 @@ def test_a_log_that_may_not_grow(text, tmp_path, capsys):
     line = error_line(process.returncode, process.stderr)
     assert str(folder) in line and "File too large" in line
     rows = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    assert len(rows) > 10 and not rows[-1].endswith("\n")  # up to the last byte that there was room for
+    assert len(rows) > 10 and not rows[-1].endswith("\n")  # up to the last byte that fits
     assert [json.loads(row)["step"] for row in rows[:-1]] == list(range(1, len(rows)))
 
 
 @posix
 @pytest.mark.parametrize("nbytes", [100, 50_000])
 def test_a_checkpoint_that_may_not_grow(copy, whole, tmp_path, nbytes):
-    """On resume: of the log, of the settings, of the next checkpoint. What there was stays as it was."""
+    """On resume, the log, the settings or the next checkpoint: existing files stay unchanged."""
     before = files_in(copy)
     process = run("train", "--resume", copy, "--steps", 8, cwd=tmp_path, preexec_fn=limited(nbytes))
     line = error_line(process.returncode, process.stderr)
@@ -436,8 +437,8 @@ def test_a_checkpoint_that_may_not_grow(copy, whole, tmp_path, nbytes):
 
 @posix
 def test_a_disk_that_fills_up(whole, text, tmp_path, capsys):
-    """A file system of 1 MB: full at a checkpoint. With room again the run goes on to the same end."""
-    unshare = ["unshare", "--mount", "--map-root-user"]  # the file system goes when the process does
+    """A file system of 1 MB gets full at a checkpoint. With more space the resumed run gives the same result."""
+    unshare = ["unshare", "--mount", "--map-root-user"]  # the file system vanishes with the process
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("cannot make a small file system here")
     small, saved = tmp_path / "small", tmp_path / "saved"
@@ -463,16 +464,20 @@ def test_a_disk_that_fills_up(whole, text, tmp_path, capsys):
     assert_same(saved / "run", whole)
 
 
-def test_a_picture_that_cannot_be_written(text, tmp_path, capfd):
+def test_a_plot_that_cannot_be_written(text, tmp_path, capfd):
     (tmp_path / "run" / "loss.png").mkdir(parents=True)
     assert "loss.png" in refused(capfd, *QUICK, "--data", text, "--steps", 2, "--out", tmp_path / "run")
     assert steps_of(tmp_path / "run") == [2]
 
 
 def test_a_log_in_any_locale(text, tmp_path):
-    """A sample has characters that the locale's encoding may not have."""
+    """A sample and a path have characters that the locale's encoding lacks; the log has them all."""
     ascii_only = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    arguments = (*QUICK, "--data", text, "--steps", 1, "--sample-tokens", 64, "--out", "run")
-    process = run("train", *arguments, cwd=tmp_path, env=ascii_only)
-    assert process.returncode == 0, process.stderr
-    assert "\N{REPLACEMENT CHARACTER}" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    data = shutil.copy(text, tmp_path / "\u00e9t\u00e9.txt")
+    arguments = (*QUICK, "--data", data, "--steps", 1, "--sample-tokens", 64, "--out", "caf\u00e9")
+    for last in arguments, ("--resume", "caf\u00e9", "--steps", 2):
+        process = run("train", *last, cwd=tmp_path, env=ascii_only)
+        assert (process.returncode, process.stderr) == (0, "")
+    log = (tmp_path / "caf\u00e9" / "train.log").read_text(encoding="utf-8")
+    assert "\N{REPLACEMENT CHARACTER}" in log and "run folder caf\u00e9" in log
+    run_here("--resume", tmp_path / "caf\u00e9", "--steps", 3)

@@ -35,7 +35,8 @@ LAYER_ACTIVATIONS = {
         "ln1_mean": ROWS,
         "ln1_rstd": ROWS,
         "qkv": (B, T, 3 * C),
-        "att": (B, NH, T, T) if DEVICE == "cpu" else (B, NH, T),
+        "lse": (B, NH, T),
+        "att": (B, NH, T, T),
     },
     **{"atty": STREAM, "attproj": STREAM, "residual2": STREAM, "ln2": STREAM, "ln2_mean": ROWS, "ln2_rstd": ROWS},
     **{"fch": WIDE, "fch_gelu": WIDE, "fcproj": STREAM, "residual3": STREAM},
@@ -51,6 +52,8 @@ SHAPES = {
     **GRADIENTS,
     **{"d" + name: shape for name, shape in PARAMETERS.items()},
     "losses": ROWS,
+    "tokens": ROWS,
+    "targets": ROWS,
 }
 for layer in LAYER_PARAMETERS, LAYER_ACTIVATIONS, LAYER_GRADIENTS, {"d" + n: s for n, s in LAYER_PARAMETERS.items()}:
     SHAPES |= {f"{l}.{name}": shape for name, shape in layer.items() for l in range(L)}

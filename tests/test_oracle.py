@@ -8,23 +8,33 @@ import numpy as np
 import pytest
 from comparing import assert_close
 from test_model import assert_near, by_layer, error, golden, logits_of, parameter_gradients  # noqa: F401
-from training import compute_gradients, copy_of, loss_of, random_batch, random_parameters, set_parameters, train_step
+from training import (
+    compute_gradients,
+    copy_of,
+    groups_of,
+    loss_of,
+    random_batch,
+    random_parameters,
+    set_parameters,
+    train_step,
+)
 
 from llm_numba import oracle
-from llm_numba.arena import Arena, training_groups
-from llm_numba.models.config import GPT2Config
-from llm_numba.ops import CONTRACT
+from llm_numba.arena import Arena
+from llm_numba.models.gpt2 import GPT2
+from llm_numba.ops import CONTRACT, Ops
 
 B, T, C, NH = 2, 5, 6, 3
+ORACLE = Ops(**vars(oracle))
 SIXTEEN_DIGITS = 1e-13  # a few hundred roundings of 1e-16
 
 
-def exact_run(config, B, T):
-    groups = oracle.in_float64(training_groups(config, B, T, oracle))
-    arena = Arena(groups, config, "keep", oracle)
+def exact_run(model, B, T):
+    groups = oracle.in_float64(groups_of(ORACLE, model, B, T))
+    arena = Arena(groups, model, "keep", ORACLE)
     m = arena.training()
     m.limits[...] = np.inf
-    return SimpleNamespace(ops=oracle, arena=arena, m=m, updates=0)
+    return SimpleNamespace(ops=ORACLE, model=model, arena=arena, m=m, updates=0)
 
 
 @pytest.mark.parametrize("file", CONTRACT)
@@ -38,8 +48,8 @@ def test_contract(file):
 
 
 def test_every_tensor_is_float64():
-    config = GPT2Config(T, 7, 2, NH, C)
-    arena = exact_run(config, B, T).arena
+    model = GPT2(T, 7, 2, NH, C)
+    arena = exact_run(model, B, T).arena
     assert {x.dtype.name for x in arena.tensors.values()} == {"float64", "int32", "uint8"}
 
 
@@ -257,9 +267,9 @@ def test_adamw_and_norm(normal):
 
 def test_every_gradient_is_a_difference_of_losses():
     rng, V, step = np.random.default_rng(3), 5, 1e-5
-    config = GPT2Config(3, V, 2, 2, 4)
-    run, batch = exact_run(config, 2, 3), random_batch(config, 2, 3, rng)
-    set_parameters(run.arena, random_parameters(config, rng))
+    model = GPT2(3, V, 2, 2, 4)
+    run, batch = exact_run(model, 2, 3), random_batch(model, 2, 3, rng)
+    set_parameters(run.arena, random_parameters(model, rng))
     loss = compute_gradients(run, [batch])
     assert loss == loss_of(run, batch)
     for name, gradient in parameter_gradients(run).items():
@@ -276,19 +286,19 @@ def test_every_gradient_is_a_difference_of_losses():
 
 def test_against_pytorch(golden):  # noqa: F811
     """PyTorch in float64. Its tensors were rounded to float32, by at most 6e-8; its losses and norms were not."""
-    run = exact_run(golden.config, *golden.batch[0].shape)
+    run = exact_run(golden.model, *golden.batch[0].shape)
     set_parameters(run.arena, golden.parameters)
     assert error(logits_of(run, golden.batch), golden.logits) < 6e-8
     assert compute_gradients(run, [golden.batch]) == pytest.approx(golden.loss[0], rel=1e-14)
-    expected = by_layer(golden.config, golden.gradients)
-    assert_near(by_layer(golden.config, parameter_gradients(run)), expected, 6e-8)
+    expected = by_layer(golden.model, golden.gradients)
+    assert_near(by_layer(golden.model, parameter_gradients(run)), expected, 6e-8)
 
     losses, norms = zip(*[train_step(run, golden.batch) for _ in golden.losses], strict=True)
     assert losses == pytest.approx(golden.losses, rel=1e-12)
     assert norms == pytest.approx(golden.norms, rel=1e-12)
-    after, V = copy_of(run, "parameters"), golden.config.vocab_size
+    after, V = copy_of(run, "parameters"), golden.model.vocab_size
     after["wte"] = after["wte"][:V]
     # the gradient of the keys' bias is 0; AdamW divides its rounding error by itself, which moves the bias at random
-    keys = slice(golden.config.channels, 2 * golden.config.channels)
+    keys = slice(golden.model.channels, 2 * golden.model.channels)
     after["qkvb"][:, keys] = golden.after["qkvb"][:, keys]
-    assert_near(by_layer(golden.config, after), by_layer(golden.config, golden.after), 6e-8)
+    assert_near(by_layer(golden.model, after), by_layer(golden.model, golden.after), 6e-8)

@@ -50,9 +50,9 @@ def broken(tmp_path, text, capfd):
 def test_the_step_again(broken, tmp_path, capfd):
     """The same tensor is named, compiled or not, without the data, and as often as one likes."""
     folder, line = broken
-    first, semicolon, rest = line.partition("; the step is kept")
+    first, semicolon, rest = line.partition("; to run the saved step again")
     assert "step 5: layer 1 fch[0, 0, 5] is nan after matmul_forward" in first
-    assert rest.endswith(f"python -m llm_numba.debug.replay {folder}\n")
+    assert rest.endswith(f"llm-numba replay {folder}\n")
     before = files_in(folder)
     for arguments in (folder,), (folder / "bad_step.safetensors",), (folder, "--device", "cpu"):
         assert refused(capfd, *arguments, program=replay) == first + "\n"
@@ -67,7 +67,9 @@ def test_an_update_that_is_not_finite(broken, capfd):
     tensors["fcw"][1, 5, 3] = 0.01
     tensors["m.fcw"][1, 5, 3] = 3e38
     checkpoint.save(path, tensors, state, tokenizer)
-    first = refused(capfd, "--resume", folder, "--steps", 8, "--check-finite").partition("; the step is kept")[0]
+    first = refused(capfd, "--resume", folder, "--steps", 8, "--check-finite").partition(
+        "; to run the saved step again"
+    )[0]
     assert "step 5: fcw[1, 5, 3] is -inf after adamw_update" in first  # with no learning rate it would be nan
     assert refused(capfd, folder, program=replay) == first + "\n"
 
@@ -80,7 +82,7 @@ def test_the_step_again_as_plain_python(broken, tmp_path):
         command("replay", folder, "--no-jit"), capture_output=True, text=True, env=environment(), cwd=tmp_path
     )
     last = process.stderr.splitlines(keepends=True)[-1]  # before it NumPy warns of each nan
-    assert error_line(process.returncode, last) == line.partition("; the step is kept")[0] + "\n"
+    assert error_line(process.returncode, last) == line.partition("; to run the saved step again")[0] + "\n"
 
 
 def test_a_step_that_is_whole_again(broken, tmp_path, capfd):
@@ -97,20 +99,20 @@ def test_a_step_that_is_whole_again(broken, tmp_path, capfd):
     told = capfd.readouterr().out.strip()
     run_here("--resume", folder, "--steps", 5, "--device", "cpu")
     (row,) = [row for row in rows_of(folder) if row["step"] == 5]
-    assert told.endswith(f"finite here: loss {row['loss']:.4f}, norm of the gradient {row['norm']:.4f}")
+    assert told.endswith(f"finite here: loss {row['loss']:.4f}, norm of the gradients {row['norm']:.4f}")
 
 
 def test_before_the_first_checkpoint(text, tmp_path, capfd):
     """A run that explodes at once has its step kept too."""
     line = refused(capfd, *QUICK, "--data", text, *EXPLODES, "--out", tmp_path / "run")
-    first = line.partition("; the step is kept")[0]
+    first = line.partition("; to run the saved step again")[0]
     assert refused(capfd, tmp_path / "run", program=replay) == first + "\n"
 
 
 def test_what_is_no_kept_step(broken, tmp_path, capfd):
     folder, _ = broken
-    assert "train --check-finite keeps" in refused(capfd, tmp_path, program=replay)
-    assert "not a step that --check-finite kept" in refused(capfd, checkpoint.newest(folder), program=replay)
+    assert "train --check-finite saves" in refused(capfd, tmp_path, program=replay)
+    assert "not a step that --check-finite saved" in refused(capfd, checkpoint.newest(folder), program=replay)
     path = folder / "bad_step.safetensors"
     tensors, state, tokenizer = checkpoint.load(path)
     checkpoint.save(path, tensors | {"batches": tensors["batches"] + 257}, state, tokenizer)

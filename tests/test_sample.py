@@ -67,20 +67,20 @@ def test_greedy_in_every_way(write):
 
 def test_greedy_is_the_likeliest(write, trained, ops):
     """The first letter, by the model run as in training, over the whole prompt at once."""
-    from llm_numba.arena import Arena, training_groups
-    from llm_numba.models import gpt2 as model
-    from llm_numba.models.config import PRESETS
+    from training import new_run
+
+    from llm_numba.models import preset
     from llm_numba.ops import get_ops
 
     tensors, _, _ = checkpoint.load(checkpoint.newest(trained))
     tokens, backend = [256, *PROMPT.encode()], get_ops("cpu")
-    arena = Arena(training_groups(PRESETS["nano"], 1, len(tokens), backend), PRESETS["nano"], "keep", backend)
-    for name, tensor in arena.named("parameters").items():
+    run = new_run(backend, preset("nano"), 1, len(tokens), "keep")
+    for name, tensor in run.arena.named("parameters").items():
         tensor[...] = tensors[name]
-    m = arena.namespace("parameters", "activations", "inputs", "scratch")
+    m = run.m
     m.tokens[...] = tokens
-    model.forward(backend, m)
-    model.logits(backend, m, m)
+    run.model.forward(backend, m)
+    run.model.logits(backend, m, m)
     assert write("--temperature", 0, "--length", 1) == chr(m.logits[0, -1, :257].argmax())
 
 

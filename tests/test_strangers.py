@@ -31,7 +31,7 @@ from programs import (
     write_text,
 )
 
-from llm_numba import plot, sample
+from llm_numba import sample
 from llm_numba.data import corpus as data
 from llm_numba.data.loader import Loader
 from llm_numba.data.shards import Span, open_shard
@@ -40,6 +40,7 @@ from llm_numba.debug import inspect, replay
 from llm_numba.training import checkpoint
 from llm_numba.training import settings as run_settings
 from llm_numba.training.log import RunLog
+from llm_numba.training.read_log import read_run
 from llm_numba.util.cli import UserError
 
 pytestmark = pytest.mark.compiled
@@ -280,7 +281,7 @@ def test_a_log(tmp_path_factory, content):
     folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").write_bytes(content)
     with only_user_errors(len(content)):
-        plot.read_run(folder)
+        read_run(folder)
     with only_user_errors(len(content)), RunLog(folder, {}, 2) as log:
         log.picture([])
 

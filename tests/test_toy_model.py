@@ -30,17 +30,17 @@ def test_plan_memory(capsys):
     assert "hidden             2 x 2 x 8 x 24" in printed and "shares dactive" in printed and "it fits" in printed
 
 
-@pytest.mark.parametrize("device", [DEVICE, "cudasim"] if DEVICE == "cpu" else [DEVICE])
-def test_a_resumed_run_is_the_same_bit_for_bit(text, tmp_path, capsys, device):
-    steps, half = (40, 20) if device != "cudasim" else (2, 1)
-    flags = (*FLAGS, "--data", text, "--device", device)
+@pytest.mark.parametrize("where", [DEVICE, "cudasim"] if DEVICE == "cpu" else [DEVICE])
+def test_a_resumed_run_is_the_same_bit_for_bit(text, tmp_path, capsys, where):
+    steps, half = (40, 20) if where != "cudasim" else (2, 1)
+    flags = (*FLAGS, "--data", text, "--device", where)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_here(*flags, "--steps", steps, "--schedule", "constant", "--out", whole)
     run_here(*flags, "--steps", half, "--schedule", "constant", "--out", resumed)
-    run_here("--resume", resumed, "--steps", steps, "--device", device)
+    run_here("--resume", resumed, "--steps", steps, "--device", where)
     assert content_of(whole)[0] == content_of(resumed)[0]
     assert losses_of(whole) == losses_of(resumed)
-    if device != "cudasim":
+    if where != "cudasim":
         assert losses_of(whole)[-1] < 0.8 * losses_of(whole)[0]  # it learns
 
         capsys.readouterr()

@@ -127,7 +127,7 @@ def test_a_tracker_that_fails(text, tmp_path, monkeypatch, capsys, fails_at):
     run_here(*QUICK, "--data", text, *RUN, "--out", tmp_path / "without")
     run_here(*QUICK, "--data", text, *RUN, "--track", "trackio", "--out", folder)
     notes = [line for line in (folder / "train.log").read_text().splitlines() if "--track" in line]
-    assert len(notes) == 1 and notes[0].endswith("the run goes on: no network")
+    assert len(notes) == 1 and notes[0].endswith("the run continues: no network")
     assert [call[0] for call in calls].count("log") == (0 if fails_at == 1 else 3)  # two steps and a validation
     assert steps_of(folder) == [2, 4] and rows_of(folder, "step") == rows_of(tmp_path / "without", "step")
     contents = [content_of(path) for path in (folder, tmp_path / "without")]
@@ -148,5 +148,5 @@ def test_a_package_that_is_missing(text, tmp_path, monkeypatch, capfd):
     """It is told before anything is done."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refused(capfd, *QUICK, "--data", text, "--track", "tensorboard", "--out", tmp_path / "run")
-    assert "--track tensorboard" in line and "pip install tensorboardX" in line
+    assert "--track tensorboard" in line and 'pip install -e ".[tensorboard]"' in line
     assert not (tmp_path / "run").exists()

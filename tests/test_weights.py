@@ -443,7 +443,7 @@ def test_published_weights_are_downloaded_once(text, tmp_path, capsys):
 
 def test_without_the_library_its_command_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r'pip install "llm-numba\[download\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[download\]"'):
         open_weights("gpt2")
 
 

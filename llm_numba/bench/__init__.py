@@ -35,7 +35,7 @@ PRECISIONS = {"fp32": {"torch": "fp32", "tf32": "tf32"}, "bf16": {"autocast": "a
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m llm_numba.bench",
+        prog="llm-numba bench",
         description="Time each op, whole training steps and sampling, and compare them with what this machine can do "
         "and with PyTorch. Tables go to the screen; run it on a machine that does nothing else.",
     )

@@ -1,8 +1,5 @@
-import sys
-
 from llm_numba.bench import main
 from llm_numba.util.cli import exit_with
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

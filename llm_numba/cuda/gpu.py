@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, install
 
 OLDEST, OLDEST_WITH_BF16 = (7, 5), (8, 0)  # compute capabilities
 DRIVERS = {12: "R525", 13: "R580"}  # the oldest driver for CUDA 12, for CUDA 13
 LIBRARIES = ("nvvm", "nvrtc", "nvJitLink")  # of the CUDA toolkit, used by numba-cuda to compile
-INSTALL = 'in the checkout run pip install -e ".[cuda]"'
+INSTALL = install("cuda")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def driver_version() -> str:
     version, major = _ask(driver, "cuDriverGetVersion"), driver.CUDA_VERSION // 1000
     dotted = f"{version // 1000}.{version % 1000 // 10}"
     if version // 1000 < major:
-        other = ', or run pip install -e ".[cuda12]" in a new environment' if version // 1000 == 12 else ""
+        other = f", or {install('cuda12')} in a new environment" if version // 1000 == 12 else ""
         raise UserError(
             f"the NVIDIA driver is for CUDA {dotted}, the installed packages are for CUDA {major}: update the driver "
             f"to {DRIVERS.get(major, 'a release')} or newer{other}"

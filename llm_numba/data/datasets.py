@@ -201,7 +201,7 @@ def command(name: str, folder: Path) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m llm_numba.data",
+        prog="llm-numba data",
         description="Fetch a data set, check it, and say how to use it. What is there already is checked, not fetched\n"
         "again; a download that broke off goes on where it stopped.\n\n" + table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, not_installed
 from llm_numba.util.files import format_bytes, write_whole
 
 ATTEMPTS = 5  # in a row that bring nothing new
@@ -190,7 +190,7 @@ def library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f'downloads need {name}: pip install "llm-numba[download]"') from error
+        raise UserError(not_installed(name)) from error
 
 
 def reason_of(error: Exception) -> str:

@@ -4,7 +4,6 @@ Runs the batch of a debug state through the model, compares logits, loss and eve
 trains ten steps on that batch and compares their losses.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +79,7 @@ def read_losses(path: Path) -> tuple[float, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m llm_numba.formats.llmc_parity", description="Replay llm.c's own acceptance test.")
+    parser = Parser(prog="llm-numba check-llmc", description="Replay llm.c's own acceptance test.")
     parser.add_argument("model", type=Path, metavar="MODEL.bin", help="a model file of llm.c, version 3 or 5")
     parser.add_argument("state", type=Path, metavar="STATE.bin", help="its debug state")
     parser.add_argument(
@@ -108,5 +107,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -68,9 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Run the step again that train --check-finite stopped; name the first value that is not finite.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or its bad_step.safetensors")
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one, else the CPU"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one, else the CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the run; the CPU has fp32 only")
     parser.add_argument("--no-jit", action="store_true", help="run as plain Python, so that a debugger can step in")
     args = parser.parse_args(argv)

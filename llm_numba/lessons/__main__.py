@@ -1,14 +1,13 @@
 """The lessons: python -m llm_numba.lessons"""
 
 import argparse
-import sys
 
-from llm_numba.util.cli import Parser, exit_with, quiet_ctrl_c
+from llm_numba.util.cli import Parser, exit_with
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m llm_numba.lessons",
+        prog="llm-numba lessons",
         description="From the naive kernel to the one that the model uses, lesson by lesson. Without a command: list "
         "the lessons and their exercises.",
     )
@@ -67,6 +66,4 @@ def list_lessons() -> int:
 
 
 if __name__ == "__main__":
-    quiet_ctrl_c()
-    sys.stdout.reconfigure(errors="replace")
     exit_with(main)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from llm_numba.lessons import FOLDER
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, install
 from llm_numba.util.files import write_whole
 
-MISSING = 'the packages for notebooks are missing: pip install -e ".[lessons]"'
+MISSING = f"the packages for notebooks are not installed: {install('lessons')}"
 TIMEOUT = 900  # seconds of a cell
 # what a notebook says of itself: nothing of the machine that ran it
 KERNEL = {

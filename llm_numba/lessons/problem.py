@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_numba.lessons.faults import faults
 from llm_numba.lessons.tracing import Trace, simulate, simulate_cpu
+from llm_numba.util.cli import UserError
 
 ALIGNMENT, GUARD = 64, 256  # bytes; those before and after an array show that a compiled function went beyond it
 SEED = 20190214
@@ -85,6 +86,8 @@ def mistake_in_recording(function: Callable, problem: Problem, given: dict, expe
         trace = (simulate if problem.device == "cuda" else simulate_cpu)(function, **given)
     except NotImplementedError as error:
         return f"the hole is still there: write your code at {place_of(error)}"
+    except UserError:  # the simulator is missing or turned off
+        raise
     except Exception as error:  # whatever a learner's program may raise
         text = str(error).partition(": ")[2] if str(error).startswith("tid=") else str(error)
         return f"it stops with {type(error).__name__}: {text or 'no message'}, at {place_of(error)}"

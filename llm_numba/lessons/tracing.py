@@ -12,6 +12,7 @@ import linecache
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numba
 import numpy as np
 from numba import config
 
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, install
 
 
 class Access(NamedTuple):
@@ -222,8 +223,10 @@ def simulate(function: Callable, **arguments) -> Trace:
     """Run `function(*arguments)`, which launches CUDA kernels, on copies of the arrays, and record what these do.
 
     An index out of bounds ends the run and becomes a fault; so do barriers that not all threads of a block come to. Any
-    other exception is the caller's. Errors: UserError where the CUDA simulator is off.
+    other exception is the caller's. Errors: UserError if the simulator is missing or off.
     """
+    if find_spec("numba_cuda") is None:
+        raise UserError(f"the lessons need the simulator of numba-cuda, which is not installed: {install('lessons')}")
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
     if not config.ENABLE_CUDASIM:

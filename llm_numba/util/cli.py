@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +17,7 @@ FAILED = 2
 EXTRAS = {
     **dict.fromkeys(("cuda", "numba_cuda", "numba.cuda"), "cuda"),
     **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "download"),
-    **dict.fromkeys(("IPython", "ipykernel", "jupytext", "nbclient", "nbformat"), "lessons"),
+    **dict.fromkeys(("IPython", "ipykernel", "jupytext", "nbclient"), "lessons"),
     **{"tensorboardX": "tensorboard", "trackio": "trackio", "wandb": "wandb"},
     **dict.fromkeys(("filelock", "llvmlite", "matplotlib", "ml_dtypes", "numba", "numpy", "platformdirs"), ""),
     **dict.fromkeys(("psutil", "rustbpe", "safetensors", "tiktoken", "tqdm"), ""),
@@ -83,9 +82,8 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except UserError as error:
         status = _failed(str(error))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(ctrl_c.STATUS))
-        note(ctrl_c.LINE)
-        status = ctrl_c.STATUS
+        _write_failure()  # flushes what has been printed
+        ctrl_c.leave()
     except ModuleNotFoundError as error:
         hint = not_installed(error.name or "")
         if not hint:
@@ -99,6 +97,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
             raise
     if _write_failure():
         discard(sys.stdout)
+    ctrl_c.exit_at_once()
     sys.exit(status)
 
 

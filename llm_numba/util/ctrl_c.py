@@ -33,6 +33,8 @@ def interrupt(number, frame) -> None:
 
 
 def leave(number=None, frame=None) -> None:
+    """Print the line and end the process, without what could be interrupted again."""
+    signal.signal(signal.SIGINT, lambda *_: None)
     try:
         os.write(2, f"{LINE}\n".encode())
     except OSError:  # standard error is closed or full

@@ -18,10 +18,10 @@ import torch_gpt2
 from safetensors.numpy import save_file
 from training import random_batch, random_parameters
 
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 
 FILE = Path(__file__).parent / "gpt2.safetensors"
-CONFIG = GPT2Config(max_seq_len=32, vocab_size=97, num_layers=3, num_heads=3, channels=42)
+CONFIG = GPT2(max_seq_len=32, vocab_size=97, num_layers=3, num_heads=3, channels=42)
 B, T, STEPS = 3, 17, 10
 
 
