@@ -29,7 +29,7 @@ from llm_numba.bench.measuring import measure
 from llm_numba.bench.races import new_steps, sizes_of
 from llm_numba.bench.tables import table
 from llm_numba.bench.worker import WorkerFailed, torch_worker
-from llm_numba.cuda.gpu import available, cards
+from llm_numba.cuda.gpu import available, gpus
 from llm_numba.lessons import FAST, exercise, ladder, pictures, sized, timing
 from llm_numba.models import gpt2 as model
 from llm_numba.models.config import PRESETS, preset
@@ -469,7 +469,7 @@ pictures.show(draw_sums(sums, peaks, f"{step['sizes']}, on the CPU"))
 
 # %%
 def step_on_gpu(name, B, T):
-    dtype = "bf16" if cards()[0].has_bf16 else "fp32"
+    dtype = "bf16" if gpus()[0].has_bf16 else "fp32"
     run = subprocess.run(
         [sys.executable, whole_step.__file__, "cuda", name, str(B), str(T), dtype],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "0"},

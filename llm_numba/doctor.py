@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from llm_numba import __version__
-from llm_numba.cuda import gpu
+from llm_numba.cuda import gpu, variants
 from llm_numba.util.cli import EXTRAS, Parser, UserError, exit_with, install
 from llm_numba.util.host import cgroup_limit, sensible_threads, usable_cpus
 
@@ -123,11 +123,6 @@ def try_an_op(device: str) -> str:
     return f"an op runs and its result is right, on {threads} threads, thread layer {layer}"
 
 
-def variants() -> list[tuple[str, str, str, str]]:
-    """(op family, dtype, variant, reason) for the GPU; none without cuda/variants.py."""
-    return []  # llm_numba.cuda.variants.explain()
-
-
 def numba_cuda() -> str:
     gpu.load_driver()  # raises a UserError if a package is missing
     return version("numba-cuda")
@@ -146,7 +141,7 @@ def toolkit() -> str:
     return f"CUDA {major}: {', '.join((*gpu.LIBRARIES, 'libdevice'))}"
 
 
-def describe(index: int, found: gpu.Card) -> str:
+def describe(index: int, found: gpu.Gpu) -> str:
     from llm_numba.arena import format_bytes
 
     precision = "fp32 and bf16" if found.has_bf16 else "fp32, no bf16"
@@ -179,15 +174,14 @@ def main(argv: list[str] | None = None) -> int:
     if installed:
         report("toolkit", toolkit)
     if installed and report("driver", lambda: f"for CUDA {gpu.driver_version()}"):
-        if report("GPUs", lambda: str(len(gpu.cards()))):
-            for index, found in enumerate(gpu.cards()):
+        if report("GPUs", lambda: str(len(gpu.gpus()))):
+            for index, found in enumerate(gpu.gpus()):
                 report(f"GPU {index}", lambda index=index, found=found: describe(index, found))
     reason = why_not_cuda(loads)
     if not reason:
-        dtype = "bf16" if gpu.cards()[0].has_bf16 else "fp32"
+        dtype = "bf16" if gpu.gpus()[0].has_bf16 else "fp32"
         runs[f"--device cuda --dtype {dtype}"] = report("ops", lambda: run_op("cuda"))
-        for family, kind, variant, why in variants():
-            report(f"{family} {kind}", lambda variant=variant, why=why: f"{variant}: {why}")
+        report("variants", lambda: "".join("\n    {:<10} {} {:>5}: {}".format(*row) for row in variants.explain()))
     runs["--device cudasim"] = report("simulator", lambda: run_op("cudasim"))
 
     print("optional packages")

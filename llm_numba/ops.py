@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
+from llm_numba.cuda import variants
 from llm_numba.util.cli import UserError
 
 # file of the device -> its ops -> the arguments that an op writes or adds to
@@ -92,13 +93,19 @@ def get_ops(
     Errors: UserError if the device, or this dtype on it, is not available.
     """
     if device == "cuda":
-        from llm_numba.cuda.gpu import check_card
+        from llm_numba.cuda.gpu import check_gpu
 
-        check_card(dtype)
+        check_gpu(dtype)
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
+    if device != "cpu":
+        variants.force(value.partition("=")[::2] for value in variant)
+    elif variant:
+        raise UserError(
+            f"--variant {' '.join(variant)}: the CPU has no variants; remove the flag, or use --device cuda"
+        )
     if no_jit:
         from numba import config  # imported here: the command line reads the contract without loading Numba
 

@@ -71,16 +71,16 @@ def machine(monkeypatch):
 
 def test_gpus_are_listed_with_their_properties(machine):
     machine(A100, T4)
-    assert gpu.cards() == [gpu.Card(*A100), gpu.Card(*T4)]
-    assert [one.has_bf16 for one in gpu.cards()] == [True, False]
-    assert str(gpu.cards()[1]) == "Tesla T4 (compute capability 7.5)"
+    assert gpu.gpus() == [gpu.Gpu(*A100), gpu.Gpu(*T4)]
+    assert [one.has_bf16 for one in gpu.gpus()] == [True, False]
+    assert str(gpu.gpus()[1]) == "Tesla T4 (compute capability 7.5)"
     assert gpu.driver_version() == "13.2"
 
 
 @pytest.mark.parametrize("dtype, cards", [("fp32", [T4]), ("fp32", [A100, P100]), ("bf16", [A100, T4])])
 def test_a_supported_gpu_is_no_obstacle(machine, dtype, cards):
     machine(*cards)
-    gpu.check_card(dtype)
+    gpu.check_gpu(dtype)
     assert gpu.available() and gpu.obstacle() is None
 
 
@@ -102,22 +102,21 @@ def test_a_supported_gpu_is_no_obstacle(machine, dtype, cards):
             "the NVIDIA driver is for CUDA 11.4, the installed packages are for CUDA 12: update the driver to R525 or "
             "newer",
         ),
-        ([], {}, "there is no NVIDIA card"),
-        ([], dict(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"}), "there is no NVIDIA card"),
+        ([], {}, "no NVIDIA GPU found"),
+        ([], dict(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"}), "no NVIDIA GPU found"),
         (
             [T4],
             dict(failing={"cuInit": "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}),
-            "the NVIDIA driver answers CUDA_ERROR_SYSTEM_DRIVER_MISMATCH to cuInit: see what nvidia-smi says of the "
-            "card",
+            "the NVIDIA driver returned CUDA_ERROR_SYSTEM_DRIVER_MISMATCH from cuInit: check the GPU with nvidia-smi",
         ),
-        ([P100, A100], {}, "Tesla P100 (compute capability 6.0) is too old: 7.5 is the least"),
+        ([P100, A100], {}, "Tesla P100 (compute capability 6.0) is too old: compute capability 7.5 or newer is needed"),
     ],
 )
 def test_an_obstacle_is_reported_in_one_line(machine, cards, options, reason):
     machine(*cards, **options)
     assert gpu.obstacle() == reason and not gpu.available()
     with pytest.raises(UserError) as refusal:
-        gpu.check_card("fp32")
+        gpu.check_gpu("fp32")
     assert str(refusal.value) == f"--device cuda: {reason}; or use --device cpu"
 
 
@@ -130,15 +129,16 @@ def test_a_driver_supports_every_toolkit_up_to_its_major_version(machine, versio
 def test_hidden_gpus_differ_from_none(machine, monkeypatch):
     machine(failing={"cuInit": "CUDA_ERROR_NO_DEVICE"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu.obstacle().endswith(" among CUDA_VISIBLE_DEVICES=''")
+    assert gpu.obstacle() == "no NVIDIA GPU found with CUDA_VISIBLE_DEVICES=''"
 
 
 def test_bf16_needs_a_gpu_that_supports_it(machine):
     machine(T4, A100)
     with pytest.raises(UserError) as refusal:
-        gpu.check_card("bf16")
+        gpu.check_gpu("bf16")
     assert str(refusal.value) == (
-        "--dtype bf16: Tesla T4 (compute capability 7.5) has none, it comes with 8.0; use --dtype fp32"
+        "--dtype bf16: Tesla T4 (compute capability 7.5) does not support bf16, which needs compute capability 8.0; "
+        "use --dtype fp32"
     )
 
 
@@ -172,7 +172,7 @@ def test_free_memory_needs_a_context_that_is_released(machine):
     driver = machine(A100)
     assert gpu.free_memory(0) == 3 * MIB
     driver.failing["cuMemGetInfo"] = "CUDA_ERROR_UNKNOWN"
-    with pytest.raises(UserError, match="CUDA_ERROR_UNKNOWN to cuMemGetInfo"):
+    with pytest.raises(UserError, match="CUDA_ERROR_UNKNOWN from cuMemGetInfo"):
         gpu.free_memory(0)
     assert driver.contexts == 0
 
@@ -194,10 +194,12 @@ def test_looking_for_a_gpu_does_not_load_numba():
 def test_the_doctor_ends_with_the_devices_that_work(machine, cards, runs, monkeypatch, capsys):
     machine(*cards)
     monkeypatch.setattr(doctor, "run_op", lambda device: "runs")
+    monkeypatch.setattr(doctor.variants, "explain", lambda: [("matmul", "fp32", "mma", "needs bf16")])
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
+    assert ("\n    matmul     fp32   mma: needs bf16\n" in printed) == bool(cards)
     assert f"\nworks here: {runs}\n" in printed
-    assert printed.endswith("\n" if cards else "does not:   --device cuda: there is no NVIDIA card\n")
+    assert printed.endswith("\n" if cards else "does not:   --device cuda: no NVIDIA GPU found\n")
     rows = [line for line in printed.splitlines() if line.startswith("  GPU ")]
     assert len(rows) == len(cards)
     for row, (name, capability, _) in zip(rows, cards, strict=True):
@@ -220,7 +222,7 @@ def test_the_doctor_never_ends_in_a_traceback(machine, monkeypatch, capsys):
     told = "fails: AttributeError: module 'numpy' has no attribute 'row_stack'"
     for row in ("numba", "processor", "cores", "memory", "ops", "numba.cuda", "simulator"):
         assert f"  {row:<14} {told}\n" in printed
-    assert "CUDA_ERROR_UNKNOWN to cuMemGetInfo" in printed
+    assert "CUDA_ERROR_UNKNOWN from cuMemGetInfo" in printed
     assert printed.endswith("works here: nothing\ndoes not:   --device cuda: numba.cuda does not load\n")
     monkeypatch.setattr(gpu, "load_driver", broken)
     assert doctor.main([]) == 1

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from programs import QUICK, cache, environment, losses_of, refused, run_here, write_text  # noqa: F401
+from programs import PACKAGE, QUICK, ROOT, cache, environment, losses_of, refused, run_here, write_text  # noqa: F401
 
 from llm_numba.ops import get_ops
 from llm_numba.training.override import override, split
@@ -15,13 +15,40 @@ from llm_numba.util.cli import UserError
 pytestmark = pytest.mark.compiled
 SMALL = (*QUICK, "--sequence-length", 8, "--batch-size", 2, "--tokens-per-step", 32, "--steps", 3, "--sample-tokens", 2)
 NAIVE = "llm_numba.cpu.naive"
-OWN = """
+RUNGS = ROOT / "lessons" / "rungs"
+NAIVE_OPS = {  # op -> MODULE:NAME, for the tested device: CPU functions do not take arrays of a GPU
+    "cpu": {
+        op: f"{NAIVE}:{op}" for op in ("matmul_forward", "matmul_backward", "attention_forward", "attention_backward")
+    },
+    "cuda": {
+        "matmul_forward": f"{RUNGS / 'matmul_cuda.py'}:matmul_forward_v1",
+        "attention_forward": f"{RUNGS / 'attention_cuda.py'}:attention_forward_v1",
+    },
+}[PACKAGE]
+OWN = {
+    "cpu": """
 from llm_numba.cpu.gelu import gelu_forward as right
 
-def own(pre, x):
-    right(pre, x)
-    pre *= {factor}
-"""
+def own(out, inp):
+    right(out, inp)
+    out *= {factor}
+""",
+    "cuda": """
+from numba import cuda, float32
+from llm_numba.cuda.gelu import gelu_forward as right
+from llm_numba.cuda.jit import blocks_for, stream
+
+@cuda.jit
+def scale(x):
+    i = cuda.grid(1)
+    if i < x.shape[0]:
+        x[i] *= float32({factor})
+
+def own(out, inp):
+    right(out, inp)
+    scale[blocks_for(out.size, 256), 256, stream()](out.reshape(-1))
+""",
+}[PACKAGE]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +73,7 @@ def comparisons(folder):
 
 
 def test_naive_ops_train_like_the_fast_ones(tmp_path, text, usual):
-    ops = ("matmul_forward", "matmul_backward", "attention_forward", "attention_backward")
-    values = [f"{op}={NAIVE}:{op}" for op in ops]
+    values = [f"{op}={place}" for op, place in NAIVE_OPS.items()]
     run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", *values)
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(usual), rtol=2e-6)
     lines = comparisons(tmp_path / "run")
@@ -123,7 +149,7 @@ def test_a_cached_function_of_ones_own_is_found_again(tmp_path):
 
 
 def test_an_op_outside_of_forward_and_backward_is_not_compared(tmp_path, text):
-    use = "adamw_update=llm_numba.cpu.adamw:adamw_update"
+    use = f"adamw_update=llm_numba.{PACKAGE}.adamw:adamw_update"
     run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", use)
     line = f"--use {use}: used, but not compared: forward and backward do not call adamw_update"
     assert line in (tmp_path / "run" / "train.log").read_text()

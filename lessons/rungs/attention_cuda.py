@@ -7,7 +7,7 @@ import numpy as np
 from numba import cuda
 
 from llm_numba import lessons, oracle
-from llm_numba.cuda.attention import attention_forward, attention_scratch_size
+from llm_numba.cuda.attention import attention_forward
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -57,7 +57,7 @@ def values_kernel(out, weights, qkv, HS):
         out[b, t, i] = y
 
 
-def attention_forward_v1(out, att, qkv, num_heads, scratch):
+def attention_forward_v1(out, lse, qkv, num_heads, num_kv_heads, scratch):
     """Three kernels that communicate through the (T, T) matrices of all heads. Scratch: B*NH*T*T."""
     B, T, C = out.shape
     HS = C // num_heads
@@ -65,8 +65,13 @@ def attention_forward_v1(out, att, qkv, num_heads, scratch):
     scores_kernel[(blocks_for(T, THREADS), T, B * num_heads), THREADS, stream()](
         weights, qkv, HS, ONE / float32(math.sqrt(HS))
     )
-    softmax_kernel[(blocks_for(T, THREADS), num_heads, B), THREADS, stream()](att, weights)
+    softmax_kernel[(blocks_for(T, THREADS), num_heads, B), THREADS, stream()](lse, weights)
     values_kernel[(blocks_for(C, THREADS), T, B), THREADS, stream()](out, weights, qkv, HS)
+
+
+def attention_forward_v1_scratch(out, lse, qkv, num_heads, num_kv_heads):
+    B, NH, T = lse.shape
+    return B * NH * T * T
 
 
 @functools.cache
@@ -99,12 +104,12 @@ def make_kernel_v2(HS):
     return kernel_v2
 
 
-def attention_forward_v2(out, att, qkv, num_heads, scratch):
+def attention_forward_v2(out, lse, qkv, num_heads, num_kv_heads, scratch):
     """One kernel; the matrix is never stored."""
     B, T, C = out.shape
     HS = C // num_heads
     grid = blocks_for(T, THREADS), num_heads, B
-    make_kernel_v2(HS)[grid, THREADS, stream()](out, att, qkv, ONE / float32(math.sqrt(HS)))
+    make_kernel_v2(HS)[grid, THREADS, stream()](out, lse, qkv, ONE / float32(math.sqrt(HS)))
 
 
 @functools.cache
@@ -148,20 +153,19 @@ def make_kernel_v3(HS):
     return kernel_v3
 
 
-def attention_forward_v3(out, att, qkv, num_heads, scratch):
+def attention_forward_v3(out, lse, qkv, num_heads, num_kv_heads, scratch):
     """Tiles of keys and values in shared memory."""
     B, T, C = out.shape
     HS = C // num_heads
     grid = blocks_for(T, THREADS), num_heads, B
-    make_kernel_v3(HS)[grid, THREADS, stream()](out, att, qkv, ONE / float32(math.sqrt(HS)))
+    make_kernel_v3(HS)[grid, THREADS, stream()](out, lse, qkv, ONE / float32(math.sqrt(HS)))
 
 
 def forward_inputs(rng, B, T, C, NH):
-    scratch = max(attention_scratch_size(B, T, C, NH), B * NH * T * T)  # the first rung's matrices
-    return dict(
-        out=garbage(B, T, C), att=garbage(B, NH, T), qkv=2 * normal(rng, B, T, 3 * C), num_heads=NH,
-        scratch=garbage(scratch),
+    given = dict(
+        out=garbage(B, T, C), lse=garbage(B, NH, T), qkv=2 * normal(rng, B, T, 3 * C), num_heads=NH, num_kv_heads=NH
     )  # fmt: skip
+    return given | dict(scratch=garbage(attention_forward_v1_scratch(**given)))
 
 
 # The simulator is slow and there are T * T / 2 scores, so the head size is 97 and the number of heads 257.
@@ -172,7 +176,7 @@ COUNTED = dict(B=1, T=32, C=lessons.sized(16, 4), NH=1)
 
 FORWARD = Ladder(
     "attention_forward",
-    Problem(oracle.attention_forward, forward_inputs, ("out", "att"), lessons.sized(MANY, FEW), device="cuda"),
+    Problem(oracle.attention_forward, forward_inputs, ("out", "lse"), lessons.sized(MANY, FEW), device="cuda"),
     (attention_forward_v1, attention_forward_v2, attention_forward_v3, attention_forward),
     timed=TIMED,
     quick=QUICK,

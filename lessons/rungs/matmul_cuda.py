@@ -4,7 +4,7 @@ from numba import cuda
 
 from llm_numba import oracle
 from llm_numba.cuda.jit import SIMULATED, blocks_for, float32, sized, stream
-from llm_numba.cuda.matmul import matmul_forward, matmul_scratch_size
+from llm_numba.cuda.matmul import matmul_forward, matmul_forward_scratch
 from llm_numba.lessons import sized as in_tests
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -207,10 +207,11 @@ def matmul_forward_v6(out, inp, weight, bias, scratch):
 
 
 def inputs(rng, R, C, OC, bias=True):
-    return dict(
+    given = dict(
         out=garbage(1, R, OC), inp=normal(rng, 1, R, C), weight=normal(rng, OC, C),
-        bias=normal(rng, OC) if bias else None, scratch=garbage(matmul_scratch_size(R, C, OC)),
+        bias=normal(rng, OC) if bias else None,
     )  # fmt: skip
+    return given | dict(scratch=garbage(matmul_forward_scratch(**given)))
 
 
 FORWARD = Ladder(

@@ -3,7 +3,7 @@
 from numba import cuda
 
 from llm_numba.cuda.jit import SIMULATED, blocks_for, device, float32, stream, to_float, uint16, uint32
-from llm_numba.cuda.matmul import matmul_scratch_size, multiply
+from llm_numba.cuda.matmul import multiply, multiply_scratch
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -134,7 +134,7 @@ def exactly(out, a, b, scratch):
 def inputs(rng, R, C, OC, bias=False):
     return dict(
         out=garbage(R, OC), a=bf16(normal(rng, R, C)), b=bf16(normal(rng, OC, C)),
-        scratch=garbage(matmul_scratch_size(R, C, OC)),
+        scratch=garbage(multiply_scratch(uint16, R, OC, C, (OC, C, C))),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from numba import cuda
 
 from llm_numba import oracle
 from llm_numba.cuda.encoder import encoder_backward
-from llm_numba.cuda.global_norm import global_norm_scratch_size, global_norm_squared
+from llm_numba.cuda.global_norm import global_norm_squared, global_norm_squared_scratch
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
@@ -202,8 +202,8 @@ def encoder_backward_v3(dwte, dwpe, dout, tokens):
 
 
 def norm_inputs(rng, n):
-    scratch = garbage(max(global_norm_scratch_size(n), 2 * blocks_for(n, BLOCK)))
-    return dict(out=np.full(1, np.nan), grads=normal(rng, n), scratch=scratch)
+    given = dict(out=np.full(1, np.nan), grads=normal(rng, n))
+    return given | dict(scratch=garbage(max(global_norm_squared_scratch(**given), 2 * blocks_for(n, BLOCK))))
 
 
 def encoder_inputs(rng, B, T, C, Vp):

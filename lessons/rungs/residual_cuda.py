@@ -104,7 +104,7 @@ def make_kernel_v3(C):
 def residual_layernorm_forward_v3(residual, out, mean, rstd, inp1, inp2, weight, bias):
     """One kernel."""
     rows = mean.size, weight.size
-    make_kernel_v3(weight.size)[mean.size, THREADS](
+    make_kernel_v3(weight.size)[mean.size, THREADS, stream()](
         residual.reshape(rows), out.reshape(rows), mean.reshape(-1), rstd.reshape(-1),
         inp1.reshape(rows), inp2.reshape(rows), weight, bias,
     )  # fmt: skip

@@ -18,16 +18,16 @@ from llm_numba.cuda.jit import (
 )
 
 uint64 = np.uint64
-RUN = 64  # parameters to all or none of which weight decay applies
+RUN = 64  # consecutive parameters that share one weight decay flag
 THREADS = sized(256, 8)
-EACH = sized(8, 16)  # parameters that a thread owns
+EACH = sized(8, 16)  # parameters per thread
 BLOCK = EACH * THREADS
 ZERO, ONE = float32(0), float32(1)
 
 
 @device
 def correction(step, log_beta):
-    """1 / (1 - beta**step), where beta**step may be too near 1 for the difference to be exact enough."""
+    """1 / (1 - beta**step), by expm1: for beta**step close to 1 the plain difference would lose precision."""
     return -ONE / float32(math.expm1(float32(step) * log_beta))
 
 
@@ -39,7 +39,7 @@ def multiply_add(a, b, c):
 
 @device
 def random_bits(i, step, seed):
-    """16 bits that depend on nothing else, and look as if they did not.
+    """16 pseudo-random bits, a hash of the arguments.
 
     Source: Jarzynski and Olano 2020, "Hash Functions for GPU Rendering", JCGT 9(3), pcg3d; the upper half of its x.
     """
@@ -54,16 +54,16 @@ def random_bits(i, step, seed):
 
 
 @device
-def round_stochastically(number, random):
-    """One of the two bf16 between which number lies, as float32, with the greater probability the nearer it is, so that
-    number is what is to be expected. random: 16 bits.
+def round_stochastically(x, random):
+    """x stochastically rounded to bf16, as float32: hence unbiased. random: 16 bits.
 
-    bf16 is the upper half of a float32's bits: if the sum of its lower half and of random carries, it is rounded away
-    from 0. A NaN stays as it is, as a carry could end it; infinity, 0 and all that is a bf16 have no lower half.
+    bf16 is the upper half of the bits of a float32; if adding `random` to the lower half carries, x is rounded away
+    from 0. A NaN is returned unchanged, because a carry could turn it into a number. The lower half of infinity, of 0
+    and of any bf16 is 0, so they do not change.
     """
-    if math.isnan(number):
-        return number
-    bits = uint32(number.view(uint32) + random) & uint32(0xFFFF0000)
+    if math.isnan(x):
+        return x
+    bits = uint32(x.view(uint32) + random) & uint32(0xFFFF0000)
     return uint32(bits).view(float32)
 
 
@@ -72,10 +72,11 @@ def adamw_kernel(
     params, weights, has_master, grads, m, v, decays,
     learning_rate, m_factors, v_factors, eps, weight_decay, step, seed, grad_scale,
 ):  # fmt: skip
-    """AdamW on weights (n,): the master weights where there are any, else params; factors: beta, 1 - beta, log(beta).
+    """AdamW on weights (n,), which are the master weights if has_master, else params.
 
-    Grid: a block for BLOCK parameters; block: THREADS; a thread owns EACH parameters, THREADS apart.
-    Moves: 28 bytes a parameter; with master weights 30, bf16 without them 24.
+    m_factors, v_factors: beta, 1 - beta, log(beta)
+    Grid: n / BLOCK; block: THREADS; a thread owns EACH parameters, THREADS apart.
+    Moves: 28 bytes per parameter; 30 with master weights, 24 in bf16 without them.
     """
     rate, scale = learning_rate[0], grad_scale[0]
     if scale < ZERO:
@@ -85,7 +86,7 @@ def adamw_kernel(
     m_correction, v_correction = correction(step[0], m_log_beta), correction(step[0], v_log_beta)
     first = cuda.blockIdx.x * BLOCK + cuda.threadIdx.x
     for number in range(first, min(first + BLOCK, params.shape[0]), THREADS):
-        i = uint64(number)  # spares each access the test whether the index counts from the end of the array
+        i = uint64(number)  # unsigned: no check for negative indices
         decay = weight_decay if decays[uint64(number // RUN)] else ZERO
         gradient, weight = grads[i] * scale, to_float(weights[i])
         m_new = m_keep * m[i] + m_gain * gradient
@@ -104,19 +105,19 @@ def adamw_kernel(
 def adamw_update(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """Move each parameter against its gradient's running mean, measured in the root of its running mean square.
+    """One AdamW update of every parameter.
 
-    params, master, m, v <- grads, all (n,), n a multiple of RUN, params float32 or bf16, master float32, the parameters
-        that bf16 params are rounded from, or None; decays (n / RUN,) uint8: 1 where weight decay applies to a run of
-        parameters, else 0; learning_rate (1,), step (1,) int32, which is 1 at the first update, seed (1,) int32,
-        grad_scale (1,), by which every gradient is multiplied first (clipping); beta1, beta2, eps, weight_decay numbers
+    params, master, m, v <- grads, all (n,), n a multiple of RUN. params: float32 or bf16; master: float32 master
+        weights of bf16 params, or None; decays (n / RUN,) uint8: 1 if weight decay applies to these RUN parameters,
+        else 0; learning_rate (1,); step (1,) int32, 1 at the first update; seed (1,) int32; grad_scale (1,), a factor
+        for every gradient (clipping); beta1, beta2, eps, weight_decay: numbers
     Writes:   m = beta1 * m + (1 - beta1) * grads, v = beta2 * v + (1 - beta2) * grads**2,
               params -= learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * decays * params)
-              with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step); nothing where grad_scale is negative.
-              With master: the same to master, and params = the nearest bf16. bf16 params without master are rounded
-              up or down at random, so that the result is to be expected; seed, step and the index decide
+              with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step); nothing if grad_scale is negative.
+              With master, the update applies to master, and params = master rounded to nearest. bf16 params without
+              master are stochastically rounded, hence unbiased; the bits depend on seed, step and index
     Parallel: over the parameters; each thread owns EACH of them
-    Moves:    28 bytes a parameter; with master 30, bf16 without it 24
+    Moves:    28 bytes per parameter; 30 with master, 24 in bf16 without it
     Source:   Loshchilov and Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014, arXiv:1412.6980
     """
     adamw_kernel[blocks_for(params.size, BLOCK), THREADS, stream()](
@@ -126,5 +127,5 @@ def adamw_update(
 
 
 def _factors(beta: float) -> tuple:
-    """beta, 1 - beta and log(beta), each rounded once."""
+    """beta, 1 - beta and log(beta), each rounded to float32 once."""
     return float32(beta), float32(1 - beta), float32(math.log(beta) if beta else -math.inf)

@@ -1,11 +1,10 @@
-"""Softmax and cross-entropy in one op, so that the probabilities never need memory of their own.
+"""Softmax and cross-entropy in one op, so that the probabilities are never stored.
 
-A block owns a row of logits and goes over it twice: first for its largest logit and the sum of e**(x - largest), then,
-while the row is still in the caches, for its gradient. A thread takes CHUNK logits at a time, THREADS apart, so that
-neighbouring threads read neighbouring logits and each has CHUNK reads under way before it needs the first. There the
-index is made unsigned, which spares each access the test whether it counts from the end of the array.
+A block owns a row of logits and reads it twice: first for the maximum and the sum of e**(x - maximum), then, while the
+row is still in cache, for the gradient. A thread loads CHUNK logits at a time, THREADS apart: accesses are coalesced
+and CHUNK loads are in flight at once. The index is unsigned, which saves the check for negative indices.
 
-Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (the largest and the sum in one pass).
+Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (the maximum and the sum in one pass).
 """
 
 import math
@@ -17,7 +16,7 @@ from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kern
 
 float64, uint64 = np.float64, np.uint64
 THREADS = sized(1024, 8)
-CHUNK = sized(8, 2)  # logits that a thread reads at once
+CHUNK = sized(8, 2)  # logits that a thread loads at once
 STRIDE = CHUNK * THREADS
 ZERO, LOWEST, LOG2E = float32(0), np.finfo(float32).min, float32(1.4426950408889634)
 
@@ -29,17 +28,17 @@ def exp(x):
 
 @kernel(launch_bounds=(THREADS, 2))
 def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
-    """losses[i] = -log(softmax(logits[i, :V])[target]); where write_dlogits: logits = the gradient of dloss * losses.
+    """losses[i] = -log(softmax(logits[i, :V])[target]); if write_dlogits: logits = the gradient of dloss * losses.
 
-    Grid: a block for each row; block: THREADS; a thread owns every THREADS-th column.
-    Moves: the row from memory, and its gradient to it; the row again from a cache.
+    Grid: one block per row; block: THREADS; a thread owns every THREADS-th column.
+    Moves: the row from memory, the row again from cache, and its gradient to memory.
     """
     i, thread = cuda.blockIdx.x, cuda.threadIdx.x
     row, target = logits[i], targets[i]
     x = cuda.local.array(CHUNK, float32)
-    chunks_end = V // STRIDE * STRIDE  # the columns from here on are taken one by one
+    chunks_end = V // STRIDE * STRIDE  # the columns from here on are processed one by one
 
-    # each thread: the largest of its logits, and the sum of e**(x - top). The maximum may pass over a NaN, the sum not
+    # per thread: the maximum, and the sum of e**(x - top). The maximum may ignore a NaN, the sum does not
     top, total = LOWEST, ZERO
     for first in range(thread, chunks_end, STRIDE):
         for k in range(CHUNK):
@@ -55,7 +54,7 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
         top = max(top, logit)
         total = total * exp(old_top - top) + exp(logit - top)
 
-    # the block: the same of the whole row
+    # per block: the same for the whole row
     shared = cuda.shared.array(THREADS, float32)
     row_top = block_max(top, shared)
     row_total = block_sum(total * exp(top - row_top), shared)
@@ -64,7 +63,7 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
         losses[i] = math.log(row_total) + (row_top - at_target)
     if not write_dlogits:
         return
-    cuda.syncthreads()  # all have read the target's logit
+    cuda.syncthreads()  # every thread has read the logit of the target
 
     scale = dloss / row_total
     for first in range(thread, chunks_end, STRIDE):
@@ -76,14 +75,16 @@ def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
         row[c] = to_storage(exp(to_float(row[c]) - row_top) * scale, row)
     for c in range(V + thread, row.shape[0], THREADS):
         row[c] = to_storage(ZERO, row)
-    if thread == target % THREADS:  # the one who has written this column
+    if thread == target % THREADS:  # the thread that has written this column
         row[target] = to_storage(exp(at_target - row_top) * scale - dloss, row)
 
 
 @kernel
 def add_mean_kernel(loss, losses, share):
-    """loss[0] += share * the mean of losses (n,), in float64. Grid: one block; block: THREADS; a thread owns every
-    THREADS-th loss."""
+    """loss[0] += share * mean(losses), in float64.
+
+    Grid: one block; block: THREADS; a thread owns every THREADS-th loss.
+    """
     total = float64(0)
     for i in range(cuda.threadIdx.x, losses.shape[0], THREADS):
         total += float64(losses[i])
@@ -93,15 +94,15 @@ def add_mean_kernel(loss, losses, share):
 
 
 def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
-    """The loss of each prediction and, in the logits' place, its gradient.
+    """The loss of each prediction and its gradient, which replaces the logits.
 
     logits (B, T, Vp), losses (B, T) <- targets (B, T) int32, dloss (a number: the gradient of every loss)
     With softmax over the first vocab_size (V) columns:
     Writes:   losses = -log(softmax[target]), in nats;
-              where write_dlogits: logits = (softmax - onehot(target)) * dloss, and 0 in the padding columns V..Vp
-    Parallel: a block for each of the B*T rows
-    Moves:    B*T*Vp numbers in, as many out; a row is read again while it is in a cache
-    Expects:  0 <= targets < vocab_size, unchecked; a NaN among a row's logits makes its loss NaN
+              if write_dlogits: logits = (softmax - onehot(target)) * dloss, and 0 in the padding columns V..Vp
+    Parallel: over the B*T rows, one block each
+    Moves:    B*T*Vp elements in and as many out; the second reading of a row comes from cache
+    Expects:  0 <= targets < vocab_size, unchecked; a NaN in a row of logits makes its loss NaN
     """
     B, T, Vp = logits.shape
     classifier_kernel[B * T, THREADS, stream()](
@@ -111,10 +112,10 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
 
 
 def add_mean(loss, losses, share):
-    """Add a batch's share to the loss of a step.
+    """Add the share of one batch to the loss of a step.
 
     loss (1,) float64 <- losses (B, T), share (a number)
     Writes:   loss += share * the mean of losses
-    Parallel: one block, whose sums are added in a fixed order
+    Parallel: one block; the order of the sum is fixed
     """
     add_mean_kernel[1, THREADS, stream()](loss, losses.reshape(losses.size), float64(share))

@@ -1,7 +1,4 @@
-"""GELU, in GPT-2's tanh form.
-
-An op of its own: as the last thing that the matmul before it did, it took no less time.
-"""
+"""GELU, in GPT-2's tanh form."""
 
 import math
 
@@ -9,18 +6,18 @@ from numba import cuda
 
 from llm_numba.cuda.jit import THREADS, blocks_for, device, float32, kernel, sized, stream, to_float, to_storage, uint32
 
-EACH = sized(8, 2)  # numbers of a thread: it takes several loads on their way at once to keep the memory busy
+EACH = sized(8, 2)  # elements per thread: several loads in flight keep the memory busy
 
 # 0.5 x (1 + tanh u) = x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), so with -2u = x (LINEAR + CUBIC x^2)
 LINEAR = float32(-2 * math.sqrt(2 / math.pi))
 CUBIC = float32(-2 * math.sqrt(2 / math.pi) * 0.044715)
 ONE, THREE = float32(1), float32(3)
-HIGHEST = float32(88)  # e**88 is near the largest float32
+HIGHEST = float32(88)  # e**88 is close to the largest float32
 
 
 @device
 def sigmoid_of_2u(x):
-    """1 / (1 + e^(-2u)), by which GELU weighs x."""
+    """1 / (1 + e^(-2u)), the factor by which GELU multiplies x."""
     return ONE / (ONE + math.exp(min(x * (LINEAR + CUBIC * x * x), HIGHEST)))
 
 
@@ -28,12 +25,13 @@ def sigmoid_of_2u(x):
 def gelu_forward_kernel(out, inp):
     """out (n,) = GELU of inp (n,).
 
-    Grid: a block for THREADS * EACH numbers; block: THREADS; a thread owns EACH numbers, THREADS apart, so that a
-    warp's are side by side. Moves: 2 numbers an element.
+    Grid: n / (THREADS * EACH); block: THREADS; a thread owns EACH elements, THREADS apart, so accesses are coalesced.
+    Moves: 2*n elements.
     """
-    first = uint32(cuda.blockIdx.x) * THREADS * EACH + uint32(cuda.threadIdx.x)  # not signed, so never below 0
+    # unsigned: no check for negative indices
+    first = uint32(cuda.blockIdx.x) * THREADS * EACH + uint32(cuda.threadIdx.x)
     x = cuda.local.array(EACH, float32)
-    # load them all before one is stored: no load starts before a store that the program puts first
+    # load everything before the first store: the compiler does not move a load before an earlier store
     for k in range(EACH):
         i = first + k * THREADS
         if i < out.shape[0]:
@@ -48,7 +46,7 @@ def gelu_forward_kernel(out, inp):
 def gelu_backward_kernel(dinp, inp, dout):
     """dinp (n,) <- inp (n,), dout (n,).
 
-    Grid, block and thread: as in the forward. Moves: 3 numbers an element.
+    Grid, block and thread as in the forward. Moves: 3*n elements.
     """
     first = uint32(cuda.blockIdx.x) * THREADS * EACH + uint32(cuda.threadIdx.x)
     x, dy = cuda.local.array(EACH, float32), cuda.local.array(EACH, float32)
@@ -64,12 +62,12 @@ def gelu_backward_kernel(dinp, inp, dout):
 
 
 def gelu_forward(out, inp):
-    """Weigh each number by (about) the probability that a standard normal one is below it.
+    """Multiply each element by (about) the probability that a standard normal variable is below it.
 
     out (..., C) <- inp (..., C)
     Writes:   out = 0.5 * inp * (1 + tanh(sqrt(2 / pi) * (inp + 0.044715 * inp**3)))
-    Parallel: over all numbers; nothing races
-    Moves:    2 numbers an element
+    Parallel: over the elements; nothing races
+    Moves:    2 elements per element of out
     Source:   Hendrycks and Gimpel 2016, arXiv:1606.08415
     """
     blocks = blocks_for(out.size, THREADS * EACH)
@@ -82,8 +80,8 @@ def gelu_backward(dinp, inp, dout):
     dinp (..., C) <- inp (..., C), dout (..., C)
     With s = 1 / (1 + e^(-2u)), u as in the forward:
     Writes:   dinp = dout * (s + inp * s * (1 - s) * d(2u)/dinp)
-    Parallel: over all numbers; nothing races
-    Moves:    3 numbers an element
+    Parallel: over the elements; nothing races
+    Moves:    3 elements per element of dinp
     """
     blocks = blocks_for(dinp.size, THREADS * EACH)
     gelu_backward_kernel[blocks, THREADS, stream()](dinp.reshape(-1), inp.reshape(-1), dout.reshape(-1))

@@ -1,5 +1,7 @@
-"""The norm of all gradients together, by which they are clipped. In float64, in which a float32's square is exact and
-cannot overflow; reading memory takes longer."""
+"""The global norm of the gradients, and clipping by it.
+
+Sums are in float64, where the square of a float32 is exact and cannot overflow. It costs nothing: memory is the limit.
+"""
 
 import math
 
@@ -9,23 +11,23 @@ from numba import cuda
 from llm_numba.cuda.jit import THREADS, block_sum, blocks_for, kernel, sized, stream
 
 float64 = np.float64
-EACH = sized(64, 16)  # numbers that a thread sums
+EACH = sized(64, 16)  # elements per thread
 BLOCK = EACH * THREADS
-FINAL = sized(1024, 8)  # threads of the block that adds the sums
+FINAL = sized(1024, 8)  # threads of the block that adds up the sums
 
 
 @kernel
 def sums_of_squares_kernel(sums, grads):
-    """sums[block] = the sum of the block's grads**2.
+    """sums[block] = the sum of grads**2 over the elements of the block.
 
-    Grid: a block for BLOCK numbers; block: THREADS; a thread owns EACH numbers, THREADS apart.
+    Grid: n / BLOCK; block: THREADS; a thread owns EACH elements, THREADS apart.
     Moves: BLOCK floats.
     """
     first = cuda.blockIdx.x * BLOCK + cuda.threadIdx.x
     total = float64(0)
     for i in range(first, min(first + BLOCK, grads.shape[0]), THREADS):
-        number = float64(grads[i])
-        total += number * number
+        x = float64(grads[i])
+        total += x * x
     total = block_sum(total, cuda.shared.array(THREADS, float64))
     if cuda.threadIdx.x == 0:
         sums[cuda.blockIdx.x] = total
@@ -33,7 +35,7 @@ def sums_of_squares_kernel(sums, grads):
 
 @kernel
 def sum_kernel(out, sums):
-    """out[0] = the sum of sums (n,). Grid: one block; block: FINAL; a thread owns every FINAL-th number."""
+    """out[0] = the sum of sums (n,). Grid: one block; block: FINAL; a thread owns every FINAL-th element."""
     total = float64(0)
     for i in range(cuda.threadIdx.x, sums.shape[0], FINAL):
         total += sums[i]
@@ -46,7 +48,7 @@ def sum_kernel(out, sums):
 def clip_kernel(grad_scale, loss, grad_norm_squared, limits, highest):
     """One thread; see `clip`."""
     norm = math.sqrt(grad_norm_squared[0])
-    # a comparison with NaN is false
+    # comparisons with NaN are false
     if not (loss[0] <= limits[0] and norm <= limits[1] and math.isfinite(loss[0]) and math.isfinite(norm)):
         grad_scale[0] = -1
     elif 0 < highest < norm:
@@ -56,31 +58,31 @@ def clip_kernel(grad_scale, loss, grad_norm_squared, limits, highest):
 
 
 def global_norm_squared(out, grads, scratch):
-    """Add up the squares of all gradients.
+    """The sum of the squares of all gradients.
 
-    out (1,) float64 <- grads (n,), scratch (8-byte aligned)
+    out (1,) float64 <- grads (n,)
     Writes:   out = sum of grads**2
-    Parallel: over blocks of BLOCK numbers, whose sums go to scratch and are then added in a fixed order by one block
+    Parallel: over blocks of BLOCK elements; one block then adds their sums in a fixed order
     Moves:    n floats
-    Scratch:  global_norm_scratch_size(n) floats
+    Scratch:  global_norm_squared_scratch, 8-byte aligned
     """
-    n = grads.shape[0]
-    sums = scratch[: global_norm_scratch_size(n)].view(float64)
+    sums = scratch[: global_norm_squared_scratch(out, grads)].view(float64)
     sums_of_squares_kernel[sums.shape[0], THREADS, stream()](sums, grads)
     sum_kernel[1, FINAL, stream()](out, sums)
 
 
 def clip(grad_scale, loss, grad_norm_squared, limits, highest):
-    """What every gradient is to be multiplied by, so that their norm is at most `highest`.
+    """The factor for every gradient that limits their norm to `highest`.
 
-    grad_scale (1,) <- loss (1,) float64, grad_norm_squared (1,) float64, limits (2,) float64, highest (0: no clipping)
-    Writes:   grad_scale = min(1, highest / norm); or -1, which leaves the update out, where the loss or the norm is not
-              finite, or is above its limit (limits[0] the loss's, limits[1] the norm's)
+    grad_scale (1,) <- loss (1,) float64, grad_norm_squared (1,) float64, limits (2,) float64 of the loss and of the
+        norm, highest (0: no clipping)
+    Writes:   grad_scale = min(1, highest / norm), or -1, which skips the update, if the loss or the norm is not finite
+              or above its limit
     Source:   Pascanu et al. 2012, arXiv:1211.5063
     """
     clip_kernel[1, 1, stream()](grad_scale, loss, grad_norm_squared, limits, float64(highest))
 
 
-def global_norm_scratch_size(n: int) -> int:
-    """How many floats `global_norm_squared` needs for n gradients."""
-    return 2 * blocks_for(n, BLOCK)
+def global_norm_squared_scratch(out, grads) -> int:
+    """Floats of scratch that `global_norm_squared` needs: a float64 per block."""
+    return 2 * blocks_for(grads.shape[0], BLOCK)

@@ -1,4 +1,4 @@
-"""Which NVIDIA cards there are, and why a run cannot have one: asked of the driver, before anything is compiled.
+"""Which NVIDIA GPUs there are, and what keeps a run from using one. Asks the driver, before anything is compiled.
 
 Nothing here loads Numba, which reads NUMBA_ENABLE_CUDASIM when it is loaded.
 """
@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from llm_numba.util.cli import UserError, install
 
 OLDEST, OLDEST_WITH_BF16 = (7, 5), (8, 0)  # compute capabilities
-DRIVERS = {12: "R525", 13: "R580"}  # the first driver for a toolkit of CUDA 12, of CUDA 13
-LIBRARIES = ("nvvm", "nvrtc", "nvJitLink")  # parts of the toolkit that numba-cuda compiles with
+DRIVERS = {12: "R525", 13: "R580"}  # the oldest driver for CUDA 12, for CUDA 13
+LIBRARIES = ("nvvm", "nvrtc", "nvJitLink")  # of the CUDA toolkit, used by numba-cuda to compile
 INSTALL = install("cuda")
 
 
 @dataclass(frozen=True)
-class Card:
-    """memory: bytes in all."""
+class Gpu:
+    """memory: total bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -31,48 +31,51 @@ class Card:
         return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
 
 
-def check_card(dtype: str) -> None:
-    """Raise a UserError unless the first card can run in this dtype (fp32 or bf16)."""
+def check_gpu(dtype: str) -> None:
+    """Raise a UserError unless the first GPU can run in this dtype (fp32 or bf16)."""
     reason = obstacle()
     if reason:
         raise UserError(f"--device cuda: {reason}; or use --device cpu")
-    card = cards()[0]
-    if dtype == "bf16" and not card.has_bf16:
-        raise UserError(f"--dtype bf16: {card} has none, it comes with {_dotted(OLDEST_WITH_BF16)}; use --dtype fp32")
+    gpu = gpus()[0]
+    if dtype == "bf16" and not gpu.has_bf16:
+        raise UserError(
+            f"--dtype bf16: {gpu} does not support bf16, which needs compute capability {_dotted(OLDEST_WITH_BF16)}; "
+            "use --dtype fp32"
+        )
 
 
 def available() -> bool:
-    """Whether there is a card that can run in float32."""
+    """Whether the first GPU can run in float32."""
     return obstacle() is None
 
 
 def obstacle() -> str | None:
-    """What keeps a run from the first card, and what to do about it, in one line; None where nothing does."""
+    """Why a run cannot use the first GPU and what to do about it, in one line; None if it can."""
     try:
-        card = cards()[0]
+        gpu = gpus()[0]
     except UserError as error:
         return str(error)
-    if card.capability < OLDEST:
-        return f"{card} is too old: {_dotted(OLDEST)} is the least"
+    if gpu.capability < OLDEST:
+        return f"{gpu} is too old: compute capability {_dotted(OLDEST)} or newer is needed"
     missing = missing_parts()
     if missing:
         return f"{', '.join(missing)} of the CUDA toolkit not found: {INSTALL}"
     return None
 
 
-def cards() -> list[Card]:
-    """The cards that a run would see, of which it takes the first; raises a UserError where there is none."""
+def gpus() -> list[Gpu]:
+    """The GPUs that a run can see; it uses the first. Errors: UserError if there is none."""
     driver = load_driver()
     driver_version()
     _ask(driver, "cuInit", 0)
     count = _ask(driver, "cuDeviceGetCount")
     if not count:
-        raise _no_card()
-    return [_card(driver, index) for index in range(count)]
+        raise _no_gpu()
+    return [_gpu(driver, index) for index in range(count)]
 
 
 def driver_version() -> str:
-    """The CUDA version that the driver is for, such as "13.2"; a UserError without one that knows the toolkit's."""
+    """The CUDA version that the driver supports, such as "13.2". Errors: UserError if it is older than the toolkit."""
     driver = load_driver()
     version, major = _ask(driver, "cuDriverGetVersion"), driver.CUDA_VERSION // 1000
     dotted = f"{version // 1000}.{version % 1000 // 10}"
@@ -86,7 +89,7 @@ def driver_version() -> str:
 
 
 def free_memory(index: int) -> int:
-    """Bytes of a card that nobody has taken."""
+    """Bytes of a GPU's memory that no process has allocated."""
     driver = load_driver()
     handle = _ask(driver, "cuDeviceGet", index)
     _ask(driver, "cuCtxSetCurrent", _ask(driver, "cuDevicePrimaryCtxRetain", handle))
@@ -97,7 +100,7 @@ def free_memory(index: int) -> int:
 
 
 def missing_parts() -> list[str]:
-    """What numba-cuda compiles with and does not find."""
+    """The parts of the CUDA toolkit that numba-cuda needs and does not find."""
     from cuda import pathfinder
 
     found = {"libdevice": lambda: pathfinder.find_bitcode_lib("device")}
@@ -106,13 +109,13 @@ def missing_parts() -> list[str]:
     for name, find in found.items():
         try:
             find()
-        except Exception:  # which one depends on the part, and on cuda-pathfinder's version
+        except Exception:  # the type depends on the part and on the version of cuda-pathfinder
             missing.append(name)
     return missing
 
 
 def load_driver():
-    """The driver's functions; raises a UserError where the Python packages are missing. No driver is needed yet."""
+    """The Python binding of the driver, which works without a driver. Errors: UserError if packages are missing."""
     if find_spec("numba_cuda") is None:
         raise UserError(f"numba-cuda is not installed: {INSTALL}")
     try:
@@ -123,29 +126,29 @@ def load_driver():
 
 
 def _ask(driver, function: str, *args):
-    """What a function of the driver answers: nothing, a value or a tuple of several."""
+    """The result of a driver function: a value, or a tuple of none or several."""
     try:
         error, *values = getattr(driver, function)(*args)
-    except RuntimeError as error:  # there is no library, or the function is not in it
+    except RuntimeError as error:  # no library, or the function is not in it
         major = driver.CUDA_VERSION // 1000
         release = DRIVERS.get(major, "a release")
         raise UserError(f"no NVIDIA driver found: install {release} or newer, for CUDA {major}") from error
     if error.name == "CUDA_ERROR_NO_DEVICE":
-        raise _no_card()
+        raise _no_gpu()
     if error.name != "CUDA_SUCCESS":
-        raise UserError(f"the NVIDIA driver answers {error.name} to {function}: see what nvidia-smi says of the card")
+        raise UserError(f"the NVIDIA driver returned {error.name} from {function}: check the GPU with nvidia-smi")
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _no_card() -> UserError:
+def _no_gpu() -> UserError:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return UserError("there is no NVIDIA card" + ("" if shown is None else f" among CUDA_VISIBLE_DEVICES={shown!r}"))
+    return UserError("no NVIDIA GPU found" + ("" if shown is None else f" with CUDA_VISIBLE_DEVICES={shown!r}"))
 
 
-def _card(driver, index: int) -> Card:
+def _gpu(driver, index: int) -> Gpu:
     handle = _ask(driver, "cuDeviceGet", index)
     attribute = driver.CUdevice_attribute
-    return Card(
+    return Gpu(
         name=_ask(driver, "cuDeviceGetName", 256, handle).split(b"\0")[0].decode(),
         capability=(
             _ask(driver, "cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle),

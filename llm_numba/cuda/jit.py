@@ -1,12 +1,11 @@
-"""How every kernel is compiled and launched, and the small device functions that several of them use.
+"""How kernels are compiled and launched, and the small device functions that several of them use.
 
-A bf16 tensor is an array of uint16, the upper half of a float32's bits: Numba has no such type of its own that works in
-every kind of memory. A kernel reads it with `to_float`, computes in float32 and writes
-it with `to_storage`. For float32 tensors both functions do nothing, so one kernel serves both.
+A bf16 tensor is an array of uint16, the upper halves of float32 bit patterns: Numba has no bf16 type that works in
+every kind of memory. A kernel reads an element with `to_float`, computes in float32 and writes with `to_storage`. For
+float32 tensors both functions do nothing, so one kernel serves both precisions.
 
-With NUMBA_ENABLE_CUDASIM=1, Numba runs the kernels as plain Python, with one thread of the operating system for each of
-CUDA's. What that simulator does not know is replaced at the end of this file, and nowhere else; what it is too slow for
-is made smaller by `sized`.
+With NUMBA_ENABLE_CUDASIM=1, Numba runs the kernels as plain Python, one operating system thread per CUDA thread. The
+end of this file replaces what that simulator does not support; `sized` shrinks what would take it too long.
 """
 
 import functools
@@ -21,47 +20,54 @@ float32, int32, int64, uint16, uint32 = np.float32, np.int32, np.int64, np.uint1
 SIMULATED = bool(config.ENABLE_CUDASIM)
 WARP = 32
 ALL_LANES = 0xFFFFFFFF
-MOST_SHARED = 48 * 1024  # bytes of shared memory that a block may have without asking
+DEFAULT_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel may use without the attribute
 
 
 def sized(real: int, simulated: int) -> int:
-    """A size that the compiler sees as a constant: that of the real thing, or one the simulator gets through."""
+    """A compile-time size: `real` on a GPU, `simulated` (much smaller) in the simulator."""
     return simulated if SIMULATED else real
 
 
-THREADS = sized(256, 32)  # a block's, where a kernel does not need another number
+THREADS = sized(256, 32)  # threads per block, unless a kernel needs another number
 
 
 def kernel(function: Callable | None = None, **options):
-    """@cuda.jit, kept on disk for the next start; options (such as launch_bounds) that the simulator refuses are for
-    the compiler only."""
+    """@cuda.jit with a cache on disk. The simulator ignores the options, such as launch_bounds."""
     if function is None:
         return functools.partial(kernel, **options)
     return cuda.jit(function) if SIMULATED else cuda.jit(cache=True, **options)(function)
 
 
 def device(function: Callable):
-    """A function that kernels call."""
+    """A device function: one that kernels call."""
     return cuda.jit(device=True)(function)
 
 
 @functools.cache
 def stream():
-    """The one stream on which everything happens, in order. It can be captured as a graph, unlike CUDA's default."""
+    """The stream of every launch and copy. Unlike CUDA's default stream, it can be captured in a graph."""
     return 0 if SIMULATED else cuda.stream()
 
 
+@functools.cache
+def compute_capability() -> tuple[int, int]:
+    """Of the GPU; (0, 0) in the simulator."""
+    return (0, 0) if SIMULATED else cuda.get_current_device().compute_capability
+
+
 def blocks_for(n: int, per_block: int = THREADS) -> int:
-    """How many blocks of per_block it takes to cover n things."""
+    """How many blocks of per_block elements cover n elements: n / per_block, rounded up."""
     return -(-n // per_block)
 
 
 def with_shared(kernel, grid, block, nbytes: int) -> Callable:
-    """kernel[grid, block, stream()] with nbytes of dynamic shared memory. The driver refuses a block more than
-    MOST_SHARED of it unless the kernel has asked, which Numba does not."""
+    """kernel[grid, block, stream()] with nbytes of dynamic shared memory.
+
+    Above DEFAULT_SHARED the driver requires an attribute of the kernel, which Numba does not set.
+    """
 
     def launch(*args):
-        if nbytes > MOST_SHARED:
+        if nbytes > DEFAULT_SHARED:
             _allow_shared(kernel, tuple(kernel.typeof_pyval(arg) for arg in args), nbytes)
         kernel[grid, block, stream(), nbytes](*args)
 
@@ -70,31 +76,31 @@ def with_shared(kernel, grid, block, nbytes: int) -> Callable:
 
 @functools.cache
 def _allow_shared(kernel, types: tuple, nbytes: int) -> None:
-    """Compile the kernel for these types and tell the driver what it may take."""
+    """Compile the kernel for these types and set its limit of dynamic shared memory."""
     from cuda.bindings import driver
 
     compiled = kernel.compile(types)
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    kernel_on_card = driver.CUkernel(int(compiled._codelibrary.get_cufunc().handle))
-    card = driver.CUdevice(cuda.get_current_device().id)
-    (error,) = driver.cuKernelSetAttribute(limit, nbytes, kernel_on_card, card)
+    function = driver.CUkernel(int(compiled._codelibrary.get_cufunc().handle))
+    gpu = driver.CUdevice(cuda.get_current_device().id)
+    (error,) = driver.cuKernelSetAttribute(limit, nbytes, function, gpu)
     if error:
-        raise RuntimeError(f"a block of this card cannot have {nbytes} bytes of shared memory: {error!r}")
+        raise RuntimeError(f"a block on this GPU cannot have {nbytes} bytes of shared memory: {error!r}")
 
 
 def is_compiled() -> bool:
-    """Whether Numba compiles the kernels, or simulates them."""
+    """Whether Numba compiles the kernels, rather than simulating them."""
     return not SIMULATED
 
 
 def nothing_compiled() -> bool:
-    """Whether a second process would help to compile; it would only wait for the same card."""
+    """Whether a second process could share the work of compiling: never on a GPU."""
     return False
 
 
 if not SIMULATED:
     config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())
-    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # the last kernels of a step are small, and tests are
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # some kernels of a step, and most tests, use few blocks
 
     from llvmlite import ir
     from numba.cuda import cgutils, types
@@ -104,19 +110,19 @@ if not SIMULATED:
     I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
     @intrinsic
-    def to_float(typingctx, number):
-        """float32 <- a number of a float32 or of a bf16 tensor."""
+    def to_float(typingctx, x):
+        """float32 <- an element of a float32 or bf16 tensor."""
 
         def codegen(context, builder, sig, args):
-            if number != types.uint16:
+            if x != types.uint16:
                 return args[0]
             return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), F32)
 
-        return signature(types.float32, number), codegen
+        return signature(types.float32, x), codegen
 
     @intrinsic
-    def to_storage(typingctx, number, tensor):
-        """What stands for number (float32) in the tensor: itself, or the nearest bf16, to even where two are near."""
+    def to_storage(typingctx, x, tensor):
+        """x (float32) as an element of the tensor: itself, or rounded to bf16 (to nearest, ties to even)."""
         is_bf16 = tensor.dtype == types.uint16
 
         def codegen(context, builder, sig, args):
@@ -128,8 +134,8 @@ if not SIMULATED:
         return signature(types.uint16 if is_bf16 else types.float32, types.float32, tensor), codegen
 
     @intrinsic
-    def exp2(typingctx, number):
-        """2**number in one instruction: within 2**-22.5 of it, and 0 below 2**-126."""
+    def exp2(typingctx, x):
+        """2**x in one instruction: relative error at most 2**-22.5; results below 2**-126 become 0."""
 
         def codegen(context, builder, sig, args):
             return builder.asm(ir.FunctionType(F32, [F32]), "ex2.approx.ftz.f32 $0, $1;", "=f,f", args, False)
@@ -138,9 +144,9 @@ if not SIMULATED:
 
     @intrinsic
     def load_float4(typingctx, tile, row, column):
-        """Four neighbours in a row of a float32 tile in shared memory, read at once; column is a multiple of four.
+        """Four adjacent elements of a row of a float32 tile in shared memory, in one load; column % 4 must be 0.
 
-        They must lie at a multiple of 16 bytes, and do where all of a kernel's shared arrays have such sizes.
+        Their address must be a multiple of 16 bytes; it is if the sizes of all shared arrays of the kernel are.
         """
 
         def codegen(context, builder, sig, args):
@@ -154,52 +160,52 @@ if not SIMULATED:
         return signature(types.UniTuple(types.float32, 4), tile, types.int64, types.int64), codegen
 
     @device
-    def warp_sum(number):
-        """The sum over the 32 threads of a warp, to each of them."""
-        number += cuda.shfl_xor_sync(ALL_LANES, number, 16)
-        number += cuda.shfl_xor_sync(ALL_LANES, number, 8)
-        number += cuda.shfl_xor_sync(ALL_LANES, number, 4)
-        number += cuda.shfl_xor_sync(ALL_LANES, number, 2)
-        number += cuda.shfl_xor_sync(ALL_LANES, number, 1)
-        return number
+    def warp_sum(x):
+        """The sum of x over the warp, in every thread."""
+        x += cuda.shfl_xor_sync(ALL_LANES, x, 16)
+        x += cuda.shfl_xor_sync(ALL_LANES, x, 8)
+        x += cuda.shfl_xor_sync(ALL_LANES, x, 4)
+        x += cuda.shfl_xor_sync(ALL_LANES, x, 2)
+        x += cuda.shfl_xor_sync(ALL_LANES, x, 1)
+        return x
 
     @device
-    def warp_max(number):
-        """The largest number of the 32 threads of a warp, to each of them; a NaN may be passed over."""
-        number = max(number, cuda.shfl_xor_sync(ALL_LANES, number, 16))
-        number = max(number, cuda.shfl_xor_sync(ALL_LANES, number, 8))
-        number = max(number, cuda.shfl_xor_sync(ALL_LANES, number, 4))
-        number = max(number, cuda.shfl_xor_sync(ALL_LANES, number, 2))
-        number = max(number, cuda.shfl_xor_sync(ALL_LANES, number, 1))
-        return number
+    def warp_max(x):
+        """The maximum of x over the warp, in every thread; it may ignore a NaN."""
+        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 16))
+        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 8))
+        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 4))
+        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 2))
+        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 1))
+        return x
 
     @device
-    def block_sum(number, shared):
-        """The sum over the threads of a block, to each of them, always in the same order.
+    def block_sum(x, shared):
+        """The sum of x over the block, in every thread, always added in the same order.
 
-        shared: an array in shared memory of the block's size; every thread of the block must come here.
+        shared: an array in shared memory, as long as the block; every thread of the block must call this.
         """
         warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
-        number = warp_sum(number)
+        x = warp_sum(x)
         if lane == 0:
-            shared[warp] = number
+            shared[warp] = x
         cuda.syncthreads()
-        number = shared[lane] if lane < cuda.blockDim.x // WARP else shared.dtype.type(0)
-        number = warp_sum(number)
+        x = shared[lane] if lane < cuda.blockDim.x // WARP else shared.dtype.type(0)
+        x = warp_sum(x)
         cuda.syncthreads()
-        return number
+        return x
 
     @device
-    def block_max(number, shared):
-        """The largest number of the threads of a block, to each of them; see `block_sum`."""
+    def block_max(x, shared):
+        """The maximum of x over the block, in every thread; see `block_sum`."""
         warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
-        number = warp_max(number)
+        x = warp_max(x)
         if lane == 0:
-            shared[warp] = number
+            shared[warp] = x
         cuda.syncthreads()
-        number = warp_max(shared[min(lane, cuda.blockDim.x // WARP - 1)])
+        x = warp_max(shared[min(lane, cuda.blockDim.x // WARP - 1)])
         cuda.syncthreads()
-        return number
+        return x
 
 else:
     import sys
@@ -209,44 +215,43 @@ else:
     from numba.cuda.simulator import kernelapi
 
     config.CUDA_WARN_ON_IMPLICIT_COPY = 0
-    warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # as compiled: inf, and not a word
+    warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # compiled kernels do not warn either
 
-    def to_float(number):
-        return uint16(number).view(bfloat16).astype(float32) if isinstance(number, uint16) else float32(number)
+    def to_float(x):
+        return uint16(x).view(bfloat16).astype(float32) if isinstance(x, uint16) else float32(x)
 
-    def to_storage(number, tensor):
-        return float32(number).astype(bfloat16).view(uint16) if tensor.dtype == uint16 else float32(number)
+    def to_storage(x, tensor):
+        return float32(x).astype(bfloat16).view(uint16) if tensor.dtype == uint16 else float32(x)
 
-    def exp2(number):
-        return np.exp2(number)
+    def exp2(x):
+        return np.exp2(x)
 
     def load_float4(tile, row, column):
         return tile[row, column : column + 4]
 
     def _shared_array(self, shape, dtype, alignment=None):
-        """An array for each line that asks for one, as the simulator's own function has it, which in some versions
-        knows no alignment; here there is none to keep."""
+        """The simulator's own function (one array per source line), which in some versions lacks `alignment`."""
         caller = sys._getframe(1)
         line = caller.f_code.co_filename, caller.f_lineno
         if line not in self._allocations:
-            self._allocations.setdefault(line, np.empty(shape, dtype))  # whichever thread comes first
+            self._allocations.setdefault(line, np.empty(shape, dtype))  # only the first thread's array is kept
         return self._allocations[line]
 
     kernelapi.FakeCUDAShared.array = _shared_array
 
     @device
-    def _over_block(number, shared, combine):
-        """In place of the warps' shuffles every thread goes through the numbers of all."""
-        shared[cuda.threadIdx.x] = number
+    def _over_block(x, shared, combine):
+        """Instead of warp shuffles, every thread combines the values of the whole block."""
+        shared[cuda.threadIdx.x] = x
         cuda.syncthreads()
-        numbers = [shared[i] for i in range(cuda.blockDim.x)]
+        values = [shared[i] for i in range(cuda.blockDim.x)]
         cuda.syncthreads()
-        return functools.reduce(combine, numbers)
+        return functools.reduce(combine, values)
 
     @device
-    def block_sum(number, shared):
-        return _over_block(number, shared, lambda a, b: a + b)
+    def block_sum(x, shared):
+        return _over_block(x, shared, lambda a, b: a + b)
 
     @device
-    def block_max(number, shared):
-        return _over_block(number, shared, max)
+    def block_max(x, shared):
+        return _over_block(x, shared, max)

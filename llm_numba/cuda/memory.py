@@ -1,4 +1,4 @@
-"""The GPU's side of the arena: memory, views of it, and what the GPU's ops need beside their results."""
+"""GPU memory for the arena: allocation, views, copies; and CUDA graphs, which replay the launches of a step."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ from numba import cuda
 from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
 from llm_numba.util import host
 
-LEFT_TO_THE_DRIVER = 512 * 2**20
-ITEMS = sized(8, 256)  # numbers of a thread
+DRIVER_RESERVE = 512 * 2**20  # bytes; the driver loads kernels there
+ITEMS = sized(8, 256)  # elements per thread
 
 
 def allocate(nbytes: int):
-    """nbytes of zeros (uint8) on the device."""
+    """nbytes of zeros (uint8) on the GPU."""
     if SIMULATED:
         return cuda.to_device(np.zeros(nbytes, np.uint8))
     memory = cuda.device_array(nbytes, np.uint8)
@@ -23,19 +23,19 @@ def allocate(nbytes: int):
 
 
 def view(memory, offset: int, shape: tuple[int, ...], dtype: str):
-    """The bytes of memory from offset on as an array of this shape and dtype; bfloat16 as its bits, in uint16."""
+    """The bytes of memory from offset on as an array of this shape and dtype; bfloat16 is stored as uint16."""
     dtype = storage_dtype(dtype)
     return memory[offset : offset + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 def storage_dtype(dtype: str) -> np.dtype:
-    """The dtype of the arrays that hold tensors of this dtype: bfloat16 is stored as its bits, in uint16."""
+    """The dtype of the arrays that hold tensors of this dtype: uint16 for bfloat16."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 @kernel
 def zero_kernel(x):
-    """x (n,) = 0. Grid: a block for ITEMS * THREADS numbers; block: THREADS; a thread owns every THREADS-th of them."""
+    """x (n,) = 0. Grid: n / (ITEMS * THREADS); block: THREADS; a thread owns ITEMS elements, THREADS apart."""
     first = cuda.blockIdx.x * ITEMS * THREADS + cuda.threadIdx.x
     for i in range(first, min(first + ITEMS * THREADS, x.shape[0]), THREADS):
         x[i] = 0
@@ -43,7 +43,7 @@ def zero_kernel(x):
 
 @kernel
 def copy_kernel(out, inp):
-    """out (n,) = inp (n,). Grid, block and a thread's numbers as in zero_kernel."""
+    """out (n,) = inp (n,). Grid, block and thread as in zero_kernel."""
     first = cuda.blockIdx.x * ITEMS * THREADS + cuda.threadIdx.x
     for i in range(first, min(first + ITEMS * THREADS, out.shape[0]), THREADS):
         out[i] = inp[i]
@@ -55,12 +55,12 @@ def zero(tensor) -> None:
 
 
 def copy(out, inp) -> None:
-    """out = inp, of one shape and dtype."""
+    """out = inp; both have the same shape and dtype."""
     copy_kernel[blocks_for(out.size, ITEMS * THREADS), THREADS, stream()](out.reshape(-1), inp.reshape(-1))
 
 
 def to_device(tensor, host) -> None:
-    """tensor = host, an array or a number, which may come in another precision."""
+    """tensor = host, an array or a number of any precision."""
     values = np.broadcast_to(np.asarray(host), tensor.shape)
     values = values.astype(bfloat16).view(np.uint16) if tensor.dtype == np.uint16 else values.astype(tensor.dtype)
     tensor.copy_to_device(np.ascontiguousarray(values), stream=stream())
@@ -68,23 +68,23 @@ def to_device(tensor, host) -> None:
 
 
 def to_host(tensor) -> np.ndarray:
-    """A copy of tensor as a NumPy array; bf16 as float32."""
+    """A copy of tensor as a NumPy array; bf16 becomes float32."""
     values = tensor.copy_to_host(stream=stream())
     synchronise()
     return values.view(bfloat16).astype(np.float32) if values.dtype == np.uint16 else values
 
 
 def synchronise() -> None:
-    """Wait until all that was asked for is done."""
+    """Wait until all launches and copies so far have finished."""
     if not SIMULATED:
         stream().synchronize()
 
 
 def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """A function that does what `function` does, each time with the same arrays, by one launch of a CUDA graph.
+    """A function that does the same as `function`, with the same arrays each time, by one launch of a CUDA graph.
 
-    The first call runs `function` as it is, which compiles what has to be compiled; the second records its launches,
-    and from then on they are replayed. So it must allocate nothing and wait for nothing. The simulator has no graphs.
+    The first call runs `function` itself, which compiles its kernels; the second captures its launches in a graph;
+    later calls launch the graph. `function` must not allocate or synchronise. The simulator has no graphs.
     """
     if SIMULATED:
         return function
@@ -93,12 +93,12 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
     def check(result):
         error, *values = result
         if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"recording the CUDA graph failed: {error.name}")
+            raise RuntimeError(f"capturing the CUDA graph failed: {error.name}")
         return values[0] if values else None
 
-    def record():
+    def captured():
         handle = stream().handle
-        with cuda.defer_cleanup():  # freeing memory would break the recording
+        with cuda.defer_cleanup():  # freeing memory would invalidate the capture
             check(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
             try:
                 function()
@@ -113,30 +113,30 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
     def run():
         calls[0]()
         if len(calls) == 1:
-            calls.insert(0, record_and_run)
+            calls.insert(0, capture_and_run)
 
-    def record_and_run():
-        calls[0] = record()
+    def capture_and_run():
+        calls[0] = captured()
         calls[0]()
 
     return run
 
 
 def available_memory() -> int:
-    """Bytes of the card that can be allocated; a little is left to the driver, which loads the kernels there."""
+    """Bytes that can be allocated on the GPU, less DRIVER_RESERVE."""
     if SIMULATED:
         return host.available_memory()
-    return max(0, cuda.current_context().get_memory_info().free - LEFT_TO_THE_DRIVER)
+    return max(0, cuda.current_context().get_memory_info().free - DRIVER_RESERVE)
 
 
 def set_threads(threads: int) -> None:
-    """Nothing to choose: a GPU's threads are the kernels' own."""
+    """Does nothing: each kernel chooses its own number of threads."""
 
 
 def describe_device() -> str:
-    """What computes, in words, for the log."""
+    """The device, for the log."""
     if SIMULATED:
-        return "in Numba's CUDA simulator: a thread of a kernel is one of Python's, a step of nano takes many seconds"
-    card = cuda.get_current_device()
-    major, minor = card.compute_capability
-    return f"on {card.name}, compute capability {major}.{minor}"
+        return "in Numba's CUDA simulator, one Python thread per CUDA thread: a step of nano takes many seconds"
+    gpu = cuda.get_current_device()
+    major, minor = gpu.compute_capability
+    return f"on {gpu.name}, compute capability {major}.{minor}"

@@ -1,4 +1,4 @@
-"""What this card can do at most, measured: the 100% of a "share of peak"; and the clock that ops are timed by."""
+"""The measured peak of this GPU, which is the 100% of a "share of peak", and the timing of ops."""
 
 import functools
 import time
@@ -10,20 +10,20 @@ from numba import cuda
 from llm_numba.cuda.jit import SIMULATED, THREADS, block_sum, float32, int32, kernel, sized, stream
 from llm_numba.cuda.memory import allocate, available_memory, view, zero
 
-BLOCKS = 4  # of THREADS threads on each multiprocessor: every card has room for so many
+BLOCKS = 4  # of THREADS threads per SM: resident on every GPU
 CHAINS, UNROLLED = 8, 16
 FMA_REPEATS, MMA_REPEATS = 2500, 40000
 TRIES = 20
-EACH = sized(8, 2)  # numbers of a thread, all on their way at once
-STREAM_FLOATS = 1 << 28  # 1 GiB an array, many times any card's L2 cache
-L2_FLOATS = 1 << 26  # 256 MiB: more than any card's L2 cache
+EACH = sized(8, 2)  # elements per thread, all in flight at once
+STREAM_FLOATS = 1 << 28  # 1 GiB per array, many times the L2 cache of any GPU
+L2_FLOATS = 1 << 26  # 256 MiB: more than the L2 cache of any GPU
 
 
 @kernel
 def fma_kernel(out, factor, term, repeats):
-    """out = what chains of multiply-adds that do not wait for one another come to: repeats * UNROLLED in each.
+    """out = the results of independent chains of multiply-adds, repeats * UNROLLED in each.
 
-    Grid: BLOCKS for each multiprocessor; block: THREADS; a thread owns CHAINS registers and a number of out.
+    Grid: BLOCKS per SM; block: THREADS; a thread owns CHAINS registers and an element of out.
     Moves: out.
     """
     chains = cuda.local.array(CHAINS, float32)
@@ -44,16 +44,16 @@ if not SIMULATED:
 
     @kernel
     def mma_kernel(out, repeats):
-        """out = what four sums of products of 16 x 16 and 16 x 8 matrices come to, repeats products in each.
+        """out = four sums of products of 16 x 16 and 16 x 8 matrices, repeats products in each.
 
-        Grid: BLOCKS for each multiprocessor; block: THREADS; a warp owns the four sums, a thread a number of out.
+        Grid: BLOCKS per SM; block: THREADS; a warp owns the four sums, a thread an element of out.
         Moves: out.
         """
-        x = float32(1) + float32(cuda.threadIdx.x) / float32(THREADS)  # zeros would cost less power, and run faster
+        x = float32(1) + float32(cuda.threadIdx.x) / float32(THREADS)  # zeros would draw less power and run faster
         zero, one, two, three = float32(0), float32(1), float32(2), float32(3)
         plus, minus = pack(x, -x), pack(-x, x)
         a = (plus, minus, minus, plus)
-        c0, c1 = (zero, zero, zero, zero), (one, one, one, one)  # equal sums would be computed once
+        c0, c1 = (zero, zero, zero, zero), (one, one, one, one)  # equal sums would be computed only once
         c2, c3 = (two, two, two, two), (three, three, three, three)
         for _ in range(repeats):
             c0 = mma(c0, a, plus, minus)
@@ -64,12 +64,11 @@ if not SIMULATED:
 
 
 def peak_flops(dtype: str = "float32") -> float | None:
-    """The multiply-adds of all multiprocessors together, two flops each, in flops per second; about 0.1 s.
+    """The peak of multiply-adds over all SMs, two flops each, in flops per second; None in the simulator. Takes 0.1 s.
 
-    dtype: "float32", of the ordinary cores; "bfloat16", of the tensor cores by mma.sync, the instruction that every
-    card from 8.0 on has. On Hopper (9.0) that reaches about two thirds of what its own wgmma does: a share of it is not
-    yet a share of what the card can do. The best of several tries, as other work can only slow one down. None in the
-    simulator.
+    dtype: "float32" for the CUDA cores; "bfloat16" for the tensor cores with mma.sync, which every GPU from compute
+    capability 8.0 on has. On Hopper (9.0) mma.sync reaches only about three quarters of wgmma. The best of several
+    tries, because other work can only slow a try down.
     """
     if SIMULATED:
         return None
@@ -94,7 +93,7 @@ def peak_flops(dtype: str = "float32") -> float | None:
 def stream_read(x, y, z):
     """z[block] = the sum of a block of x.
 
-    Grid: a block for THREADS * EACH numbers; block: THREADS; a thread owns EACH numbers, THREADS apart.
+    Grid: n / (THREADS * EACH); block: THREADS; a thread owns EACH elements, THREADS apart.
     """
     shared = cuda.shared.array(THREADS, float32)
     first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
@@ -108,52 +107,52 @@ def stream_read(x, y, z):
 
 @kernel
 def stream_copy(x, y, z):
-    """z = x. Grid, block and thread: as in stream_read."""
+    """z = x. Grid, block and thread as in stream_read."""
     first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
-    numbers = cuda.local.array(EACH, float32)
+    elements = cuda.local.array(EACH, float32)
     for k in range(EACH):
-        numbers[k] = x[first + k * THREADS]
+        elements[k] = x[first + k * THREADS]
     for k in range(EACH):
-        z[first + k * THREADS] = numbers[k]
+        z[first + k * THREADS] = elements[k]
 
 
 @kernel
 def stream_add(x, y, z):
-    """z = x + y. Grid, block and thread: as in stream_read."""
+    """z = x + y. Grid, block and thread as in stream_read."""
     first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
-    numbers = cuda.local.array(EACH, float32)
+    elements = cuda.local.array(EACH, float32)
     for k in range(EACH):
-        numbers[k] = x[first + k * THREADS] + y[first + k * THREADS]
+        elements[k] = x[first + k * THREADS] + y[first + k * THREADS]
     for k in range(EACH):
-        z[first + k * THREADS] = numbers[k]
+        z[first + k * THREADS] = elements[k]
 
 
 @kernel
 def stream_update(x, y, z):
-    """x += 1, in place. Grid, block and thread: as in stream_read."""
+    """x += 1, in place. Grid, block and thread as in stream_read."""
     first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
-    numbers = cuda.local.array(EACH, float32)
+    elements = cuda.local.array(EACH, float32)
     for k in range(EACH):
-        numbers[k] = x[first + k * THREADS] + float32(1)
+        elements[k] = x[first + k * THREADS] + float32(1)
     for k in range(EACH):
-        x[first + k * THREADS] = numbers[k]
+        x[first + k * THREADS] = elements[k]
 
 
 STREAMS = {"read": (stream_read, 1), "copy": (stream_copy, 2), "add": (stream_add, 3), "update": (stream_update, 2)}
 
 
 def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
-    """Bytes per second between the card's memory and its multiprocessors, by pattern; a few tenths of a second.
+    """The bandwidth of GPU memory in bytes per second, by access pattern; {} in the simulator. Takes a few tenths of 1
+    s.
 
-    "read": x; "copy": z = x; "add": z = x + y; "update": x in place, on arrays of `floats`, or fewer where the memory
-    is short. Each byte that the program reads or writes counts once, as in STREAM; the best of several tries, taken in
-    turn. Nothing in the simulator.
+    "read": x; "copy": z = x; "add": z = x + y; "update": x in place. The arrays have `floats` elements, or fewer if
+    memory is short. Each byte read or written counts once, as in STREAM. The best of several interleaved tries.
     Source: McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"
     """
     if SIMULATED:
         return {}
     per_block = THREADS * EACH
-    blocks = min(floats, available_memory() // 16) // per_block  # three arrays of four bytes a number, and some left
+    blocks = min(floats, available_memory() // 16) // per_block  # three arrays of float32, and some memory left
     floats = blocks * per_block
     arrays = [view(allocate(4 * floats), 0, (floats,), "float32") for _ in range(3)]
     best = dict.fromkeys(STREAMS, float("inf"))
@@ -163,12 +162,12 @@ def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
             if again:
                 best[name] = min(best[name], elapsed(launch))
             else:
-                launch()  # compiled now
+                launch()  # compiles
     return {name: 4 * floats * moved / best[name] for name, (_, moved) in STREAMS.items()}
 
 
 def elapsed(run: Callable) -> float:
-    """The seconds that the card works on what `run` launches on `stream`."""
+    """The seconds that the GPU spends on what `run` launches on `stream`."""
     start, end = cuda.event(), cuda.event()
     start.record(stream())
     run()
@@ -178,9 +177,10 @@ def elapsed(run: Callable) -> float:
 
 
 def timed(run: Callable) -> float:
-    """The seconds that the card works on what `run` launches, none of whose data is in the L2 cache.
+    """The seconds that the GPU spends on what `run` launches, with a cold L2 cache.
 
-    Other memory is written first, which also takes longer than the launches, so that the card does not wait for them.
+    Writing other memory first evicts the data from L2. It also takes longer than the launches of `run`, so the GPU does
+    not wait for them.
     """
     if SIMULATED:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The residual stream: what a block computes is added to what came in, and normalised for the next block."""
+"""The residual stream: the output of a block is added to its input, and the sum is normalised for the next block."""
 
 from llm_numba.cuda.jit import stream
 from llm_numba.cuda.layernorm import FORWARD_EACH, forward_kernel, row_threads
@@ -6,13 +6,13 @@ from llm_numba.cuda.memory import copy
 
 
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """Add two activations, and normalise the sum while it is in registers.
+    """Add two activations, and normalise the sum while it is still in registers.
 
     residual (B, T, C), out (B, T, C), mean (B, T), rstd (B, T)
         <- inp1 (B, T, C), inp2 (B, T, C), weight (C,), bias (C,)
-    Writes:   residual = inp1 + inp2; out =, mean =, rstd = as `layernorm_forward` makes them of residual
+    Writes:   residual = inp1 + inp2; out =, mean =, rstd = layernorm_forward of residual
     Parallel: over the B*T rows; each block owns a row, so nothing races
-    Moves:    4*B*T*C numbers, one less than the two steps on their own
+    Moves:    4*B*T*C elements; two separate kernels would move 5*B*T*C
     Source:   He et al. 2015, arXiv:1512.03385; Ba et al. 2016, arXiv:1607.06450
     """
     C = weight.size
@@ -22,11 +22,11 @@ def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bi
 
 
 def residual_backward(dinp, dout):
-    """A sum hands its gradient on unchanged, to both of its inputs: dout itself already is one's, dinp is the other's.
+    """The gradient of a sum goes unchanged to both inputs: dout serves as the one, dinp is the other.
 
-    dinp (B, T, C) <- dout (B, T, C); where they are the same tensor there is nothing to do
+    dinp (B, T, C) <- dout (B, T, C); nothing happens if they are the same tensor
     Writes:   dinp = dout
-    Moves:    2*B*T*C numbers, or none
+    Moves:    2*B*T*C elements, or none
     """
     if dinp is not dout:
         copy(dinp, dout)

@@ -1,10 +1,10 @@
-"""Tensor cores, and the copies that keep them fed: PTX instructions that Numba has no function for.
+"""Tensor cores and asynchronous copies: PTX instructions that Numba has no function for.
 
-A tensor core multiplies small bf16 matrices of which every thread of a warp holds a few numbers, its fragment. With
-g = lane // 4 and q = lane % 4, two bf16 to a register, the lower half first:
+mma multiplies small bf16 matrices. Every thread of a warp holds a few elements of each, its fragment. With g = lane //
+4 and q = lane % 4, two bf16 per register, the first in the lower half:
 
-    a (16 x 16), 4 registers: rows g, g + 8, g, g + 8; columns 2q and 2q + 1 of the left half in the first two, then of
-                              the right half
+    a (16 x 16), 4 registers: rows g, g + 8, g, g + 8; columns 2q and 2q + 1 of the left half in the first two
+                              registers, of the right half in the other two
     b (16 x 8), 2 registers:  rows 2q and 2q + 1 of the upper half, then of the lower half; column g
     c (16 x 8), 4 float32:    rows g, g, g + 8, g + 8; columns 2q, 2q + 1, 2q, 2q + 1
 
@@ -25,10 +25,10 @@ FRAGMENT, SUMS = types.UniTuple(PAIR, 4), types.UniTuple(FLOAT, 4)
 
 
 def instruction(text, constraints, arguments, result=types.void, pure=False):
-    """A device function of PTX text, in which $0, $1 ... are the results and then the arguments, tuples taken apart.
+    """A device function that runs a line of PTX. $0, $1, ... are the results, then the arguments with tuples unpacked.
 
-    constraints: a letter for each: r 32-bit integer, l 64-bit integer, f float32; = in front of a result
-    pure: it depends on its arguments only, so that the compiler may move it
+    constraints: a letter for each: r 32-bit integer, l 64-bit integer, f float32; results have a = in front
+    pure: the result depends on the arguments only, so the compiler may move the instruction
     """
 
     def emit(typingctx, *given):
@@ -49,10 +49,10 @@ def instruction(text, constraints, arguments, result=types.void, pure=False):
 
     def call(builder, returns, values):
         kind = ir.FunctionType(returns, [value.type for value in values])
-        touched = constraints if pure else ",".join(filter(None, [constraints, "~{memory}"]))
-        return builder.asm(kind, text, touched, values, not pure)
+        clobbers = constraints if pure else ",".join(filter(None, [constraints, "~{memory}"]))
+        return builder.asm(kind, text, clobbers, values, not pure)
 
-    # Numba wants to see how many arguments there are
+    # Numba inspects the number of parameters
     names = ("typingctx", *(f"argument{i}" for i in range(len(arguments))))
     emit.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
     return intrinsic(emit)
@@ -60,7 +60,7 @@ def instruction(text, constraints, arguments, result=types.void, pure=False):
 
 @intrinsic
 def shared_address(typingctx, array):
-    """Where a shared array starts, within shared memory."""
+    """The address of a shared array, within shared memory."""
 
     def codegen(context, builder, sig, args):
         data = context.make_array(array)(context, builder, value=args[0]).data
@@ -71,7 +71,7 @@ def shared_address(typingctx, array):
 
 @intrinsic
 def address(typingctx, array):
-    """Where an array in global memory starts."""
+    """The address of an array in global memory."""
 
     def codegen(context, builder, sig, args):
         return builder.ptrtoint(context.make_array(array)(context, builder, value=args[0]).data, I64)
@@ -81,7 +81,7 @@ def address(typingctx, array):
 
 @intrinsic
 def holds_bf16(typingctx, array):
-    """Whether an array's numbers are bf16, which the compiler knows."""
+    """Whether the elements of an array are bf16, as a compile-time constant."""
 
     def codegen(context, builder, sig, args):
         return ir.Constant(I1, array.dtype == types.uint16)
@@ -89,23 +89,23 @@ def holds_bf16(typingctx, array):
     return signature(types.boolean, array), codegen
 
 
-def wait_for_all_but(groups):
-    """A device function that waits until all but this thread's latest groups of copies are done."""
-    return instruction(f"cp.async.wait_group {groups};", "", ())
+def wait_group(pending):
+    """A device function that waits until at most `pending` of this thread's latest groups of copies are unfinished."""
+    return instruction(f"cp.async.wait_group {pending};", "", ())
 
 
-# copy 16 bytes to shared memory in the background: (to, from, 16), or zeros without reading: (to, from, 0)
+# copy 16 bytes to shared memory asynchronously: (to, from, 16); or write zeros without reading: (to, from, 0)
 copy_async = instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", (SHARED, ADDRESS, types.uint32))
-# the copies since the last such call are a group
-close_group = instruction("cp.async.commit_group;", "", ())
+# the copies since the previous call become a group
+commit_group = instruction("cp.async.commit_group;", "", ())
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4{}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
-# four 8 x 8 matrices, of which lane l gives the address of row l % 8 of number l / 8: a thread gets row g, columns 2q
-# and 2q + 1 of each; or, transposed, rows 2q and 2q + 1, column g
+# four 8 x 8 matrices; lane l passes the address of row l % 8 of matrix l // 8. A thread gets row g, columns 2q and 2q +
+# 1 of each; transposed: rows 2q and 2q + 1, column g
 ldmatrix = instruction(LDMATRIX.format(""), "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
 ldmatrix_transposed = instruction(LDMATRIX.format(".trans"), "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
 
-# c + a times b, (c, a, b's two registers)
+# (c, a, b0, b1) -> c + a @ b; b0, b1: the two registers of b
 mma = instruction(
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};",
     "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
@@ -114,9 +114,10 @@ mma = instruction(
     pure=True,
 )
 
-# two float32 rounded to bf16, the first in the lower half; and back
+# two float32 -> two bf16 in a register, the first in the lower half
 pack = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", (FLOAT, FLOAT), PAIR, pure=True)
-load_bf16s = instruction(
+# two bf16 from global memory, as float32
+load_bf16x2 = instruction(
     "{ .reg .b32 both; ld.global.b32 both, [$2]; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }",
     "=f,=f,l", (ADDRESS,), types.UniTuple(FLOAT, 2),
 )  # fmt: skip
@@ -127,5 +128,5 @@ store_16_bytes = instruction(
     "{ .reg .b32 w, x, y, z; ld.shared.v4.b32 {w, x, y, z}, [$1]; st.global.v4.b32 [$0], {w, x, y, z}; }",
     "l,r", (ADDRESS, SHARED),
 )  # fmt: skip
-load_floats = instruction("ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", (ADDRESS,), types.UniTuple(FLOAT, 2))
-store_floats = instruction("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", (ADDRESS, FLOAT, FLOAT))
+load_float2 = instruction("ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", (ADDRESS,), types.UniTuple(FLOAT, 2))
+store_float2 = instruction("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", (ADDRESS, FLOAT, FLOAT))

@@ -1,4 +1,4 @@
-"""What llm_numba.cuda.peak's kernels are compiled for."""
+"""The argument types for which llm_numba.cuda.peak's kernels are compiled."""
 
 from assembling import array
 from numba.cuda import types

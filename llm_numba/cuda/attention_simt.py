@@ -1,0 +1,353 @@
+"""Attention on CUDA cores (SIMT): any GPU, float32 or bf16, heads of up to WIDEST channels.
+
+Every kernel works on tiles: some rows of one head's q, k, v, dout in shared memory; the scores between a tile of
+queries and a tile of keys exist only in registers. Block (TX, TY): thread (x, y) owns the scores of rows y, y + TY, ...
+with columns x, x + TX, ..., and of the result four adjacent channels out of every 4*TX in the same rows. Rows of a tile
+are PAD floats longer than the head, so that the rows a warp reads together lie in different banks.
+
+Source: Dao 2023, FlashAttention-2, arXiv:2307.08691.
+"""
+
+import functools
+import math
+
+import numpy as np
+from numba import cuda
+
+from llm_numba.cuda.attention_common import WIDEST, attention_delta, end_of_steps, query_tile
+from llm_numba.cuda.jit import (
+    SIMULATED,
+    blocks_for,
+    device,
+    float32,
+    kernel,
+    load_float4,
+    stream,
+    to_float,
+    to_storage,
+)
+
+PAD = 4
+ZERO, ONE = float32(0), float32(1)
+MASKED = float32(-np.inf)  # the score of a key after its query
+WIDTHS = (16, 32, 64, WIDEST)  # row lengths of the tiles; a head's channels are padded with zeros to the next of these
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 3  # resident blocks per SM, which limit the registers of a thread
+
+# width -> rows of the tile that a block owns, rows of the tiles that it iterates over, TY, TX. All shared arrays of a
+# kernel fit in the 48 KB that every GPU has
+FORWARD_TILES = {16: (64, 32, 32, 4), 32: (64, 32, 16, 8), 64: (64, 32, 16, 8), 128: (32, 16, 8, 16)}
+BACKWARD_TILES = {16: (64, 32, 32, 4), 32: (32, 32, 8, 8), 64: (32, 32, 8, 8), 128: (16, 16, 8, 8)}
+if SIMULATED:
+    FORWARD_TILES = BACKWARD_TILES = dict.fromkeys(WIDTHS, (16, 8, 2, 2))
+
+
+def supports(dtype, HS) -> str:
+    """Why the kernels cannot run with this head size, or ""."""
+    return "" if HS <= WIDEST else f"needs heads of at most {WIDEST} channels"
+
+
+@device
+def load_rows(tile, rows, first, channel, HS, threads):
+    """tile[i, c] = rows[first + i, channel + c]; zero past the last row and past the head's HS channels."""
+    width = tile.shape[1] - PAD
+    thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    for step in range(tile.shape[0] * width // threads):
+        i, c = (step * threads + thread) // width, (step * threads + thread) % width
+        # the address is always valid, so no load waits for the comparison
+        x = to_float(rows[min(first + i, rows.shape[0] - 1), channel + min(c, HS - 1)])
+        tile[i, c] = x if first + i < rows.shape[0] and c < HS else ZERO
+
+
+@device
+def multiply(scores, a, b):
+    """scores[r, s] = the dot product of the thread's row r of tile a and its row s of tile b."""
+    R, S = scores.shape
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    for r in range(R):
+        for s in range(S):
+            scores[r, s] = ZERO
+    for c in range(0, a.shape[1] - PAD, 4):
+        for s in range(S):
+            b4 = load_float4(b, x + s * (b.shape[0] // S), c)
+            for r in range(R):
+                a4 = load_float4(a, y + r * (a.shape[0] // R), c)
+                for i in range(4):
+                    scores[r, s] += a4[i] * b4[i]
+
+
+@device
+def add_weighted(acc, weights, b, row, TX):
+    """acc[r, :] += the sum over j of weights[r, j] * b[j, :], for the thread's rows r and its channels.
+
+    row: a local array (R, 4)."""
+    R, channels = acc.shape
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    for j in range(0, b.shape[0], 4):
+        for r in range(R):
+            row[r, 0], row[r, 1], row[r, 2], row[r, 3] = load_float4(weights, y + r * (weights.shape[0] // R), j)
+        for group in range(channels // 4):
+            for i in range(4):
+                b4 = load_float4(b, j + i, (group * TX + x) * 4)
+                for r in range(R):
+                    for e in range(4):
+                        acc[r, group * 4 + e] += row[r, i] * b4[e]
+
+
+@device
+def clear(acc):
+    """acc = 0."""
+    for r in range(acc.shape[0]):
+        for i in range(acc.shape[1]):
+            acc[r, i] = ZERO
+
+
+@device
+def scale_rows(acc, factors):
+    """acc[r, :] *= factors[r]."""
+    for r in range(acc.shape[0]):
+        for i in range(acc.shape[1]):
+            acc[r, i] *= factors[r]
+
+
+@device
+def store_rows(rows, acc, tile, first, channel, HS, TX, threads):
+    """rows[first + i, channel + c] = acc, except past the last row and past the head's channels.
+
+    tile: shared memory that is free now; through it adjacent threads write adjacent elements.
+    """
+    R, channels = acc.shape
+    width = tile.shape[1] - PAD
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    for r in range(R):
+        for group in range(channels // 4):
+            for e in range(4):
+                tile[y + r * (tile.shape[0] // R), (group * TX + x) * 4 + e] = acc[r, group * 4 + e]
+    cuda.syncthreads()
+    for n in range(y * cuda.blockDim.x + x, tile.shape[0] * width, threads):
+        i, c = n // width, n % width
+        if first + i < rows.shape[0] and c < HS:
+            rows[first + i, channel + c] = to_storage(tile[i, c], rows)
+
+
+@functools.cache
+def forward_kernel(width: int, GROUP: int):
+    """The kernel of `forward` for heads of up to `width` channels, where GROUP query heads share a kv head."""
+    BQ, BK, TY, TX = FORWARD_TILES[width]
+    R, S, CHANNELS = BQ // TY, BK // TX, width // TX
+    LONG, KEYS, TOPS, THREADS = width + PAD, BK + PAD, TX + PAD, TX * TY
+
+    @kernel(launch_bounds=(THREADS, FORWARD_BLOCKS))
+    def attention_forward_kernel(out, lse, qkv, HS, scale):
+        """out (B, T, C) =, lse (B, NH, T) = <- qkv (B, T, C + 2*C // GROUP), HS channels per head, scale of the scores.
+
+        Grid: (tiles of queries, NH, B), the longest rows first; block (TX, TY). A thread owns some scores of its
+        queries, then some of their channels. Moves k and v about T / (2 * BQ) times, q and out once.
+        """
+        q = cuda.shared.array((BQ, LONG), float32)
+        k = cuda.shared.array((BK, LONG), float32)
+        v = cuda.shared.array((BK, LONG), float32)
+        p = cuda.shared.array((BQ, KEYS), float32)
+        tops = cuda.shared.array((BQ, TOPS), float32)  # for reductions over the threads of a row
+        scores, acc = cuda.local.array((R, S), float32), cuda.local.array((R, CHANNELS), float32)
+        top, total = cuda.local.array(R, float32), cuda.local.array(R, float32)
+        shrink, row = cuda.local.array(R, float32), cuda.local.array((R, 4), float32)
+        x, y, h, b = cuda.threadIdx.x, cuda.threadIdx.y, cuda.blockIdx.y, cuda.blockIdx.z
+        C = out.shape[2]
+        kv_head = h // GROUP
+        t0 = (cuda.gridDim.x - 1 - cuda.blockIdx.x) * BQ
+        load_rows(q, qkv[b], t0, h * HS, HS, THREADS)
+        clear(acc)
+        for r in range(R):
+            top[r], total[r] = MASKED, ZERO
+        for s0 in range(0, min(t0 + BQ, out.shape[1]), BK):
+            load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
+            load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
+            cuda.syncthreads()
+
+            # scores, and the maximum of each row so far
+            multiply(scores, q, k)
+            for r in range(R):
+                largest = MASKED
+                for s in range(S):
+                    seen = s0 + x + s * TX <= t0 + y + r * TY
+                    scores[r, s] = scores[r, s] * scale if seen else MASKED
+                    largest = max(largest, scores[r, s])
+                tops[y + r * TY, x] = largest
+            cuda.syncthreads()
+
+            # online softmax: when the maximum grows, the sums so far shrink
+            for r in range(R):
+                before = top[r]
+                for i in range(TX):
+                    top[r] = max(top[r], tops[y + r * TY, i])
+                shrink[r] = math.exp(before - top[r])
+                total[r] *= shrink[r]
+            scale_rows(acc, shrink)
+            for r in range(R):
+                for s in range(S):
+                    weight = math.exp(scores[r, s] - top[r])
+                    total[r] += weight
+                    p[y + r * TY, x + s * TX] = weight
+            cuda.syncthreads()
+
+            add_weighted(acc, p, v, row, TX)
+            cuda.syncthreads()
+
+        # each thread has summed the weights of its own keys
+        for r in range(R):
+            tops[y + r * TY, x] = total[r]
+        cuda.syncthreads()
+        for r in range(R):
+            total[r] = ZERO
+            for i in range(TX):
+                total[r] += tops[y + r * TY, i]
+            shrink[r] = ONE / total[r]
+            if x == 0 and t0 + y + r * TY < out.shape[1]:
+                lse[b, h, t0 + y + r * TY] = top[r] + math.log(total[r])
+        scale_rows(acc, shrink)
+        store_rows(out[b], acc, q, t0, h * HS, HS, TX, THREADS)
+
+    return attention_forward_kernel
+
+
+@functools.cache
+def dkv_kernel(width: int, GROUP: int):
+    """The kernel of `backward` for dk and dv. A block owns a tile of BK keys and iterates over tiles of BQ queries.
+
+    The weights are computed again, p = e**(score - lse), and from them ds = p * (dout vT - delta) * scale.
+    """
+    BK, BQ, TY, TX = BACKWARD_TILES[width]
+    R, S, CHANNELS = BK // TY, BQ // TX, width // TX
+    LONG, COLUMNS, THREADS = width + PAD, BQ + PAD, TX * TY
+
+    @kernel(launch_bounds=(THREADS, BACKWARD_BLOCKS))
+    def attention_dkv_kernel(dqkv, dout, lse, delta, qkv, HS, scale):
+        """dk and dv in dqkv (B, T, C + 2*C // GROUP) = <- dout (B, T, C), lse, delta (B, NH, T), qkv.
+
+        The GROUP query heads of a kv head are added in order by the same block.
+        Grid: (tiles of keys, NH / GROUP, B), the keys that most queries see first; block (TX, TY). A thread owns some
+        scores of its keys, then some of their channels of dk and dv. Moves q and dout about T / (2 * BK) times, k and v
+        once.
+        """
+        k = cuda.shared.array((BK, LONG), float32)
+        v = cuda.shared.array((BK, LONG), float32)
+        q = cuda.shared.array((BQ, LONG), float32)
+        dy = cuda.shared.array((BQ, LONG), float32)
+        p = cuda.shared.array((BK, COLUMNS), float32)
+        ds = cuda.shared.array((BK, COLUMNS), float32)
+        scores, dweights = cuda.local.array((R, S), float32), cuda.local.array((R, S), float32)
+        dk, dv = cuda.local.array((R, CHANNELS), float32), cuda.local.array((R, CHANNELS), float32)
+        row = cuda.local.array((R, 4), float32)
+        x, y, kv_head, b = cuda.threadIdx.x, cuda.threadIdx.y, cuda.blockIdx.y, cuda.blockIdx.z
+        T, C = dout.shape[1], dout.shape[2]
+        s0 = cuda.blockIdx.x * BK
+        load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
+        load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
+        clear(dk)
+        clear(dv)
+        first = s0 // BQ * BQ
+        for step in range(first, end_of_steps(first, T, BQ, GROUP), BQ):
+            h, t0 = query_tile(step, first, T, BQ, kv_head, GROUP)
+            load_rows(q, qkv[b], t0, h * HS, HS, THREADS)
+            load_rows(dy, dout[b], t0, h * HS, HS, THREADS)
+            cuda.syncthreads()
+
+            # scores and the gradient of the weights; a row per key
+            multiply(scores, k, q)
+            multiply(dweights, v, dy)
+            for s in range(S):
+                t = t0 + x + s * TX
+                t_lse, t_delta = lse[b, h, min(t, T - 1)], delta[b, h, min(t, T - 1)]
+                for r in range(R):
+                    sees = s0 + y + r * TY <= t and t < T
+                    weight = math.exp(scores[r, s] * scale - t_lse) if sees else ZERO
+                    p[y + r * TY, x + s * TX] = weight
+                    ds[y + r * TY, x + s * TX] = weight * (dweights[r, s] - t_delta) * scale if sees else ZERO
+            cuda.syncthreads()
+
+            add_weighted(dv, p, dy, row, TX)
+            add_weighted(dk, ds, q, row, TX)
+            cuda.syncthreads()
+        store_rows(dqkv[b], dk, k, s0, C + kv_head * HS, HS, TX, THREADS)
+        store_rows(dqkv[b], dv, v, s0, C + C // GROUP + kv_head * HS, HS, TX, THREADS)
+
+    return attention_dkv_kernel
+
+
+@functools.cache
+def dq_kernel(width: int, GROUP: int):
+    """The kernel of `backward` for dq. A block owns a tile of BQ queries and iterates over tiles of BK keys."""
+    BQ, BK, TY, TX = BACKWARD_TILES[width]
+    R, S, CHANNELS = BQ // TY, BK // TX, width // TX
+    LONG, COLUMNS, THREADS = width + PAD, BK + PAD, TX * TY
+
+    @kernel(launch_bounds=(THREADS, BACKWARD_BLOCKS))
+    def attention_dq_kernel(dqkv, dout, lse, delta, qkv, HS, scale):
+        """dq in dqkv (B, T, C + 2*C // GROUP) = <- dout (B, T, C), lse, delta (B, NH, T), qkv.
+
+        Grid: (tiles of queries, NH, B), the longest rows first; block (TX, TY). A thread owns some scores of its
+        queries, then some of their channels of dq. Moves k and v about T / (2 * BQ) times, q and dout once.
+        """
+        q = cuda.shared.array((BQ, LONG), float32)
+        dy = cuda.shared.array((BQ, LONG), float32)
+        k = cuda.shared.array((BK, LONG), float32)
+        v = cuda.shared.array((BK, LONG), float32)
+        ds = cuda.shared.array((BQ, COLUMNS), float32)
+        scores, dweights = cuda.local.array((R, S), float32), cuda.local.array((R, S), float32)
+        dq, row = cuda.local.array((R, CHANNELS), float32), cuda.local.array((R, 4), float32)
+        t_lse, t_delta = cuda.local.array(R, float32), cuda.local.array(R, float32)
+        x, y, h, b = cuda.threadIdx.x, cuda.threadIdx.y, cuda.blockIdx.y, cuda.blockIdx.z
+        T, C = dout.shape[1], dout.shape[2]
+        kv_head = h // GROUP
+        t0 = (cuda.gridDim.x - 1 - cuda.blockIdx.x) * BQ
+        load_rows(q, qkv[b], t0, h * HS, HS, THREADS)
+        load_rows(dy, dout[b], t0, h * HS, HS, THREADS)
+        for r in range(R):
+            t = min(t0 + y + r * TY, T - 1)
+            t_lse[r], t_delta[r] = lse[b, h, t], delta[b, h, t]
+        clear(dq)
+        for s0 in range(0, min(t0 + BQ, T), BK):
+            load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
+            load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
+            cuda.syncthreads()
+
+            multiply(scores, q, k)
+            multiply(dweights, dy, v)
+            for r in range(R):
+                for s in range(S):
+                    seen = s0 + x + s * TX <= t0 + y + r * TY and t0 + y + r * TY < T
+                    weight = math.exp(scores[r, s] * scale - t_lse[r]) if seen else ZERO
+                    ds[y + r * TY, x + s * TX] = weight * (dweights[r, s] - t_delta[r]) * scale if seen else ZERO
+            cuda.syncthreads()
+
+            add_weighted(dq, ds, k, row, TX)
+            cuda.syncthreads()
+        store_rows(dqkv[b], dq, q, t0, h * HS, HS, TX, THREADS)
+
+    return attention_dq_kernel
+
+
+def forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """See attention.attention_forward."""
+    B, NH, T = lse.shape
+    HS, width, group = sizes(out, num_heads, num_kv_heads)
+    BQ, _, TY, TX = FORWARD_TILES[width]
+    launch = forward_kernel(width, group)[(blocks_for(T, BQ), NH, B), (TX, TY), stream()]
+    launch(out, lse, qkv, HS, ONE / float32(math.sqrt(HS)))
+
+
+def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """See attention.attention_backward."""
+    B, NH, T = lse.shape
+    HS, width, group = sizes(out, num_heads, num_kv_heads)
+    delta = attention_delta(dout, out, num_heads, scratch)
+    rows, _, TY, TX = BACKWARD_TILES[width]
+    for half, heads in (dkv_kernel(width, group), num_kv_heads), (dq_kernel(width, group), NH):
+        launch = half[(blocks_for(T, rows), heads, B), (TX, TY), stream()]
+        launch(dqkv, dout, lse, delta, qkv, HS, ONE / float32(math.sqrt(HS)))
+
+
+def sizes(out, num_heads, num_kv_heads) -> tuple[int, int, int]:
+    """(channels per head, row length of its tiles, query heads per kv head)."""
+    HS = out.shape[2] // num_heads
+    return HS, next(width for width in WIDTHS if width >= HS), num_heads // num_kv_heads
