@@ -17,7 +17,7 @@ from llm_numba.arena import DTYPES, Arena, Groups, layout, training_groups
 from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
-from llm_numba.data.shards import Span
+from llm_numba.data.shards import Span, fingerprint
 from llm_numba.formats.pretrained import Weights, of_checkpoint
 from llm_numba.models import gpt2 as model
 from llm_numba.models.config import GPT2Config
@@ -126,10 +126,10 @@ def held_out(trained: Trained, paths: list[str]) -> list[Span]:
     """The tokens to validate on: those of `paths`, in the model's own tokenizer, or what the run held out."""
     if paths:
         return data.spans_of(paths, trained.encoding, trained.config.vocab_size)
-    from llm_numba.train import data_fingerprint, read_data
+    from llm_numba.train import read_data
 
     corpus = read_data(trained.settings, trained.config, trained.weights)
-    if data_fingerprint(corpus) != trained.record["data"]:
+    if fingerprint(corpus.train) != trained.record["data"]:
         raise UserError(f"{trained.path}: the run's data is no longer what it was trained on: give some with --data")
     return corpus.val
 

@@ -9,7 +9,6 @@ import math
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -23,9 +22,8 @@ import tiktoken
 from llm_numba import sample
 from llm_numba.arena import DTYPES, Arena
 from llm_numba.data import corpus as data
-from llm_numba.data import hellaswag
+from llm_numba.data import hellaswag, shards
 from llm_numba.data.loader import Loader
-from llm_numba.data.shards import BLOCK_TOKENS, open_shard
 from llm_numba.data.tokenizer import tokenizer_state
 from llm_numba.eval import scorer
 from llm_numba.formats.pretrained import Weights, of_checkpoint, open_weights, set_parameters
@@ -110,7 +108,7 @@ def train(s: Settings, ops, folder: Path, config: GPT2Config, weights: Weights |
 
     groups = all_groups(s, config, T, ops)
     check_memory(groups, s, config, ops)
-    fingerprint = data_fingerprint(corpus)
+    fingerprint = shards.fingerprint(corpus.train)
     if stored and stored[1]["data"] != fingerprint:
         pairs = zip(corpus.train, fingerprint, stored[1]["data"], strict=False)
         changed = next((span.path for span, now, then in pairs if now != then), "how many files there are")
@@ -348,25 +346,12 @@ def read_data(s: Settings, config: GPT2Config, weights: Weights | None) -> data.
     else:
         V = settings.FIXED_VOCABULARIES.get(tokenizer) or s.vocab_size or config.vocab_size
         whose = f"--tokenizer {tokenizer}"
-    most = settings.VOCAB_SIZES["none"][1]
     if V != config.vocab_size:
         raise UserError(
             f"--init {s.init}: the model's vocabulary has {config.vocab_size} tokens, {whose} {V}; they must be the "
             "same: choose another --tokenizer, or none, for token shards of the model's vocabulary"
         )
-    if V > most:
-        raise UserError(f"--init {s.init}: its vocabulary has {V} tokens; a token shard's uint16 holds {most} at most")
     return data.prepare(s.data, s.val_data, tokenizer, V, s.val_fraction)
-
-
-def data_fingerprint(corpus: data.Corpus) -> list:
-    """Changes when the training tokens do: each span's length, and a checksum of its beginning and its end."""
-    found = []
-    for span in corpus.train:
-        tokens = open_shard(span.path)[span.start : span.stop]
-        ends = zlib.crc32(tokens[-BLOCK_TOKENS:], zlib.crc32(tokens[:BLOCK_TOKENS]))
-        found.append([len(tokens), ends])
-    return found
 
 
 def describe(config: GPT2Config, arena: Arena, corpus: data.Corpus, steps: int) -> str:

@@ -100,7 +100,7 @@ def test_cache_folder_that_is_read_only(monkeypatch, cache):
 def test_shard_round_trip(tmp_path, count):
     tokens = np.random.default_rng(count).integers(0, 65536, count)
     write_shard(tmp_path / "a.bin", tokens)
-    shard = open_shard(tmp_path / "a.bin", 65536)
+    shard = open_shard(tmp_path / "a.bin")
     assert isinstance(shard, np.memmap)
     assert shard.dtype == np.uint16
     np.testing.assert_array_equal(shard, tokens)

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from llm_numba.data.shards import MAX_VOCAB_SIZE
 from llm_numba.models.config import PRESETS, GPT2Config, preset
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
 from llm_numba.training.outliers import WINDOW
@@ -26,7 +27,7 @@ PRESET_DEFAULTS = {
 INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: its sizes, and weights that know something
 AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # every other preset: gpt2; with --init: its own
 FIXED_VOCABULARIES = {"gpt2": 50257, "bytes": 257}
-VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
+VOCAB_SIZES = {"bpe": (257, MAX_VOCAB_SIZE), "none": (1, MAX_VOCAB_SIZE)}  # 257: the bytes and the end of a text
 
 RANGES = {
     "at least 0": lambda x: x >= 0,
