@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numba
 import pytest
@@ -31,7 +30,6 @@ from programs import (
     write_text,
 )
 
-from llm_numba.data import corpus as data
 from llm_numba.data.shards import write_shard
 from llm_numba.training import checkpoint
 from llm_numba.util import cli
@@ -125,29 +123,6 @@ def test_fifty_kills(text, tmp_path):
     for folder in told["finished"]:
         assert rows_of(folder, "step") == rows_of(tmp_path / "whole", "step")
         assert content_of(folder) == content_of(tmp_path / "whole")
-
-
-def test_a_kill_while_text_is_tokenised_is_cleaned_up_later(text, tmp_path, monkeypatch):
-    """By the next process that tokenises; but not what one that lives is writing."""
-    large = tmp_path / "large.txt"
-    large.write_text(Path(text).read_text() * 500)
-    folder = tmp_path / "cache"
-    script = "import sys; from llm_numba import data; data.prepare([sys.argv[1]], [], 'bytes', None, 0.1)"
-    begin = [sys.executable, "-c", script, str(large)]
-    ours = environment(LLM_NUMBA_CACHE=str(folder))
-    with started(begin, tmp_path, env=ours) as killed, started(begin, tmp_path, env=ours) as living:
-        assert wait_until(lambda: len(list(folder.glob("unfinished-*/tokens"))) == 2, killed), killed.stderr.read()
-        killed.kill()
-        killed.wait()
-        living.send_signal(signal.SIGSTOP)
-        assert len(list(folder.glob("unfinished-*"))) == 2
-        monkeypatch.setenv("LLM_NUMBA_CACHE", str(folder))
-        data.prepare([text], [], "bytes", None, 0.1)
-        assert len(list(folder.glob("unfinished-*"))) == 1
-        living.send_signal(signal.SIGCONT)
-        assert living.wait() == 0, living.stderr.read()
-    assert list(folder.glob("unfinished-*")) == []
-    assert len(list(folder.glob("tokens-*"))) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -167,13 +167,6 @@ def test_what_does_not_fit_is_told(sources, text, tmp_path, capfd):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_vocabulary_that_no_shard_holds(tmp_path, text, capfd):
-    config = GPT2Config(8, 65537, 1, 1, 2)
-    export.export(weights_of(config), "llmc", "fp32", tmp_path)
-    line = refused(capfd, "--init", tmp_path, "--data", text, "--tokenizer", "none", "--out", tmp_path / "run")
-    assert "65537 tokens" in line and "65536" in line
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # export
 
