@@ -1,4 +1,4 @@
-"""Weights to start from: GPT-2 as published, a folder of Hugging Face's, llm.c's .bin, or one of our own runs."""
+"""Weights to start from: published GPT-2, a Hugging Face folder, llm.c's .bin, or one of our runs."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,24 +15,25 @@ from llm_numba.models import gpt2 as model
 from llm_numba.models.config import GPT2Config
 from llm_numba.training import checkpoint
 from llm_numba.util.cli import UserError
+from llm_numba.util.download import from_hub
 
 PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-LLMC_MODEL, LLMC_TOKENIZER = "model.bin", "gpt2_tokenizer.bin"  # of an export; llm.c's programs ask for the second
+LLMC_MODEL, LLMC_TOKENIZER = "model.bin", "gpt2_tokenizer.bin"  # of an export; llm.c's programs expect the second
 
 
 class Weights(NamedTuple):
-    """A model that exists, before there is memory for it."""
+    """A model's sizes and tokenizer, and its parameters, which are read when they are used."""
 
     config: GPT2Config
-    tokenizer: Callable[[], tiktoken.Encoding | None]  # None where the source has none
-    parameters: Iterator[tuple[str, np.ndarray]]  # (name, float32, all layers together), each read when asked for
+    tokenizer: Callable[[], tiktoken.Encoding | None]  # None if the source has none
+    parameters: Iterator[tuple[str, np.ndarray]]  # (name, float32, all layers together)
 
 
 def open_weights(source: str) -> Weights:
-    """The weights that `source` names: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder with a config.json; a .bin of
-    llm.c's, or the folder of one that was exported; a run folder or a checkpoint.
+    """The weights of a source: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder with a config.json; a model .bin of
+    llm.c, or an exported folder with one; a run folder or a checkpoint.
 
-    Errors: nothing of the kind is there; it is not GPT-2, or damaged.
+    Errors: no such source; a model that is not GPT-2, or damaged.
     """
     if source in PUBLISHED:
         return of_published(source)
@@ -66,45 +67,29 @@ def of_checkpoint(tensors: dict[str, np.ndarray], record: dict, tokenizer: check
 
 
 def of_published(name: str) -> Weights:
-    """OpenAI's GPT-2; its sizes and tokenizer are fetched at once, its weights when they are asked for."""
-    folder = fetch(name, [huggingface.CONFIG, huggingface.TOKENIZER])
+    """OpenAI's GPT-2: config and tokenizer are downloaded at once, the weights when they are used."""
+    repository = PUBLISHED[name]
+    from_hub(repository, huggingface.TOKENIZER)
+    folder = from_hub(repository, huggingface.CONFIG).parent
     config = huggingface.read_config(folder)
 
     def parameters():
-        fetch(name, [huggingface.WEIGHTS], revision=folder.name)
+        from_hub(repository, huggingface.WEIGHTS, revision=folder.name)
         yield from huggingface.read_parameters(folder, config)
 
     return Weights(config, lambda: huggingface.read_tokenizer(folder), parameters())
 
 
-def fetch(name: str, files: list[str], revision: str | None = None) -> Path:
-    """The folder in Hugging Face's cache that has these files of a published model, downloaded where they are missing.
-
-    A download that was cut goes on where it stopped. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE hold as usual.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise UserError(f'{name}: downloads need huggingface_hub: pip install "llm-numba[download]"') from error
-    try:
-        paths = [Path(hf_hub_download(PUBLISHED[name], file, revision=revision)) for file in files]
-    except Exception as error:  # of the network, of the hub, of the disk: they share no class
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"{name}: cannot be downloaded ({type(error).__name__}: {reason}); try again, and it goes on where it "
-            "stopped; or give a folder that has the files"
-        ) from error
-    return paths[0].parent
-
-
 def set_parameters(ops, arena: Arena, parameters: Iterator[tuple[str, np.ndarray]]) -> None:
-    """The arena's parameters = these; wte may be padded by any number of rows."""
+    """The arena's parameters = these, with any padding of the vocabulary."""
     for name, values in tqdm(parameters, desc="weights", leave=False, disable=None):
-        model.set_parameter(ops, arena, name, pad(values, arena.config) if name == "wte" else values)
+        model.set_parameter(ops, arena, name, padded(name, values, arena.config))
 
 
-def pad(wte: np.ndarray, config: GPT2Config) -> np.ndarray:
-    """wte (Vp, C), whose last rows are 0, of a wte (V or more, C)."""
-    padded = np.zeros((config.padded_vocab_size, config.channels), np.float32)
-    padded[: config.vocab_size] = wte[: config.vocab_size]
-    return padded
+def padded(name: str, values: np.ndarray, config: GPT2Config) -> np.ndarray:
+    """The parameter, with Vp rows instead of any number >= V if its rows are tokens; the rows from V on are 0."""
+    if name not in llmc.LLMC.padded:
+        return values
+    found = np.zeros((config.padded_vocab_size, *values.shape[1:]), np.float32)
+    found[: config.vocab_size] = values[: config.vocab_size]
+    return found
