@@ -196,7 +196,7 @@ def test_a_shard_that_is_replaced_under_the_run(tmp_path, capfd, monkeypatch, ho
 
     monkeypatch.setattr(train, "one_step", then)
     line = refused(capfd, *QUICK, *arguments, "--checkpoint-every", 1, "--steps", 9, "--out", tmp_path / "run")
-    assert "0.bin: was changed while the run was reading it" in line
+    assert "0.bin: changed while the run was reading it" in line
     assert steps_of(tmp_path / "run")[-1] == 3 and len(rows_of(tmp_path / "run")) == 3
 
 

@@ -19,8 +19,8 @@ from llm_numba.ops import DEVICES, choose_device, get_ops
 from llm_numba.util.cli import Parser, UserError, exit_with
 
 # Measured against float64 with 12 layers of 384 channels: float32 changes a tensor by up to 9e-7 of its norm, and an
-# element by up to 1e-5 of |x| + rms. The tolerances leave room for larger, trained models, and still find a change of 1%
-# in any element above 0.03 rms.
+# element by up to 1e-5 of |x| + rms. The tolerances leave room for larger, trained models, and still find a change of
+# 1% in any element above 0.03 rms.
 NORM_TOLERANCE = 1e-4  # |ours - theirs| / |theirs|, Euclidean norms
 ELEMENT_TOLERANCE = 3e-4  # the largest |ours - theirs| / (|theirs| + rms of theirs)
 LOSS_TOLERANCE = 1e-3  # absolute; ten steps of Adam amplify rounding errors
