@@ -528,6 +528,12 @@ def test_a_bad_json_line_is_reported(tmp_path, bad, line):
         prepare([str(path)], [], "bytes", None, 0)
 
 
+def test_json_lines_without_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n \n")
+    for _ in range(2):
+        assert prepare([str(tmp_path / "a.jsonl")], [], "bytes", None, 0).train == []
+
+
 def test_other_json_is_text(tmp_path):
     text = '{"text": "y"}\n'
     (tmp_path / "a.json").write_text(text)

@@ -234,7 +234,7 @@ def read_index(folder: Path) -> dict:
         parts = index["shards"], index["files"], index["starts"], [index["shard_tokens"]]
     except (KeyError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} is damaged") from error
-    if [{type(x) for x in part} for part in parts] != [{str}, {str}, {int}, {int}]:
+    if not all({type(x) for x in part} <= {kind} for part, kind in zip(parts, (str, str, int, int), strict=True)):
         raise ValueError(f"{folder / INDEX} is damaged")
     return index
 
