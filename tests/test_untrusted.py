@@ -342,7 +342,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def test_a_run_writes_only_to_its_folders(tmp_path):
-    """The run folder, the cache, the temporary folder and matplotlib's font list: no file is elsewhere after the run, and
+    """The run folder, the cache, the temporary folder and matplotlib's font list: no file is elsewhere afterwards, and
     Python opened none elsewhere for writing."""
     text = write_text(tmp_path / "text.txt", 300)
     places = {name: tmp_path / name for name in ("home", "here", "cache", "tmp", "fonts")}

@@ -73,32 +73,32 @@ def prepare(
     val_files = find_files(val_data, "--val-data") if val_data else []
     _check_tokenizer(tokenizer, vocab_size, [*files, *val_files])
 
-    given = isinstance(tokenizer, tiktoken.Encoding)
-    identity = [_identity(tokenizer) if given else tokenizer, platform.python_version() if not data else None]
+    given = tokenizer if isinstance(tokenizer, tiktoken.Encoding) else None
+    identity = [_identity(given) if given else tokenizer, platform.python_version() if not data else None]
     if tokenizer == "bpe":  # validation text is tokenised with what these files taught
         identity += [vocab_size, _stamps(files)]
 
-    def load(texts=()):
-        return tokenizer if given else load_tokenizer(tokenizer, texts, vocab_size)
+    def load(texts: Iterable[str] = ()) -> tiktoken.Encoding:
+        return given or load_tokenizer(str(tokenizer), texts, vocab_size)
 
     if is_shard(files[0]):
         encoding = None if tokenizer == "none" else load()
-        vocab_size = encoding.n_vocab if encoding else vocab_size
-        train = whole_shards(files, vocab_size)
+        V = encoding.n_vocab if encoding else vocab_size or 0
+        train = whole_shards(files, V)
     else:
         files = _shuffled(files)
         encoding, train = _tokenised(files, identity, lambda: load(_text_to_learn_from(files)))
-        vocab_size = encoding.n_vocab
+        V = encoding.n_vocab
 
     if not val_files:
-        return Corpus(*_split(train, val_fraction), encoding, vocab_size)
+        return Corpus(*_split(train, val_fraction), encoding, V)
     if is_shard(val_files[0]):
         if is_shard(files[0]):
             check_one_kind([files[0], val_files[0]], "--data and --val-data")
-        val = whole_shards(val_files, vocab_size)
+        val = whole_shards(val_files, V)
     else:
-        _, val = _tokenised(_shuffled(val_files), identity, lambda: encoding)
-    return Corpus(train, val, encoding, vocab_size)
+        _, val = _tokenised(_shuffled(val_files), identity, lambda: encoding or load())
+    return Corpus(train, val, encoding, V)
 
 
 def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_size: int) -> list[Span]:
@@ -198,8 +198,9 @@ def _tokenise(folder: Path, files: list[Path], load: Callable[[], tiktoken.Encod
         if folder.is_dir():
             return
         encoding = load()
-        options = dict(prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True)
-        with tempfile.TemporaryDirectory(**options) as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as temporary:
             unfinished = Path(temporary, "tokens")
             unfinished.mkdir()
             starts = {}

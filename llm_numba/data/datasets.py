@@ -15,39 +15,42 @@ from llm_numba.util.cli import Parser, UserError
 from llm_numba.util.download import from_hub, from_url
 from llm_numba.util.files import writing_whole
 
-GITHUB = "https://raw.githubusercontent.com"
+GITHUB, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 HELLASWAG = "hellaswag_val.jsonl"
 BLOCK = 1 << 20  # characters
 
 
 class Dataset(NamedTuple):
-    """`files` are names in `repository`, of the Hugging Face hub, or else names here -> (URL, SHA-256)."""
+    """`files` of the Hugging Face hub's `repository`, or `urls`: name here -> (URL, SHA-256)."""
 
     what: str
     size: str
     licence: str
     source: str
     use: str  # the command; {glob} is the folder as part of a glob, {path} as a path
-    files: dict[str, tuple[str, str]] | tuple[str, ...]
+    urls: dict[str, tuple[str, str]]
     repository: str = ""
+    files: tuple[str, ...] = ()
     train_shards: tuple[str, int] = ("", 0)  # the name of a training shard, by its number from 1; how many there are
 
 
 def _fineweb(what: str, repository: str, prefix: str, count: int) -> Dataset:
     """Token shards in llm.c's format and GPT-2's tokens, 100 million each."""
-    val = f"{prefix}_val_000000.bin"
-    return Dataset(
-        what,
-        f"{count} x 200 MB",
-        "ODC-By 1.0, and Common Crawl's terms of use",
-        f"https://huggingface.co/datasets/{repository}",
-        f"train --preset d12 --data {{glob}}/{prefix}_train_*.bin --val-data {{path}}/{val}",
-        (val,),
-        repository,
-        (f"{prefix}_train_{{:06d}}.bin", count),
-    )
+    size, licence = f"{count} x 200 MB", "ODC-By 1.0, and Common Crawl's terms of use"
+    train, val = f"{prefix}_train_{{:06d}}.bin", f"{prefix}_val_000000.bin"
+    use = f"train --preset d12 --data {{glob}}/{prefix}_train_*.bin --val-data {{path}}/{val}"
+    return Dataset(what, size, licence, f"{HUB}/{repository}", use, {}, repository, (val,), (train, count))
 
 
+SHAKESPEARE = (
+    f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+HELLASWAG_VAL = (
+    f"{GITHUB}/rowanz/hellaswag/master/data/{HELLASWAG}",
+    "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+)
+TINYSTORIES = "roneneldan/TinyStories"
 DATASETS = {
     "tinyshakespeare": Dataset(
         "40,000 lines of Shakespeare's plays, as one text",
@@ -55,46 +58,29 @@ DATASETS = {
         "the plays are in the public domain; the repository is under MIT",
         "https://github.com/karpathy/char-rnn",
         "train --data {path}/tinyshakespeare.txt",
-        {
-            "tinyshakespeare.txt": (
-                f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            )
-        },
+        {"tinyshakespeare.txt": SHAKESPEARE},
     ),
     "tinystories": Dataset(
         "2.7 million stories for children, written by GPT-4 (arXiv:2305.07759)",
         "2.2 GB",
         "CDLA-Sharing 1.0",
-        "https://huggingface.co/datasets/roneneldan/TinyStories",
+        f"{HUB}/{TINYSTORIES}",
         "train --data {path}/train.jsonl --val-data {path}/valid.jsonl --steps 5000",
+        {},
+        TINYSTORIES,
         ("TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt"),
-        "roneneldan/TinyStories",
     ),
     "fineweb": _fineweb(
-        "10 billion tokens of web pages, as GPT-2's tokens (arXiv:2406.17557)",
-        "kjj0/fineweb10B-gpt2",
-        "fineweb",
-        103,
+        "10 billion tokens of web pages, as GPT-2's tokens (arXiv:2406.17557)", "kjj0/fineweb10B-gpt2", "fineweb", 103
     ),
-    "fineweb-edu": _fineweb(
-        "the same, of educational web pages only",
-        "kjj0/finewebedu10B-gpt2",
-        "finewebedu",
-        99,
-    ),
+    "fineweb-edu": _fineweb("the same, of educational web pages only", "kjj0/finewebedu10B-gpt2", "finewebedu", 99),
     "hellaswag": Dataset(
         "for eval: 10,042 contexts, each with four endings (arXiv:1905.07830)",
         "12 MB",
         "MIT",
         "https://github.com/rowanz/hellaswag",
         "eval RUN --task hellaswag --data {path}/" + HELLASWAG,
-        {
-            HELLASWAG: (
-                f"{GITHUB}/rowanz/hellaswag/master/data/{HELLASWAG}",
-                "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-            )
-        },
+        {HELLASWAG: HELLASWAG_VAL},
     ),
 }
 
@@ -114,15 +100,15 @@ def get(name: str, folder: Path, shards: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}): choose another --out") from error
+    for file, (url, sha256) in dataset.urls.items():
+        from_url(url, folder / file, sha256)
+        print(f"{file}: complete")
     pattern, _ = dataset.train_shards
     for file in [*dataset.files, *(pattern.format(number) for number in range(1, shards + 1) if pattern)]:
         if name == "tinystories":
             _get_stories(dataset.repository, file, folder)
-        elif dataset.repository:
-            from_hub(dataset.repository, file, repo_type="dataset", local_dir=folder)
         else:
-            url, sha256 = dataset.files[file]
-            from_url(url, folder / file, sha256)
+            from_hub(dataset.repository, file, repo_type="dataset", local_dir=folder)
         print(f"{file}: complete")
 
 

@@ -89,11 +89,10 @@ def check_ids(paths: Sequence[Path], vocab_size: int) -> None:
     try:
         for path in paths:
             key, state = str(path.absolute()), list(stamp(path) or ())
-            *before, largest = known.get(key) or [None]
-            if before != state:
-                largest = max(int(block.max()) for _, block in _blocks(path))
-                new[key] = [*state, largest]
-            if largest >= vocab_size:
+            found = known.get(key, [])
+            if found[:-1] != state:
+                found = new[key] = [*state, max(int(block.max()) for _, block in _blocks(path))]
+            if found[-1] >= vocab_size:
                 start, block = next(found for found in _blocks(path) if found[1].max() >= vocab_size)
                 at = int(np.argmax(block >= vocab_size))
                 raise UserError(
@@ -138,5 +137,5 @@ def fingerprint(spans: Sequence[Span]) -> list[list[int]]:
     found = []
     for span in spans:
         tokens = open_shard(span.path)[span.start : span.stop]
-        found.append([len(tokens), zlib.crc32(tokens[-BLOCK_TOKENS:], zlib.crc32(tokens[:BLOCK_TOKENS]))])
+        found.append([len(tokens), zlib.crc32(tokens[-BLOCK_TOKENS:].data, zlib.crc32(tokens[:BLOCK_TOKENS].data))])
     return found

@@ -253,7 +253,7 @@ def read_tokenizer(folder: Path) -> tiktoken.Encoding | None:
         check_values(path, document, {"normalizer": (None,)})
         check_values(path, document.get("pre_tokenizer"), BYTE_LEVEL)
         check_values(path, model, BPE)
-        vocabulary, merges = model.get("vocab"), model.get("merges")
+        vocabulary, merges = model.get("vocab", {}), model.get("merges", [])
     elif (path := folder / "vocab.json").exists():
         vocabulary = read_json(path)
         lines = read_text(folder / "merges.txt").splitlines()

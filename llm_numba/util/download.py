@@ -28,8 +28,8 @@ def from_url(url: str, path: Path, sha256: str) -> None:
         import pooch
 
         pooch.get_logger().setLevel("WARNING")
-        downloader = pooch.HTTPDownloader(progressbar=bool(sys.stderr and sys.stderr.isatty()))
-        pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader)
+        visible = bool(sys.stderr and sys.stderr.isatty())
+        pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, progressbar=visible)
 
 
 @contextmanager

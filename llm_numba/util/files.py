@@ -15,7 +15,7 @@ def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
     """Write a file: all of its parts, or nothing. Errors: the folder cannot be written, the disk is full."""
     with writing_whole(path) as file:
         for part in parts:
-            file.write(part)
+            file.write(part if isinstance(part, bytes) else part.data)
 
 
 @contextmanager
