@@ -1,4 +1,4 @@
-"""Files, shards, tokenised text and the loader."""
+"""Finding files, shards, tokenised text and the loader."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def read(spans):
 
 
 def sparse_shard(path, count):
-    """A shard of `count` zeros that takes next to no place on the disk."""
+    """A sparse file: a shard of `count` zeros that takes almost no disk space."""
     write_shard(path, np.zeros(1, np.uint16))
     with path.open("r+b") as file:
         file.seek(8)
@@ -65,7 +65,7 @@ def sparse_shard(path, count):
 
 
 def peak_memory(action):
-    """Bytes that Python and NumPy allocated at most while `action` ran; mapped files do not count."""
+    """The most bytes that Python and NumPy had allocated during `action`, without memory-mapped files."""
     tracemalloc.start()
     try:
         action()
@@ -226,7 +226,7 @@ def test_a_shard_is_read_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"x": 1}', b"[" * 100_000, b"\xff", None])
 def test_a_damaged_record_of_checks(tmp_path, monkeypatch, cache, content):
-    """Is the same as none: shards are read again, and the record is written again."""
+    """Is ignored: shards are read again, and the record is written again."""
     reads, path = Reads(monkeypatch), tmp_path / "a.bin"
     write_shard(path, np.arange(9))
     check_ids([path], 9)
@@ -297,7 +297,7 @@ def test_find_files(tmp_path, monkeypatch):
 
     assert found("in") == ["a.md", "b.txt", "deep/er/c.py", "no_suffix"]
     assert found(str(tmp_path / "in" / "b.txt")) == ["b.txt"]
-    assert found("in/*") == ["a.md", "b.txt", "no_suffix", "picture.png"]  # a glob means what it says
+    assert found("in/*") == ["a.md", "b.txt", "no_suffix", "picture.png"]  # a glob matches any file
     assert found("in/**/*.py") == ["deep/er/c.py"]
     assert found("in/[ab].*", "in", "in/b.txt", str(tmp_path / "in" / "a.md")) == found("in")
     assert found("in/.hidden") == [".hidden"]
@@ -381,7 +381,7 @@ def test_standard_library_without_sources(monkeypatch, tmp_path):
     st.integers(32, 64),
 )
 def test_pieces_give_the_tokens_of_the_whole_text(tmp_path_factory, words, size):
-    """A word and the white space behind it are 8 bytes at most, so every piece has a place to cut."""
+    """A word and the white space after it are at most 8 bytes, so every piece has a place to cut."""
     text = "".join(word + space for word, space in words)
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(text.encode())
@@ -401,7 +401,7 @@ def test_pieces_without_a_place_to_cut(tmp_path, monkeypatch, text):
     assert max(map(len, pieces)) <= 129
 
 
-def test_pieces_remember_little(tmp_path):
+def test_pieces_take_little_memory(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"the cat sat on the mat\n" * 500_000)
 
     def count():
@@ -411,15 +411,15 @@ def test_pieces_remember_little(tmp_path):
 
 
 def test_millions_of_white_spaces(tmp_path):
-    """More in a row than the tokenisers' regular expressions bear."""
+    """More in a row than the regular expressions of the tokenisers can handle."""
     (tmp_path / "a.txt").write_text("a" + " " * 1_600_000 + "b" + "\n" * 1_200_000)
     corpus = prepare([str(tmp_path / "a.txt")], [], "bpe", 258, 0)
     assert corpus.encoding.decode(read(corpus.train)[1:]) == (tmp_path / "a.txt").read_text()
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x9d", b"\xc3("], ids=["invalid", "cut off", "no continuation"])
-def test_not_utf8_names_the_byte(tmp_path, monkeypatch, bad):
-    """Wherever the bad byte lies within or between pieces, and after characters of one to three bytes."""
+def test_not_utf8_reports_the_byte(tmp_path, monkeypatch, bad):
+    """Wherever the bad byte is in or between pieces, and after characters of one to three bytes."""
     monkeypatch.setattr(text_files, "PIECE_BYTES", 8)
     path = tmp_path / "latin1.txt"
     for before in range(20):
@@ -497,8 +497,8 @@ def test_validation_text(text, tmp_path):
     assert corpus.encoding.decode(read(corpus.train)).count(END_OF_TEXT) == 12  # val_fraction holds nothing out
 
 
-def test_validation_text_is_tokenised_with_what_the_training_text_taught(text, tmp_path):
-    """Other training text, the same validation text: its cached tokens must not be taken."""
+def test_validation_text_is_tokenised_with_the_tokenizer_of_the_training_text(text, tmp_path):
+    """Other training text, the same validation text: its cached tokens must not be used."""
     (tmp_path / "val.txt").write_text("the mat sat on the cat")
     (tmp_path / "other.txt").write_text("zebras zigzag, zebras zigzag. mat at, sat cat. " * 9)
     for source in (text, tmp_path / "other.txt"):
@@ -507,7 +507,7 @@ def test_validation_text_is_tokenised_with_what_the_training_text_taught(text, t
 
 
 def test_json_lines_are_documents(tmp_path, monkeypatch):
-    """In their order: one longer than a piece, one with a special token's name; one without text is none."""
+    """In order: one longer than a piece, one with a special token's name; an empty text is left out."""
     monkeypatch.setattr(text_files, "PIECE_BYTES", 50)
     texts = ["A café.", "the cat sat " * 20, "", f"{END_OF_TEXT} as text", "x" * 120]
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
@@ -674,7 +674,7 @@ def test_a_damaged_cache_is_reported(text, cache, name, damage):
 
 
 def test_the_default_text(monkeypatch, tmp_path):
-    """The standard library stands in for a missing --data; the Python's version is part of what was tokenised."""
+    """Without --data: the standard library, tokenised again for another version of Python."""
     library = tmp_path / "library"
     library.mkdir()
     (library / "module.py").write_text("pass\n" * 20)
@@ -746,7 +746,7 @@ def test_text_in_a_large_vocabulary(tmp_path):
 
 @pytest.mark.compiled
 def test_training_on_uint32_shards(tmp_path, capfd):
-    """The rows of wte that a token or a target used are those above 65,535; the run can be evaluated and resumed."""
+    """Only rows of wte above 65,535 get large gradients; the run can be evaluated and resumed."""
     ids = np.array([69_999, 65_536, 68_000, 67_001])
     write_shard(tmp_path / "a.bin", ids[np.random.default_rng(0).integers(0, 4, 5000)], 70_000)
     shard = ("--data", tmp_path / "a.bin")
@@ -792,7 +792,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, train, val, tokenizer, vocab_si
 
 
 def shards(folder, counts):
-    """Shards of `counts` tokens, all different, and their spans, which leave out the first two tokens of each."""
+    """Shards of `counts` tokens, all different, and their spans, which skip the first two tokens of each."""
     spans, first = [], 0
     for i, count in enumerate(counts):
         path = folder / f"{i}.bin"
@@ -803,7 +803,7 @@ def shards(folder, counts):
 
 
 def windows(spans, T):
-    """All windows in order, each as its T + 1 tokens: the loader's specification, written plainly."""
+    """All windows in order, each as its T + 1 tokens: the specification of the loader."""
     found = []
     for span in spans:
         tokens = open_shard(span.path)[span.start : span.stop].tolist()
@@ -812,7 +812,7 @@ def windows(spans, T):
 
 
 def deal(loader, batches):
-    """The next windows, each as its T + 1 tokens; checks that the targets are the inputs one further."""
+    """The next windows, each as its T + 1 tokens; checks that targets are inputs shifted by one."""
     dealt = []
     for _ in range(batches):
         tokens, targets = np.full((2, loader.B, loader.T), -1, np.int32)
@@ -853,7 +853,7 @@ def test_shuffled_windows_come_once_an_epoch(tmp_path, T):
     seed=st.integers(0, 2**64),
     shuffle=st.booleans(),
 )
-def test_every_epoch_is_complete_whatever_the_sizes(tmp_path_factory, counts, B, T, seed, shuffle):
+def test_every_epoch_is_complete(tmp_path_factory, counts, B, T, seed, shuffle):
     spans = shards(tmp_path_factory.getbasetemp(), counts)
     expected = windows(spans, T)
     if not expected:
@@ -883,8 +883,8 @@ def test_spans_are_shuffled_too(tmp_path):
     assert windows(spans, 4) != first != second
 
 
-def test_spans_have_orders_of_their_own(tmp_path):
-    """Two spans of one size, and the order of 50 spans itself: no two permutations are the same."""
+def test_each_span_has_its_own_order(tmp_path):
+    """Two spans of the same size get different permutations."""
     spans = shards(tmp_path, [201] * 2)
     dealt = deal(Loader(spans, 1, 4, 1, True), 100)
     assert [window[0] % 203 for window in dealt[:50]] != [window[0] % 203 for window in dealt[50:]]
@@ -893,7 +893,7 @@ def test_spans_have_orders_of_their_own(tmp_path):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("B", [1, 2, 4, 9, 20])
 def test_restored_exactly_at_every_position(tmp_path, shuffle, B):
-    """Through three epochs of 9 windows; a loader stopped anywhere goes on as if it had not been."""
+    """Through three epochs of 9 windows; a loader stopped anywhere continues as if it had not stopped."""
     spans = shards(tmp_path, COUNTS)
     loader = Loader(spans, B, 4, 5, shuffle)
     states, rows = [], []
@@ -942,8 +942,8 @@ def test_too_few_tokens(tmp_path, counts, longest):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_large_shard_is_not_read_whole(tmp_path, shuffle):
-    """400 MB of tokens; only the permutation of its 48828 windows (8 bytes each) may be in memory."""
+def test_a_large_shard_is_not_read_completely(tmp_path, shuffle):
+    """400 MB of tokens: only the permutation of 48828 windows (8 bytes each) may be in memory."""
     path = sparse_shard(tmp_path / "a.bin", 200_000_000)
     tokens, targets = np.empty((2, 8, 4096), np.int32)
 
@@ -955,8 +955,8 @@ def test_a_large_shard_is_not_read_whole(tmp_path, shuffle):
     assert peak_memory(some_batches) < 2e6
 
 
-def test_memory_is_that_of_the_current_span(tmp_path):
-    """Ten spans of 10^5 windows: one order of 0.8 MB (two while it is made), not ten."""
+def test_only_the_current_span_is_in_memory(tmp_path):
+    """Ten spans of 10^5 windows: one order of 0.8 MB (two while it is computed), not ten."""
     path = sparse_shard(tmp_path / "a.bin", 1_000_001)
     spans = [Span(path, i * 100_000, (i + 1) * 100_000 + 1) for i in range(10)]
     loader = Loader(spans, 1, 1, 0, True)

@@ -1,4 +1,4 @@
-"""Evaluation: against losses that PyTorch computes, one ending at a time, and on answers that are known."""
+"""Evaluation: against losses that PyTorch computes, one ending at a time, and on known answers."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def write_examples(path, examples):
 
 
 def some_examples(rng, count, words=6):
-    """Beginnings and endings of random lengths, as if written by someone without sense; no two endings are the same."""
+    """Contexts and endings of random words and lengths; no two endings are the same."""
 
     def text(most):
         return " ".join(rng.choice(WORDS, rng.integers(1, most + 1)))

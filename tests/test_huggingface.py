@@ -1,5 +1,5 @@
-"""Hugging Face's folders, with transformers itself at the other end: it loads what we write, we load what it writes,
-and both compute the same logits and the same tokens."""
+"""Hugging Face's folders, against transformers: it loads what we write, we load what it writes, and both compute the
+same logits and the same tokens."""
 
 import argparse
 import inspect
@@ -21,7 +21,7 @@ from llm_numba.models.config import GPT2Config
 from llm_numba.ops import get_ops
 from llm_numba.util.cli import UserError
 
-torch = pytest.importorskip("torch", reason="transformers computes with PyTorch, which is not installed")
+torch = pytest.importorskip("torch", reason="transformers needs PyTorch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -32,7 +32,7 @@ SIZES = [  # context, V, L, NH, C: a head of 5 channels, one layer, a vocabulary
     GPT2Config(16, 128, 2, 4, 32),
 ]
 NAMES = ["three_layers", "one_layer", "not_padded"]
-TOLERANCE = 1e-4  # |ours - theirs| / |theirs|; float32 leaves 1e-6, and the next mistake is larger by far
+TOLERANCE = 1e-4  # |ours - theirs| / |theirs|; float32 reaches 1e-6
 TEXT = inspect.getsource(argparse)
 BPE = load_tokenizer("bpe", [TEXT, "naïve façade – 東京タワー 🙂\r\n" * 9], 700)
 BYTES = load_tokenizer("bytes", (), None)
@@ -74,7 +74,7 @@ def random_weights(config, encoding=None, seed=0):
 
 
 def random_network(config, **changes):
-    """One of theirs, its weights, biases and all, far from what a fresh one has."""
+    """A network of transformers with random weights, norms and biases."""
     torch.manual_seed(1)
     sizes = {theirs: getattr(config, ours) for ours, theirs in huggingface.HUGGINGFACE.sizes.items()}
     network = transformers.GPT2LMHeadModel(
@@ -120,7 +120,7 @@ def test_we_compute_their_logits(ops, tmp_path, config, form):
     saved.save_pretrained(tmp_path, **({"max_shard_size": 2000} if form == "shards" else {}))
     if form == "shards":
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    if form == "old":  # the tied classifier and the masks, as versions before 4 wrote them
+    if form == "old":  # the tied classifier and the masks, as saved by versions before 4
         tensors = load_file(tmp_path / "model.safetensors")
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
         for l in range(config.num_layers):
@@ -133,7 +133,7 @@ def test_we_compute_their_logits(ops, tmp_path, config, form):
     assert distance(our_logits(ops, weights, tokens), their_logits(network.float(), tokens)) < TOLERANCE
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     config = SIZES[0]
     export.export(random_weights(config), "hf", "fp32", tmp_path)
     for (name, x), (expected_name, expected) in zip(
@@ -147,7 +147,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def theirs_of(folder, encoding):
-    """Their tokenizer of our encoding: what both of their classes load."""
+    """Our encoding, loaded by both tokenizer classes of transformers."""
     export.export(random_weights(GPT2Config(8, encoding.n_vocab, 1, 1, 4), encoding), "hf", "fp32", folder)
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     fast = transformers.GPT2TokenizerFast.from_pretrained(folder)
@@ -182,15 +182,15 @@ def test_any_text_gives_the_same_tokens(both, text):
     assert auto(text)["input_ids"] == encoding.encode_ordinary(text)
 
 
-def test_the_end_of_a_text_is_special_there(both):
+def test_the_end_of_text_is_special(both):
     encoding, theirs = both
     for one in theirs:
         assert one(f"a{END_OF_TEXT}b")["input_ids"] == encoding.encode(f"a{END_OF_TEXT}b", allowed_special="all")
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "merges.txt", "their_save"])
-def test_their_tokenizer_gives_us_the_same_tokens(tmp_path, form):
-    """Learned by their own trainer, which numbers the special token first."""
+def test_their_tokenizer_gives_the_same_tokens(tmp_path, form):
+    """Trained by tokenizers, which gives the special token the first id."""
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -212,7 +212,7 @@ def test_their_tokenizer_gives_us_the_same_tokens(tmp_path, form):
         assert ours.encode_ordinary(text) == theirs.encode(text).ids
 
 
-def test_a_tokenizer_comes_back_as_it_went(tmp_path):
+def test_tokenizer_round_trip(tmp_path):
     huggingface.write_tokenizer(tmp_path, BPE, 8)
     again = huggingface.read_tokenizer(tmp_path)
     assert again._mergeable_ranks == BPE._mergeable_ranks and again._special_tokens == BPE._special_tokens
@@ -233,7 +233,7 @@ def with_tokens(*tokens, special=None, pattern=None):
         (with_tokens(b"ab", special={END_OF_TEXT: 257, "ab": 258}), ["special token's text is a token"]),
     ],
 )
-def test_a_tokenizer_that_the_format_cannot_carry(tmp_path, encoding, words):
+def test_a_tokenizer_that_the_format_cannot_represent(tmp_path, encoding, words):
     with pytest.raises(UserError) as caught:
         theirs_of(tmp_path, encoding)
     message = str(caught.value)
@@ -241,12 +241,12 @@ def test_a_tokenizer_that_the_format_cannot_carry(tmp_path, encoding, words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """One of theirs, whole, to be broken."""
+    """A valid folder, to be damaged."""
     random_network(SIZES[0]).save_pretrained(tmp_path)
     huggingface.write_tokenizer(tmp_path, BPE, 8)
     return tmp_path
@@ -333,7 +333,7 @@ WTE = "transformer.wte.weight"
         (lambda f: (f / "model.safetensors").write_bytes(b"no"), ["model.safetensors", "truncated"]),
     ],
 )
-def test_a_model_that_is_refused(folder, break_it, words):
+def test_a_model_that_is_rejected(folder, break_it, words):
     if break_it is a_shard_is_missing:
         (folder / "model.safetensors").unlink()
     break_it(folder)
@@ -371,7 +371,7 @@ def tokenizer_with(part, **changes):
         (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
     ],
 )
-def test_a_tokenizer_that_is_refused(folder, break_it, words):
+def test_a_tokenizer_that_is_rejected(folder, break_it, words):
     break_it(folder)
     with pytest.raises(UserError) as caught:
         open_weights(str(folder)).tokenizer()
