@@ -17,6 +17,7 @@ import tracemalloc
 from bisect import bisect_right
 
 import numpy as np
+from llm_numba.models.config import PRESETS
 
 from llm_numba.arena import Arena, format_map, layout, padded, parameter_specs, training_groups
 from llm_numba.bench.tables import table
@@ -25,7 +26,6 @@ from llm_numba.lessons import exercise, ladder, pictures, timing
 from llm_numba.lessons.problem import arguments
 from llm_numba.lessons.tracing import simulate_cpu
 from llm_numba.models import gpt2 as model
-from llm_numba.models.config import PRESETS
 from llm_numba.ops import get_ops
 from llm_numba.plot import COLOURS
 from llm_numba.util.files import format_bytes

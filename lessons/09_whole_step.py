@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from statistics import median
 
 import numpy as np
+from llm_numba.models.config import PRESETS, preset
 from numba import get_num_threads
 
 from llm_numba import oracle, train
@@ -32,7 +33,6 @@ from llm_numba.bench.worker import WorkerFailed, torch_worker
 from llm_numba.cuda.gpu import available, gpus
 from llm_numba.lessons import FAST, exercise, ladder, pictures, sized, timing
 from llm_numba.models import gpt2 as model
-from llm_numba.models.config import PRESETS, preset
 from llm_numba.ops import get_ops
 from llm_numba.plot import COLOURS
 from rungs import _whole_step as whole_step

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_numba.arena import DTYPES, Arena
-from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
+from llm_numba.data.shards import fingerprint
 from llm_numba.models import Model
 from llm_numba.ops import Ops, choose_device, get_ops
 from llm_numba.training import checkpoint, settings, trackers
@@ -79,7 +79,7 @@ def train(
     groups = run_groups(s, model, T, ops)
     check_memory(groups, s, model, ops)
     if stored:
-        check_same(corpus, data.fingerprint(corpus.train), stored.record["data"], s.resume)
+        check_same(corpus, fingerprint(corpus.train), stored.record["data"], s.resume)
         if stored.record["step"] >= steps:
             raise UserError(f"--resume {s.resume}: all {steps} steps are done; give more with --steps or --epochs")
 

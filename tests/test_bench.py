@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from llm_numba.models.config import preset
 from training import random_parameters, set_parameters
 
 from llm_numba import bench
 from llm_numba.arena import Arena
 from llm_numba.bench import curves, machine, measuring, op_cases, races, tables, worker
 from llm_numba.cpu import peak
+from llm_numba.models import preset
 from llm_numba.ops import WRITES, get_ops
 from llm_numba.util.cli import UserError
 

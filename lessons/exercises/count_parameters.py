@@ -14,11 +14,11 @@ This is plain Python. Do not count the padding between tensors in the arena.
 import math
 
 import numpy as np
+from llm_numba.models.config import GPT2Config
 
 from llm_numba.arena import parameter_specs
 from llm_numba.lessons.exercise import Exercise
 from llm_numba.lessons.problem import Problem
-from llm_numba.models.config import GPT2Config
 
 
 def count_parameters(total, sizes):

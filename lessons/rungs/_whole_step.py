@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+from llm_numba.models.config import preset
 
 from llm_numba.bench.measuring import measure, wall_time
 from llm_numba.bench.races import new_steps
-from llm_numba.models.config import preset
 from llm_numba.ops import WRITES, get_ops
 from llm_numba.train import flops_per_token
 

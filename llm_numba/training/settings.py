@@ -10,6 +10,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from llm_numba.data.shards import MAX_VOCAB_SIZE
 from llm_numba.models import Model, preset, presets
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
 from llm_numba.training.outliers import WINDOW
@@ -26,7 +27,7 @@ PRESET_DEFAULTS = {
 INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: the sizes are known, and the weights are trained
 AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # other presets: gpt2; with --init: the tokenizer of the weights
 FIXED_VOCABULARIES = {"gpt2": 50257, "bytes": 257}
-VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
+VOCAB_SIZES = {"bpe": (257, MAX_VOCAB_SIZE), "none": (1, MAX_VOCAB_SIZE)}  # 257: the bytes and the end of a text
 SIZES = {"layers": "num_layers", "heads": "num_heads", "channels": "channels"}  # flag -> the size of the model it sets
 LARGEST = 2**31 - 1  # of an integer setting: what an int32 can hold
 
