@@ -87,8 +87,8 @@ print(f"T = 1024: {matrices[2] / 2**20:,.0f} MiB of weights, {numbers[2] / 2**20
 # ## The rungs on a CPU
 #
 # All rungs have the op's signature: `out (B, T, C), lse (B, NH, T) <- qkv (B, T, 3*C), num_heads, num_kv_heads,
-# scratch`. A row of `qkv` holds the query, key and value of all heads, `lse` receives the log-sum-exps, and `scratch` is
-# temporary memory. (Some models have fewer key and value heads than query heads; GPT-2 and these rungs have equally
+# scratch`. A row of `qkv` holds the query, key and value of all heads, `lse` receives the log-sum-exps, and `scratch`
+# is temporary memory. (Some models have fewer key and value heads than query heads; GPT-2 and these rungs have equally
 # many.) The heads are distributed over the cores.
 #
 # ### Rung 1: the formula

@@ -74,8 +74,10 @@ LLMC = SimpleNamespace(
 
 
 def logits_rows(rows: int) -> int:
-    """Of this many rows (b, t), how many have their logits in memory at a time: a quarter, but at least 1024. The logits
-    would otherwise be the largest activation."""
+    """Of this many rows (b, t), how many have their logits in memory at a time: a quarter, but at least 1024.
+
+    The logits of all rows would be the largest activation.
+    """
     return min(rows, max(1024, padded(-(-rows // 4))))
 
 
