@@ -50,7 +50,8 @@ def tasks():
 
 def main() -> int:
     # Numba asks for the GPU when a kernel calls a device function, and so does the choice of variants
-    cuda.get_current_device = dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITY, id=0)
+    gpu = SimpleNamespace(compute_capability=CAPABILITY, id=0)
+    cuda.get_current_device = dispatcher.get_current_device = lambda: gpu
     dispatcher.CUDADispatcher.__getitem__ = compile_only
     cuda.stream = lambda: 0
     wrong = 0
