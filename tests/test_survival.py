@@ -131,7 +131,7 @@ def test_files_of_a_killed_tokenisation_are_removed_later(text, tmp_path, monkey
     large = tmp_path / "large.txt"
     large.write_text(Path(text).read_text() * 500)
     folder = tmp_path / "cache"
-    script = "import sys; from llm_numba import data; data.prepare([sys.argv[1]], [], 'bytes', None, 0.1)"
+    script = "import sys; from llm_numba.data import corpus; corpus.prepare([sys.argv[1]], [], 'bytes', None, 0.1)"
     begin = [sys.executable, "-c", script, str(large)]
     ours = environment(LLM_NUMBA_CACHE=str(folder))
     with started(begin, tmp_path, env=ours) as killed, started(begin, tmp_path, env=ours) as living:

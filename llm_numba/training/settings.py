@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llm_numba.models.config import PRESETS, GPT2Config, preset
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
+from llm_numba.training.log import COLUMNS
 from llm_numba.training.outliers import WINDOW
 from llm_numba.training.override import split
 from llm_numba.training.schedule import SCHEDULES, WSD_DECAY
@@ -528,6 +529,7 @@ def _parser() -> argparse.ArgumentParser:
         "  %(prog)s --preset nano --steps 100\n"
         "  %(prog)s --data book.txt --batch-size 16\n"
         "  %(prog)s --resume runs/tiny-000 --epochs 2",
+        epilog=COLUMNS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what is given explicitly shows up in the result
         allow_abbrev=False,
