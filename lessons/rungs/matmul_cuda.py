@@ -169,7 +169,7 @@ if SIMULATED:
         return np.frombuffer(tile.view("V16")[row, column // 4].tobytes(), float32)
 
 else:
-    pass
+    from llm_numba.cuda.jit import load_float4
 
 
 @cuda.jit
