@@ -1,12 +1,11 @@
 # %% [markdown]
 # # Memory-bound layers: GELU, the residual stream, fusion
 #
-# **Goal.** To look at a layer and say, before anything is measured, how fast it can be at best: by counting bytes.
-# Then to write the layers of GPT-2 that do little arithmetic, GELU and the residual addition, so that they move the
-# bytes that have to be moved, and no others.
+# **Goal.** Count bytes to find out how fast a layer can be at best, before measuring anything. Then write the layers of
+# GPT-2 that do little arithmetic, GELU and the residual addition, so that they move only the bytes that must be moved.
 #
-# **What you need.** Lesson 01: LayerNorm, `@njit` and `prange`, and what a CUDA kernel, a warp, a sector and a
-# coalesced read are.
+# **Prerequisites.** Lesson 01: LayerNorm, `@njit` and `prange`, and the CUDA terms kernel, warp, sector and coalesced
+# read.
 
 # %%
 import math
@@ -25,26 +24,26 @@ COLOURS = pictures.COLOURS
 # %% [markdown]
 # ## Two limits
 #
-# A machine has two speeds: how many floating-point operations (*flops*) it does in a second, $F$, and how many bytes
-# it moves between memory and its cores in a second, $W$. A layer that has to do $f$ flops and to move $b$ bytes takes
-# at least
+# A machine has two speeds: the number of floating-point operations it performs per second, $F$ (in FLOP/s), and the
+# number of bytes it moves between memory and its cores per second, $W$ (its *bandwidth*). A layer that needs $f$ FLOPs
+# and moves $b$ bytes takes at least
 #
 # $$ \max\Big(\frac{f}{F}, \frac{b}{W}\Big) $$
 #
-# If the first is larger, the layer is *compute-bound*; if the second, it is *memory-bound*. Which of the two it is
-# depends on two quotients: $f/b$, the layer's flops for a byte, and $F/W$, the machine's, which is called its
-# *balance*. A machine of balance 50 needs 50 operations for every byte, or else its arithmetic waits for memory.
+# If the first term is larger, the layer is *compute-bound*. If the second is larger, it is *memory-bound*. Two ratios
+# decide which: the layer's *arithmetic intensity* $f/b$, its FLOPs per byte, and the machine's *balance* $F/W$ (the
+# *ridge point* of the roofline). On a machine with a balance of 50, a layer needs 50 operations per byte, or its
+# arithmetic waits for memory.
 #
-# Take the forward pass of one of GPT-2's blocks with $C$ channels, and one token. (A token is a row of $C$ numbers;
-# attention's work between tokens is left out here, lesson 05 is about it.) The four matrix products hold $3C^2$,
-# $C^2$, $4C^2$ and $4C^2$ weights, with a multiplication and an addition for each: $24C^2$ flops. The rest of the
-# block is
+# Consider the forward pass of one GPT-2 block with $C$ channels, for one token. (A token is a row of $C$ elements.
+# Attention's work between tokens is left out; lesson 05 covers it.) The four matmuls have $3C^2$, $C^2$, $4C^2$ and
+# $4C^2$ weights, with one multiplication and one addition each: $24C^2$ FLOPs. The rest of the block is
 #
-# - GELU, a function of one number, on $4C$ numbers;
-# - twice: add what a layer has computed to the residual stream, and normalise the sum for the next layer.
+# - GELU, an element-wise function, on $4C$ elements;
+# - twice: add a layer's output to the residual stream and normalise the sum for the next layer.
 #
-# The products need more than a hundred times as many flops as this rest. How long does it take, then? That depends on
-# how often its numbers travel. We shall see three ways to write it, with the following numbers read or written for a
+# The matmuls need more than a hundred times as many FLOPs as the rest. So how long does the rest take? That depends on
+# how often its elements move. We will see three ways to write it, with these numbers of elements read or written per
 # token:
 #
 # | | GELU | twice residual and LayerNorm | together |
@@ -53,15 +52,15 @@ COLOURS = pictures.COLOURS
 # | a pass for each layer | 2 · 4C | 2 · 5C | 18C |
 # | residual and LayerNorm in one pass | 2 · 4C | 2 · 4C | 16C |
 #
-# The picture has the machine's balance on its horizontal axis. The vertical one is the share of the block's shortest
-# time, arithmetic and travel added up, in which the rest keeps the arithmetic waiting.
+# The horizontal axis of the picture is the machine's balance. The vertical axis is the share of the block's minimum
+# time (arithmetic plus data movement) that goes into moving the data of these layers.
 
 # %%
 C = 768  # of GPT-2's smallest model
 balance = np.logspace(0, 3, 100)
 figure, axis = pictures.new(width=7, height=3)
 for i, (label, numbers) in enumerate((("a pass for each operator", 102), ("a pass for each layer", 18), ("fused", 16))):
-    waiting = 4 * numbers * C * balance  # bytes, as the flops that the machine could have done meanwhile
+    waiting = 4 * numbers * C * balance  # bytes, as FLOPs that the machine could do in the same time
     axis.plot(balance, waiting / (waiting + 24 * C * C), label=label, color=COLOURS[i])
 peaks = timing.peaks("cpu")
 if peaks["flops"]:
@@ -69,21 +68,21 @@ if peaks["flops"]:
     print(f"this machine: {1e-9 * peaks['flops']:.0f} GFLOP/s, {1e-9 * peaks['copy']:.0f} GB/s, balance {here:.0f}")
     axis.axvline(here, color="0.4", linestyle="--", linewidth=1)
     axis.text(here, 0.93, " this machine", fontsize=8, color="0.3")
-axis.set(xscale="log", xlabel="balance: flops for a byte", ylabel="share of the time", ylim=(0, 1))
+axis.set(xscale="log", xlabel="balance, FLOPs per byte", ylabel="share of the time", ylim=(0, 1))
 axis.legend(frameon=False, loc="center left")
 pictures.show(figure)
 
 # %% [markdown]
-# The more arithmetic a machine has for each byte, the more the layers that hardly compute decide about its speed.
-# Large GPUs with their matrix units stand far on the right of this picture. There, to write these layers well is not
-# a refinement. (The number of channels counts too: products grow with $C^2$, the rest with $C$.)
+# The more arithmetic a machine can do per byte, the more its speed depends on the layers that hardly compute. Large
+# GPUs with matrix units are far to the right of this picture, so writing these layers well is essential there. (The
+# number of channels matters too: the matmuls grow with $C^2$, the rest with $C$.)
 #
 # ## GELU
 #
-# Between the two products of its feed-forward layer, GPT-2 passes every number through the *Gaussian error linear
-# unit*: $x$, weighed with the probability that a number drawn from the normal distribution is below $x$. Large
-# numbers pass, very negative ones become 0, and between the two the change is smooth. GPT-2 computes the probability
-# in this form, which is within a thousandth of it:
+# Between the two matmuls of its feed-forward layer, GPT-2 applies the *Gaussian error linear unit* to every element:
+# $x$ times the probability that a normally distributed variable is below $x$. Large values pass unchanged, very
+# negative ones become 0, with a smooth transition between them. GPT-2 uses this approximation, which is accurate to a
+# thousandth:
 #
 # $$ \mathrm{gelu}(x) = \tfrac12\, x\, (1 + \tanh u) \qquad u = \sqrt{2/\pi}\, (x + 0.044715\, x^3) $$
 
@@ -101,36 +100,36 @@ left.plot(x, np.maximum(x, 0), color="0.7", linestyle="--", linewidth=1, label="
 left.legend(frameon=False)
 left.set(title="GELU", xlabel="x", ylim=(-0.5, 3))
 right.plot(x, 1000 * (y - x * probability), color=COLOURS[2])
-right.set(title="tanh's form less the exact one, in thousandths", xlabel="x")
+right.set(title="error of the tanh form, in thousandths", xlabel="x")
 pictures.show(figure)
 
 # %% [markdown]
-# ### Bytes needed
+# ### The minimum number of bytes
 #
-# `out` is to be computed from `inp`. Each number has to be read once and each result to be written once: 2 numbers of
-# 4 bytes, 8 bytes an element. No program can do with less. That is the yardstick.
+# The op computes `out` from `inp`. Each element must be read once and each result written once: 2 elements of 4 bytes,
+# 8 bytes per element. No program can do with less. This is the yardstick.
 #
-# ### v1: NumPy, and bytes counted
+# ### v1: NumPy, and counting bytes
 #
-# Here is how one writes it in NumPy.
+# This is GELU in NumPy.
 
 # %%
 pictures.source(gelu_cpu.gelu_forward_v1)
 
 # %% [markdown]
-# Two lines; but each operator in them is a loop of its own over the whole array. `inp * inp` reads two arrays and
-# writes a third one, a *temporary*, which the next operator reads again. If the arrays do not fit into the cache (the
-# small fast memory beside a core), each of these is a journey to memory and back.
+# It is only two lines, but each operator is a separate loop over the whole array. `inp * inp` reads two arrays and
+# writes a third, a *temporary*, which the next operator reads again. If the arrays do not fit in the cache (the small
+# fast memory next to a core), each access is a trip to memory and back.
 #
-# We need not guess how many there are. NumPy lets an array say what an operator shall do with it; this one notes how
-# many arrays are read and written, and then does as always.
+# We can count these trips. NumPy lets an array subclass intercept every operator. This one records how many arrays are
+# read and written, and then runs the operator as usual.
 
 # %%
 moved = []
 
 
 class Counted(np.ndarray):
-    """An array that notes what each operator reads and writes."""
+    """An array that records what each operator reads and writes."""
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
         result = getattr(ufunc, method)(*(np.asarray(x) for x in inputs), **options)
@@ -143,29 +142,29 @@ class Counted(np.ndarray):
 small = rng.standard_normal(1000, np.float32)
 gelu_cpu.gelu_forward_v1(np.empty_like(small), small.view(Counted))
 reads, writes = sum(arrays for _, arrays in moved), len(moved)
-print(f"{len(moved)} operators read {reads} numbers an element and write {writes}")
-print(f"bytes an element: {4 * (reads + writes)}; needed: 8")
+print(f"{len(moved)} operators read {reads} and write {writes} elements per element of the result")
+print(f"bytes per element: {4 * (reads + writes)}; minimum: 8")
 
 figure, axis = pictures.new(width=7.5, height=2.8)
-names = [f"{i + 1}. {name}" for i, (name, _) in enumerate(moved)] + ["needed"]
+names = [f"{i + 1}. {name}" for i, (name, _) in enumerate(moved)] + ["minimum"]
 read = [4 * arrays for _, arrays in moved] + [4]
 axis.barh(names, read, color=COLOURS[0], label="bytes read")
 axis.barh(names, [4] * len(names), left=read, color=COLOURS[1], label="bytes written")
 axis.invert_yaxis()
-axis.set(xlabel="bytes an element", title="NumPy's GELU, operator after operator")
+axis.set(xlabel="bytes per element", title="NumPy's GELU, operator by operator")
 axis.set_xlim(0, 16)
 axis.legend(frameon=False, loc="lower right")
 pictures.show(figure)
 
 # %% [markdown]
-# These 22 numbers are the 22 of the table above. (NumPy saves memory, though not journeys, by writing some results
-# over a temporary that is not needed any more.)
+# These are the 22 elements of the table above. (NumPy writes some results over temporaries that are no longer needed.
+# That saves memory, but no trips.)
 #
-# ### v2: the same, piece by piece
+# ### v2: the same operators, one piece at a time
 #
-# The operators are fine; the distance between them is not. If we give NumPy 4096 numbers at a time, then what one
-# operator writes still lies in the core's cache when the next one reads it. Only the first read of `inp` and the last
-# write of `out` are journeys to memory.
+# The operators are fine; the distance between them is the problem. If we give NumPy 4096 elements at a time, the output
+# of one operator is still in the core's cache when the next one reads it. Only the first read of `inp` and the last
+# write of `out` go to memory.
 
 # %%
 pictures.source(gelu_cpu.gelu_forward_v2)
@@ -173,27 +172,27 @@ pictures.source(gelu_cpu.gelu_forward_v2)
 # %% [markdown]
 # ### v3: one loop
 #
-# A compiled loop goes further. Between reading a number and writing its result, everything lives in *registers*, the
-# handful of places inside a core on which it computes. There are no temporaries at all. To join operators so that
-# what lies between them never gets to memory is called *fusion*.
+# A compiled loop goes further. Between reading an element and writing its result, everything stays in *registers*, the
+# few storage locations inside a core on which it computes. There are no temporaries at all. Combining operators so that
+# intermediate results never reach memory is called *fusion*.
 
 # %%
 pictures.source(gelu_cpu.gelu_forward_v3)
 
 # %% [markdown]
-# ### v4: no call
+# ### v4: no function call
 #
-# The bytes are now as few as can be, and yet v3 may even be slower than v2. `math.tanh` is a function of the C
-# library that takes one number; a core that could compute 8 or 16 numbers with one vector instruction has to call it
-# for each of them. The loop is bound by computing after all, by computing badly.
+# The number of bytes is now minimal, and yet v3 can be slower than v2. `math.tanh` is a C library function that takes
+# one element. A core that could process 8 or 16 elements with one vector instruction has to call it for each of them.
+# The loop is compute-bound after all, because it computes badly.
 #
-# So we compute differently. From $\tanh u = \frac{1 - e^{-2u}}{1 + e^{-2u}}$ follows
+# So we rewrite the formula. From $\tanh u = \frac{1 - e^{-2u}}{1 + e^{-2u}}$ it follows that
 #
 # $$ \tfrac12 x\,(1 + \tanh u) = \frac{x}{1 + e^{-2u}} $$
 #
-# and `exp` is the project's own: a polynomial, without a call and without an `if` that would have to branch, so that
-# the compiler makes vector instructions of the whole loop. (`error_model="numpy"` says that a division by zero gives
-# infinity and not Python's exception, which would be a branch.)
+# and `exp` is the project's own: a polynomial without function calls or branches, so that the compiler can vectorise
+# the whole loop. (`error_model="numpy"` makes a division by zero return infinity. Python's exception would need a
+# branch.)
 
 # %%
 pictures.source(gelu_cpu.gelu_forward_v4)
@@ -202,10 +201,10 @@ pictures.source(gelu_cpu.gelu_forward_v4)
 pictures.source(exp)
 
 # %% [markdown]
-# ### The model's: all cores
+# ### The model's version: all cores
 #
-# One core alone cannot keep the memory of most machines busy. The last rung, `llm_numba/cpu/gelu.py`, is v4 with rows
-# shared out among the cores; the constants are multiplied beforehand.
+# On most machines one core cannot use the full memory bandwidth. The last rung, `llm_numba/cpu/gelu.py`, is v4 with the
+# rows distributed over the cores, and with the constants multiplied in advance.
 
 # %%
 pictures.source(gelu_cpu.gelu_forward)
@@ -214,27 +213,27 @@ pictures.source(gelu_cpu.gelu_forward)
 ladder.check(gelu_cpu.FORWARD)
 
 # %% [markdown]
-# The limit, 100%, is the speed at which this machine copies a large array, which also reads a number and writes one.
-# The rate counts the 8 bytes needed, whatever a rung moves beyond them.
+# The limit, 100%, is the speed at which this machine copies a large array, which also reads and writes each element
+# once. The rate uses the 8 bytes per element that are necessary, no matter how many more a rung moves.
 
 # %%
 found = timing.show_times(gelu_cpu.FORWARD)
 pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
-# ## Your turn: the gradient
+# ## Exercise: the gradient
 #
-# Given `dout`, the derivative of the loss by `out`, the backward pass owes the derivative by `inp`. By the product
-# rule, and as the derivative of $\tanh u$ is $1 - \tanh^2 u$:
+# Given `dout`, the derivative of the loss with respect to `out`, the backward pass computes the derivative with respect
+# to `inp`. By the product rule, and because the derivative of $\tanh u$ is $1 - \tanh^2 u$:
 #
 # $$ \frac{d}{dx}\, \tfrac12 x (1 + \tanh u) = \tfrac12 (1 + \tanh u) + \tfrac12\, x\, (1 - \tanh^2 u)\, \frac{du}{dx}
 #    \qquad \frac{du}{dx} = \sqrt{2/\pi}\, (1 + 3 \cdot 0.044715\, x^2) $$
 #
-# Bytes needed: `inp` and `dout` are read, `dinp` is written; 12 an element. Note what is *not* read: neither `out`
-# nor $\tanh u$. They could have been kept in the forward pass. To compute them again is cheaper than to fetch them,
-# where memory is what one waits for, and they would take up memory between the two passes as well.
+# The minimum number of bytes: `inp` and `dout` are read, `dinp` is written, 12 bytes per element. Note what is *not*
+# read: neither `out` nor $\tanh u$. The forward pass could have stored them. In a memory-bound op, recomputing them is
+# cheaper than loading them, and storing them would also take memory between the two passes.
 #
-# Finite differences agree with the paper, as in lesson 01:
+# Finite differences agree with the formula, as in lesson 01:
 
 # %%
 h, points = 1e-5, rng.normal(0, 2, 1000)
@@ -242,7 +241,7 @@ up, down, gradient = np.empty(1000), np.empty(1000), np.empty(1000)
 oracle.gelu_forward(up, points + h)
 oracle.gelu_forward(down, points - h)
 oracle.gelu_backward(gradient, points, np.ones(1000))
-print(f"off by {np.abs((up - down) / (2 * h) - gradient).max():.0e} at most")
+print(f"largest error {np.abs((up - down) / (2 * h) - gradient).max():.0e}")
 assert np.allclose((up - down) / (2 * h), gradient, atol=1e-8)
 
 # %%
@@ -254,32 +253,31 @@ exercise.check("gelu_backward")
 # %% [markdown]
 # ## The residual stream: fusing two layers
 #
-# Each layer of GPT-2 adds its result to the residual stream, and LayerNorm prepares the sum for the next layer:
+# Each layer of GPT-2 adds its output to the residual stream, and LayerNorm prepares the sum for the next layer:
 #
 # $$ \text{residual} = \text{inp1} + \text{inp2} \qquad \text{out} = \text{layernorm}(\text{residual}) $$
 #
-# Both results are needed: `out` by the next layer, `residual` by the addition after that. So the bytes needed are two
-# numbers read and two written, 16 bytes an element. (`mean` and `rstd`, two numbers for a whole row, and the weight
-# and bias, which all rows share, do not count.)
+# Both results are needed: `out` by the next layer, `residual` by the addition after that. So the minimum is two
+# elements read and two written, 16 bytes per element. (`mean` and `rstd`, two elements per row, and the weight and
+# bias, which all rows share, do not count.)
 #
-# ### v1: a pass for each line of the formula
+# ### v1: one pass per line of the formula
 #
-# This is how the formulas read: the sums; the means; the variances, of which the reciprocal roots are kept; the
-# results. Four loops, each over the whole array and on all cores. (`mean_of` and `rstd_of` are the sums of lesson
-# 01.)
+# This version follows the formulas: the sums; the means; the variances, stored as reciprocal square roots; the results.
+# These are four loops, each over the whole array and on all cores. (`mean_of` and `rstd_of` are the sums of lesson 01.)
 #
-# Count with me: the first loop reads two numbers an element and writes one, the second and the third read one each,
-# the last reads one and writes one. That is 7.
+# Count the accesses per element: the first loop reads two elements and writes one, the second and third read one each,
+# the last reads one and writes one. That makes 7.
 
 # %%
 pictures.source(residual_cpu.add, residual_cpu.means, residual_cpu.rstds, residual_cpu.scale_and_shift)
 pictures.source(residual_cpu.residual_layernorm_forward_v1)
 
 # %% [markdown]
-# ### v2: a pass for each layer
+# ### v2: one pass per layer
 #
-# LayerNorm as it was in lesson 01 does all it has to with one row before it goes on to the next: a row of some
-# kilobytes stays in the cache meanwhile. The addition is 3 numbers an element, LayerNorm 2. That is 5.
+# LayerNorm as in lesson 01 finishes one row before it starts the next. A row of a few kilobytes stays in the cache
+# meanwhile. The addition accesses 3 elements per element, LayerNorm 2. That makes 5.
 
 # %%
 pictures.source(residual_cpu.residual_layernorm_forward_v2)
@@ -287,8 +285,8 @@ pictures.source(residual_cpu.residual_layernorm_forward_v2)
 # %% [markdown]
 # ### v3: one pass
 #
-# The sum is written by the addition and read by LayerNorm. If one loop does both for a row, the reading finds it in
-# the cache. That is 4, the number needed. The model's function is the same in other words.
+# The addition writes the sum and LayerNorm reads it. If one loop does both for a row, it reads the sum from the cache.
+# That makes 4, the minimum. The model's function does the same.
 
 # %%
 pictures.source(residual_cpu.one_pass)
@@ -301,32 +299,32 @@ found = timing.show_times(residual_cpu.FORWARD)
 pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
-# ### Does the count foretell the time?
+# ### Does the count predict the time?
 #
-# If memory is all that matters, a rung's time is its bytes, divided by the speed of memory. Here is the time of each
-# rung over the numbers it moves, in shares of the last one's; the line is what the count foretells. Where a rung lies
-# above it, something else holds it up too; where it lies below, part of its journeys were saved by a cache large
-# enough for a good part of the arrays.
+# If only memory bandwidth matters, the time of a rung is its bytes divided by the bandwidth. The picture shows the time
+# of each rung, relative to the last one, over the number of elements it moves. The line is the prediction. A rung above
+# the line is also slowed down by something else. A rung below the line saves part of its memory traffic because a large
+# cache holds a good part of the arrays. So the count is a guide, not a measurement.
 
 # %%
 numbers = np.array([7, 5, 4, 4])
 seconds = np.array([found["rows"][ladder.title(rung)] for rung in residual_cpu.FORWARD.rungs])
 figure, axis = pictures.new(width=5.5, height=3)
-axis.plot([0, 7.5], [0, 7.5 / 4], color="0.6", linestyle="--", linewidth=1, label="foretold by the bytes")
+axis.plot([0, 7.5], [0, 7.5 / 4], color="0.6", linestyle="--", linewidth=1, label="predicted by the bytes")
 places = ("v1", 0), ("v2", 0), ("v3", 8), ("the model's", -12)
 for n, share, (name, place) in zip(numbers, seconds / seconds[-1], places, strict=True):
     axis.plot(n, share, "o", color=COLOURS[2 if name == "the model's" else 0])
     axis.annotate(name, (n, share), (7, place - 3), textcoords="offset points", fontsize=8)
-axis.set(xlabel="numbers read or written for an element", ylabel="time", xlim=(0, 8), ylim=(0, None))
+axis.set(xlabel="elements read or written per element", ylabel="time", xlim=(0, 8), ylim=(0, None))
 axis.legend(frameon=False)
 pictures.show(figure)
 
 # %% [markdown]
 # ### The fastest op
 #
-# The gradient of a sum goes to both of its terms, unchanged: `dinp1 = dinp2 = dout`. A copy would move 2 numbers an
-# element. The model moves none: it lets the second gradient *be* the first one's memory, and the op looks whether
-# that is so. A layer can be fused away altogether.
+# The gradient of a sum goes to both of its terms unchanged: `dinp1 = dinp2 = dout`. A copy would move 2 elements per
+# element. The model moves none: the second gradient *shares* the memory of the first, and the op checks whether that is
+# the case. A layer can be fused away completely.
 
 # %%
 pictures.source(residual_backward)
@@ -334,23 +332,23 @@ pictures.source(residual_backward)
 # %% [markdown]
 # ## On a GPU
 #
-# A GPU's balance is higher, so what we have learned counts more. Two things are new: *which* thread takes which
-# number, and how many reads are on their way at a time.
+# A GPU's balance is higher, so all of this matters more. Two things are new: *which* thread accesses which element, and
+# how many loads are in flight at a time.
 #
-# ### GELU v1: a thread owns 8 neighbours
+# ### GELU v1: a thread owns 8 consecutive elements
 #
-# A CPU's core would like this best: 8 numbers side by side, in 32 bytes. `blocks_for(n, m)` is the number of blocks
-# of `m` that cover `n`; `gelu` is the formula of v4. (`min` keeps the exponential from overflowing.)
+# A CPU core would like this best: 8 consecutive elements, 32 bytes. `blocks_for(n, m)` is the number of blocks of `m`
+# that cover `n`; `gelu` is the formula of v4. (`min` prevents the exponential from overflowing.)
 
 # %%
 pictures.source(gelu_cuda.gelu, gelu_cuda.kernel_v1, gelu_cuda.gelu_forward_v1)
 
 # %% [markdown]
-# ### GELU v2: a thread owns a number
+# ### GELU v2: a thread owns one element
 #
-# Remember lesson 01: it matters what the 32 threads of a warp want *at the same time*. In v1, thread 0 wants number
-# 0, thread 1 wants number 8, and so on: each of the 32 reads falls into another sector of 32 bytes. If each thread
-# takes one number, a warp wants 32 neighbours, which are 4 sectors.
+# Remember lesson 01: what matters is what the 32 threads of a warp access *at the same time*. In v1 thread 0 reads
+# element 0, thread 1 reads element 8, and so on: the 32 loads touch 32 different 32-byte sectors. If each thread reads
+# one element, the warp reads 32 consecutive elements, which are 4 sectors. The loads are *coalesced*.
 
 # %%
 pictures.source(gelu_cuda.kernel_v2)
@@ -358,36 +356,35 @@ pictures.source(gelu_cuda.kernel_v2)
 # %%
 for rung in (gelu_cuda.gelu_forward_v1, gelu_cuda.gelu_forward_v2):
     trace = ladder.trace_of(rung, gelu_cuda.FORWARD)
-    title = f"{rung.__name__}: what a warp reads, step after step"
+    title = f"{rung.__name__}: what a warp reads, step by step"
     pictures.show(pictures.draw_warp(trace, "inp", steps=8, title=title))
 
 # %% [markdown]
-# v1 is not lost altogether: the same 32 sectors are wanted by the next seven steps too, and if the card's caches have
-# kept them so long, they do not travel again. But caches are small, and thousands of threads want a place in them.
+# v1 does not waste all of this traffic: its next seven steps need the same 32 sectors, and if the GPU's caches still
+# hold them, they are not loaded again. But caches are small, and thousands of threads compete for them.
 #
-# ### GELU v3: eight numbers on their way at once
+# ### GELU v3: eight loads in flight
 #
-# v2 moves as few bytes as can be. What keeps it from the limit, if anything does, is waiting. A number from a card's
-# memory takes hundreds of clock cycles to arrive, its *latency*. To move $W$ bytes a second with a latency of $t$
-# seconds, at any time
+# v2 moves the minimum number of bytes. If it does not reach the bandwidth limit, it is because of waiting. A load from
+# a GPU's memory (HBM) takes hundreds of clock cycles, its *latency*. To move $W$ bytes per second with a latency of $t$
+# seconds,
 #
 # $$ W \cdot t $$
 #
-# bytes must be on their way, as the flow of a pipe times the time through it is what the pipe holds. A thread of v2
-# asks for one number and can do nothing until it is there; all bytes on their way are those of other threads, and how
-# many threads a card holds is limited.
+# bytes must be in flight at any time, just as the content of a pipe is its flow times the time that the flow takes to
+# pass through it. Keeping enough loads in flight is called *latency hiding*. A thread of v2 issues one load and then
+# waits for it, so all bytes in flight come from other threads, and the number of threads on an SM is limited.
 #
-# v3 gives a thread 8 numbers, THREADS apart, so that each read of a warp is still coalesced, and asks for all 8
-# before it needs the first. Two loops are written for that: no read can move ahead of a write that the program puts
-# first, since the compiler cannot know that `out` and `inp` are not the same memory.
+# v3 gives each thread 8 elements, THREADS apart, so that each load of a warp is still coalesced, and it issues all 8
+# loads before it needs the first result. It uses two loops for that: the compiler cannot move a load ahead of an
+# earlier store, because it does not know that `out` and `inp` do not overlap.
 
 # %%
 pictures.source(gelu_cuda.kernel_v3)
 
 # %% [markdown]
-# The order in which one thread reads (`r`) and writes (`w`), from the recording; a run of `r` is what is on its way
-# at once. (In the simulator, the model's kernel gives a thread 2 numbers and not 8, to have fewer of them to go
-# through.)
+# The recording shows the order of loads (`r`) and stores (`w`) of one thread; a run of `r` is what can be in flight at
+# once. (In the simulator the model's kernel gives a thread 2 elements instead of 8, to keep it fast.)
 
 # %%
 for rung in gelu_cuda.FORWARD.rungs:
@@ -402,8 +399,8 @@ ladder.check(gelu_cuda.FORWARD)
 pictures.show(pictures.draw_counts(ladder.counts(gelu_cuda.FORWARD)))
 
 # %% [markdown]
-# v2, v3 and the model's are the same in this picture: the count knows what is moved, not how long it is waited for.
-# On a card the next cell measures what is left between them.
+# v2, v3 and the model's version look the same in this picture: it counts what is moved, not how long the threads wait
+# for it. On a GPU the next cell measures the difference.
 
 # %%
 found = timing.show_times(gelu_cuda.FORWARD)
@@ -413,12 +410,13 @@ if found:
 # %% [markdown]
 # ## Residual and LayerNorm on a GPU
 #
-# The same three ideas as on the CPU, with registers in the place of the cache: v1 starts two kernels, and the second
-# reads the sum as often as the formula names it. v2's second kernel is the model's LayerNorm, which reads a row once
-# and keeps it in its threads' registers. v3 is one kernel: it writes the sum and never reads it.
+# The same three ideas as on the CPU, with registers instead of the cache. v1 launches two kernels, and the second one
+# reads the sum as often as the formula mentions it. v2's second kernel is the model's LayerNorm, which reads a row once
+# and keeps it in the registers of its threads. v3 is a single kernel: it writes the sum and never reads it.
 #
-# (`block_sum` adds up a number of each thread of a block, as `sum_of_block` did in lesson 01; this one is the
-# model's. Lesson 07 is about such sums. `cuda.local.array` is an array of a thread's own, which lives in registers.)
+# (`block_sum` adds one element per thread over a block, like `sum_of_block` in lesson 01; this one is the model's.
+# Lesson 07 is about such sums. `cuda.local.array` is an array that is private to a thread; here it is kept in
+# registers.)
 
 # %%
 pictures.source(residual_cuda.add_kernel, residual_cuda.normalise_kernel, residual_cuda.residual_layernorm_forward_v1)
@@ -430,14 +428,14 @@ pictures.source(residual_cuda.make_kernel_v3)
 ladder.check(residual_cuda.FORWARD)
 
 # %% [markdown]
-# Now we count sectors, array by array, and divide by the number of elements. A sector holds 8 numbers, so an array
-# that is passed through once counts 1. The weight and the bias are left out: they are read for every row, but they
-# are the same few kilobytes, which stay in the cache.
+# Now count the sectors per array and divide by the number of elements. A sector holds 8 elements, so an array that is
+# accessed once counts as 1. The weight and the bias are left out: every row reads them, but they are the same few
+# kilobytes, which stay in the cache.
 
 
 # %%
-def numbers_moved(trace):
-    """(array, kind) -> numbers moved for an element of the large arrays, whole sectors counted."""
+def elements_moved(trace):
+    """(array, kind) -> elements moved per element of the large arrays, counted in whole sectors."""
     sizes = {name: math.prod(shape) for name, (space, shape, _) in trace.arrays.items() if space == "global"}
     per_sector = counting.SECTOR // 4
     return {
@@ -447,7 +445,9 @@ def numbers_moved(trace):
     }
 
 
-moved = {ladder.title(r): numbers_moved(ladder.trace_of(r, residual_cuda.FORWARD)) for r in residual_cuda.FORWARD.rungs}
+moved = {
+    ladder.title(r): elements_moved(ladder.trace_of(r, residual_cuda.FORWARD)) for r in residual_cuda.FORWARD.rungs
+}
 figure, axis = pictures.new(width=9, height=2.8)
 parts = [("inp1", "read"), ("inp2", "read"), ("residual", "write"), ("residual", "read"), ("out", "write")]
 left = np.zeros(len(moved))
@@ -459,7 +459,7 @@ for row, total in enumerate(left):
     axis.text(total + 0.08, row, f"{total:.0f}", va="center", fontsize=9)
 axis.axvline(4, color="0.3", linestyle="--", linewidth=1)
 axis.set(
-    yticks=range(len(moved)), yticklabels=map(pictures.short, moved), xlabel="numbers moved for an element; needed: 4"
+    yticks=range(len(moved)), yticklabels=map(pictures.short, moved), xlabel="elements moved per element; minimum: 4"
 )
 axis.set_xlim(0, 8)
 axis.invert_yaxis()
@@ -475,25 +475,25 @@ if found:
 # %% [markdown]
 # ## Half the bytes
 #
-# When nothing can be left out any more, what is left can be made smaller. A number of 2 bytes in the place of 4
-# halves all that is moved in this lesson. The model's kernels take such numbers too: *bfloat16*, which is the
-# upper half of a float32 (lesson 08 says what it costs). They widen it when it has been read, compute in float32, and
-# narrow the result. For NumPy here it is an array of `uint16`.
+# When nothing more can be left out, the elements themselves can become smaller. With 2 bytes instead of 4, this
+# lesson's memory traffic halves. The model's kernels support this with *bfloat16*, the upper half of a float32 (lesson
+# 08 explains what it costs). They convert each element to float32 after loading it, compute in float32, and round the
+# result. For NumPy such an array has the dtype `uint16`.
 
 # %%
 n = 1024
 for dtype in (np.float32, np.uint16):
     trace = tracing.simulate(gelu_cuda.gelu_forward, out=np.zeros((1, 1, n), dtype), inp=np.zeros((1, 1, n), dtype))
     sectors = counting.total(trace)["global sectors"]
-    each = f"{counting.SECTOR * sectors / n:.0f} bytes an element"
-    print(f"{np.dtype(dtype).itemsize} bytes a number: {sectors} sectors, {each}")
+    each = f"{counting.SECTOR * sectors / n:.0f} bytes per element"
+    print(f"{np.dtype(dtype).itemsize} bytes per element of the array: {sectors} sectors, {each}")
 
 # %% [markdown]
-# ## Your turn: a bias and GELU
+# ## Exercise: bias and GELU
 #
-# The product before GELU adds a bias to each of its columns. Fuse this addition with GELU, in a kernel whose grid has
-# a fixed size, so that each thread goes on through the array until nothing is left: a *grid-stride loop*. `check`
-# knows where threads meet, and which element nobody wrote.
+# The matmul before GELU adds a bias to each column. Fuse this addition with GELU, in a kernel with a grid of fixed
+# size, so that each thread moves on through the array until nothing is left: a *grid-stride loop*. `check` finds races
+# and elements that were never written.
 
 # %%
 exercise.show("bias_gelu")
@@ -504,22 +504,22 @@ exercise.check("bias_gelu")
 # %% [markdown]
 # ## Why not fuse everything?
 #
-# GELU could also be the last thing that the product before it does with its results, while they are in registers: no
-# pass of its own at all. The model does not do so. Training needs GELU's *input* again in the backward pass, so that
-# the product has to write it anyway, and GELU's result besides, and of the three numbers an element only one is
-# saved; while the product's inner loop, which decides about most of a step's time, gets longer and needs more
-# registers. Whether a fusion pays is found by counting first and measuring afterwards.
+# The matmul could also apply GELU to its results while they are in registers, without a separate pass. The model does
+# not do that. Training needs GELU's *input* again in the backward pass, so the matmul would have to write it anyway,
+# and GELU's output too: of three elements only one is saved. And the matmul's inner loop, which dominates the time of a
+# step, would become longer and need more registers. To find out whether a fusion pays, count first and measure
+# afterwards.
 #
-# ## To take away
+# ## Summary
 #
-# - Count the bytes that a layer *needs*: each input read once, each output written once. Divide by the machine's
-#   bandwidth: that is its shortest time, and no cleverness beats it.
-# - Count the bytes that it *moves*. The quotient of the two is what fusion can win.
-# - Few bytes are not enough: on a CPU the loop must be made of vector instructions, on a GPU reads must be coalesced
-#   and enough of them on their way at once.
-# - What is cheap to compute again need not be kept.
+# - Count the bytes that a layer *needs*: each input read once, each output written once. Divide by the bandwidth: no
+#   program is faster than that.
+# - Count the bytes that it *moves*. The ratio of the two is what fusion can gain.
+# - Few bytes are not enough. On a CPU the loop must be vectorised; on a GPU loads must be coalesced, with enough of
+#   them in flight.
+# - What is cheap to recompute need not be stored.
 #
 # Sources: Hendrycks and Gimpel 2016, *Gaussian Error Linear Units*,
 # [arXiv:1606.08415](https://arxiv.org/abs/1606.08415); He et al. 2015, *Deep Residual Learning*,
-# [arXiv:1512.03385](https://arxiv.org/abs/1512.03385); Williams, Waterman and Patterson 2009, *Roofline: an
-# insightful visual performance model for multicore architectures*, CACM 52(4).
+# [arXiv:1512.03385](https://arxiv.org/abs/1512.03385); Williams, Waterman and Patterson 2009, *Roofline: an insightful
+# visual performance model for multicore architectures*, CACM 52(4).

@@ -1,16 +1,18 @@
 # %% [markdown]
-# # Reductions: many numbers become one
+# # Reductions: from many elements to one
 #
-# **Goal.** To add up numbers with many hands, without losing any, fast, and with the same bits every time. It sounds
-# like nothing. It is where parallel programs go wrong most often: a sum is written by everybody.
+# **Goal.** Add up many elements in parallel: without losing any, fast, and with the same bits every time. It sounds
+# trivial, but it is where parallel programs go wrong most often, because many threads want to write the same sum.
 #
-# **Where it comes up.** Three times in every training step:
+# **Where it occurs.** Three times in every training step:
 #
-# - the *norm of the gradients* is the root of one sum over all of them; where it is too large, they are made smaller;
-# - the *embedding's gradient*: a token stands at many places of a text, and each hands its gradient to the same row;
+# - the *gradient norm* is the square root of one sum over all gradients; if it is too large, the gradients are scaled
+#   down;
+# - the *embedding's gradient*: a token occurs at many positions of a text, and each position adds its gradient to the
+#   same row;
 # - the gradients of LayerNorm's *weight and bias*, and of every bias: sums over all rows.
 #
-# **What you need.** Lesson 01: `prange`, and of CUDA threads, blocks, warps, shared memory and the barrier
+# **Prerequisites.** Lesson 01: `prange`, and the CUDA terms thread, block, warp, shared memory and the barrier
 # `syncthreads`.
 
 # %%
@@ -30,13 +32,12 @@ rng = np.random.default_rng(7)
 # %% [markdown]
 # ## A sum has an order
 #
-# On paper, $a + (b + c) = (a + b) + c$. In a computer each addition rounds to the nearest number that there is: a
-# float32 has 24 binary digits, about 7 decimal ones. A small number that is added to a large one loses its last digits,
-# and which ones it loses depends on what stood there already. So **the result of a sum depends on the order of its
-# additions.**
+# On paper, $a + (b + c) = (a + b) + c$. A computer rounds each result to the nearest representable value: a float32 has
+# 24 binary digits, about 7 decimal ones. When a small value is added to a large one, its last digits are lost, and
+# which ones depends on the sum so far. So **the result of a sum depends on the order of its additions.**
 #
-# Here are the same 10,000 numbers, in float32, added up in many different orders, one after the other. The dashed line
-# is the exact sum.
+# The next cell adds the same 10,000 float32 values one by one in many different orders. The dashed line is the exact
+# sum.
 
 # %%
 numbers = rng.standard_normal(10_000).astype(np.float32)
@@ -51,18 +52,18 @@ pictures.show(figure)
 print(f"{len(sums)} orders, {len(set(sums))} different results, all of them near {right:.4f}")
 
 # %% [markdown]
-# None of these is wrong. But if a program adds in an order that changes from run to run, because whoever comes first
-# adds first, then two runs of the same training differ in the last digit of one number. A thousand steps later they are
-# two different models, and whether a change of the code changed anything can no longer be seen by looking. This project
-# therefore asks for **the same bits from the same input, whatever the number of threads**. It is called being
-# *deterministic*, and we shall see what it costs.
+# None of these results is wrong. But suppose a program adds in an order that changes from run to run, because whichever
+# thread arrives first adds first. Then two runs of the same training differ in the last digit of one value. A thousand
+# steps later they are two different models, and you can no longer see whether a change to the code changed anything.
+# This project therefore requires **the same bits from the same input, for any number of threads**. Such a program is
+# *deterministic*. Below we will see what that costs.
 #
 # ### A tree is not only parallel
 #
-# Some orders are also better than others. Adding one after the other, *sequentially*, the sum gets large and each
-# further number is rounded at the scale of the sum: n roundings, each larger than the one before. A *tree* adds pairs,
-# then pairs of these sums, and so on: each number goes through $\log_2 n$ additions only. Between the two lies what the
-# CPU's rungs will do: *blocks* that are added up sequentially, and then the blocks' sums.
+# Some orders are also more accurate than others. Adding one element after the other, *sequentially*, makes the sum
+# large, and each further element is rounded at the scale of the sum: n roundings, each larger than the one before. A
+# *tree* adds pairs, then pairs of these sums, and so on: each element goes through only $\log_2 n$ additions. The CPU
+# rungs will do something in between: sequential sums of *blocks*, and then the sum of the blocks' sums.
 
 
 # %%
@@ -82,7 +83,7 @@ def blocks(x):
 
 sizes = [2**k for k in range(4, sized(21, 15))]
 figure, axis = pictures.new(width=7, height=3)
-for i, (add, label) in enumerate(((sequential, "one after the other"), (blocks, "blocks of 256"), (tree, "tree"))):
+for i, (add, label) in enumerate(((sequential, "sequential"), (blocks, "blocks of 256"), (tree, "tree"))):
     errors = []
     for n in sizes:
         drawn = [rng.random(n, np.float32) for _ in range(sized(20, 5))]
@@ -90,19 +91,19 @@ for i, (add, label) in enumerate(((sequential, "one after the other"), (blocks, 
     axis.loglog(sizes, np.maximum(errors, 1e-9), marker="o", markersize=3, color=pictures.COLOURS[i], label=label)
 axis.axhline(2**-24, color="0.5", linestyle="--", linewidth=1)
 axis.set_title("dashed: half a unit in the last place of a float32", fontsize=8, color="0.4")
-axis.set(xlabel="numbers added up", ylabel="relative error, float32")
+axis.set(xlabel="number of elements", ylabel="relative error, float32")
 axis.legend(frameon=False)
 pictures.show(figure)
 
 # %% [markdown]
-# A third way is to add in a wider type. The square of a float32 is exact in float64, which has 53 digits, and there a
-# sum of a billion of them still has more than a float32 can show. The norm is one number, computed once a step; it is
-# taken in float64.
+# A third way is to add in a wider type. The square of a float32 is exact in float64, which has 53 binary digits, and
+# even a sum of a billion such squares is more accurate than a float32 can represent. The gradient norm is a single
+# value that is computed once per step, so it is computed in float64.
 #
-# ## The norm, on a CPU
+# ## The norm on a CPU
 #
-# The sum to be computed is $\sum_i g_i^2$ over all gradients. It reads every gradient once and writes one number, so
-# the limit is the speed at which memory can be read.
+# We want the sum $\sum_i g_i^2$ over all gradients. It reads every gradient once and writes one element, so the limit
+# is the read bandwidth of memory.
 #
 # ### v1: one core
 
@@ -112,25 +113,25 @@ pictures.source(oracle.global_norm_squared, reductions_cpu.global_norm_squared_v
 # %% [markdown]
 # ### All cores, and why `+=` races
 #
-# Now `prange` instead of `range`, and the result is written where it belongs at once. It looks harmless.
+# Now replace `range` by `prange` and write the result directly to its destination. It looks harmless.
 
 # %%
 pictures.source(reductions_cpu.global_norm_squared_racing)
 
 # %% [markdown]
-# But `out[0] += x` is not one action. It is three: *read* `out[0]`, *add*, *write* `out[0]`. If two cores read the same
-# old value, each adds its own number, and the second to write wipes out what the first has added:
+# But `out[0] += x` is not one operation. It is three: *read* `out[0]`, *add*, *write* `out[0]`. If two cores read the
+# same old value, each adds its own element, and the second write overwrites the first:
 #
 # ```
 # core 0: reads 10            adds 3   writes 13
 # core 1:          reads 10            adds 5   writes 15      3 is lost
 # ```
 #
-# This is a *race*: the result depends on who comes first. What is lost differs from run to run, and where the cores
-# happen not to work at the same moment it is nothing at all. That is what makes races hard to find by testing. So we do
-# not rely on bad luck: the lessons' recorder runs the function as plain Python, notes who reads and writes what, and
-# needs only *one* run to see that two iterations meet at an element. The cell after it runs the compiled function, with
-# whatever luck this machine has.
+# This is a *race*: the result depends on the timing. How much is lost differs from run to run, and if the cores do not
+# happen to work at the same moment, nothing is lost. That makes races hard to find by testing. So we do not rely on bad
+# luck: the lessons' recorder runs the function as plain Python, records who reads and writes what, and needs only *one*
+# run to see that two iterations access the same element. The cell after it runs the compiled function; its result
+# depends on this machine's timing.
 
 # %%
 given = arguments(reductions_cpu.NORM.problem, dict(n=97))
@@ -138,38 +139,38 @@ print(faults.faults(tracing.simulate_cpu(reductions_cpu.global_norm_squared_raci
 
 # %%
 given = arguments(reductions_cpu.NORM.problem, dict(n=sized(1 << 24, 1 << 14)))
-print(f"right:  {np.sum(given['grads'].astype(np.float64) ** 2):.3f}")
+print(f"exact:  {np.sum(given['grads'].astype(np.float64) ** 2):.3f}")
 for _ in range(5):
     reductions_cpu.global_norm_squared_racing(*given.values())
     print(f"racing: {given['out'][0]:.3f}")
 
 # %% [markdown]
-# (If about half of it is missing: the compiler, which knows nothing of other cores, lets each of two cores add up in a
-# register and write at the end. The last to write wins, and the other's whole work is lost.)
+# (If about half of the sum is missing: the compiler knows nothing about other cores. It lets each core sum in a
+# register and write at the end. The last write wins, and the other core's whole work is lost.)
 #
-# ### v2: a sum for each thread
+# ### v2: one sum per thread
 #
-# The way out is always the same: **give every number that is written one owner.** Let each thread add up its share in a
-# variable of its own, and in the end add the few shares. Numba does this by itself where it sees that a parallel loop
-# only adds to a local variable. So this looks like v1, with one `p` more:
+# The solution is always the same: **give every element that is written exactly one owner.** Each thread adds up its
+# share in a private variable, and the few partial sums are added at the end. Numba does this by itself when it sees
+# that a parallel loop only adds to a local variable. So the code looks like v1 with one more `p`:
 
 # %%
 pictures.source(reductions_cpu.global_norm_squared_v2)
 
 # %% [markdown]
-# ### v3: blocks that do not know the threads
+# ### v3: blocks that do not depend on the threads
 #
-# v2 is right. But its order of additions depends on how many threads there are, and so do its last
-# bits. v3 cuts the numbers into blocks of a fixed size. Whoever computes a block, its sum is the same. The blocks' sums
-# get places of their own, in `scratch`, and are added in order. Two threads or two hundred, it is the same tree of
-# additions.
+# v2 is correct. But its order of additions depends on the number of threads, and so do its last bits. v3 splits the
+# elements into blocks of a fixed size. A block's sum is the same whichever thread computes it. The blocks' sums are
+# stored separately, in `scratch`, and added in order. With two threads or two hundred, the additions form the same
+# tree.
 
 # %%
 pictures.source(reductions_cpu.global_norm_squared_v3)
 
 # %% [markdown]
-# Python shows the bits of a float with `hex()`. The next cell takes both functions with each number of threads that
-# this machine has. (With one thread only there is nothing to compare.)
+# In Python, `hex()` shows the bits of a float. The next cell runs both functions with every number of threads that this
+# machine has. (With a single thread there is nothing to compare.)
 
 # %%
 given = arguments(reductions_cpu.NORM.problem, dict(n=sized(1_000_003, 100_003)))
@@ -185,8 +186,9 @@ for rung in (reductions_cpu.global_norm_squared_v2, reductions_cpu.global_norm_s
 assert len(set(bits)) == 1, "v3 must have the same bits with any number of threads"
 
 # %% [markdown]
-# The last rung is the model's. It has v3's blocks; within a block it lets the compiler regroup the sum, so that a
-# vector register holds several sums at a time. That is a fixed order too: it was chosen when the function was compiled.
+# The last rung is the model's. It uses v3's blocks; within a block it lets the compiler reorder the sum, so that a
+# vector register holds several partial sums. This order is fixed too: the compiler chose it when it compiled the
+# function.
 
 # %%
 ladder.check(reductions_cpu.NORM)
@@ -194,32 +196,34 @@ found = timing.show_times(reductions_cpu.NORM)
 pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
-# What does determinism cost? v3 has one number in 16384 more to write than v2; the table says whether that can be seen.
+# What does determinism cost? Compared with v2, v3 writes one more element per block of 16384. Compare v2 and v3 in the
+# table to see whether that is visible. The model's version has the same fixed blocks, and its sums are vectorised: a
+# fixed order need not be slow.
 #
-# ## The norm, on a GPU
+# ## The norm on a GPU
 #
-# On a CPU there are a handful of owners. A GPU has a hundred thousand threads, and reading memory fast needs all of
-# them, so "a sum for each thread" leaves a hundred thousand sums. How to bring these together is what the rungs are
-# about.
+# A CPU has a handful of owners. A GPU has a hundred thousand threads and needs all of them to read memory at full
+# speed, so "one sum per thread" leaves a hundred thousand sums. The rungs differ in how they combine them.
 #
 # ### v1: atomics
 #
-# For sums that all write, the hardware offers *atomic* additions: read, add and write as one action, that nobody can
-# step into. `cuda.atomic.add(out, 0, x)` adds x to `out[0]`, and nothing is lost. A thread for each number, one atomic
-# addition each: correct at once. (`clear_kernel` sets `out[0]` to zero first.)
+# For sums that many threads write, the hardware offers *atomic* additions: read, add and write as one operation that no
+# other thread can interrupt. `cuda.atomic.add(out, 0, x)` adds x to `out[0]`, and nothing is lost. With one thread and
+# one atomic addition per element, the result is correct right away. (`clear_kernel` first sets `out[0]` to zero.)
 
 # %%
 pictures.source(reductions_cuda.norm_kernel_v1, reductions_cuda.global_norm_squared_v1)
 
 # %% [markdown]
-# Correct, yes. But at one address only one atomic addition can happen at a time: a hundred thousand threads stand in
-# one queue, and it is as if the card had one core. And who comes first adds first: the order, and so the last bits,
-# change from run to run.
+# It is correct, but only one atomic addition can happen at an address at a time. A hundred thousand threads wait in one
+# queue, as if the GPU had a single core. And whichever thread comes first adds first: the order, and with it the last
+# bits, change from run to run.
 #
-# ### v2: first alone
+# ### v2: private sums first
 #
-# A thread first adds up EACH numbers in a register of its own: no queue, and EACH times fewer atomics. It takes numbers
-# that are THREADS apart, so that the 32 threads of a warp read 32 neighbours at a time.
+# Each thread first adds up EACH elements in a register, without any queue. This needs EACH times fewer atomics. Its
+# elements are THREADS apart, so that the 32 threads of a warp read 32 consecutive elements at a time: the reads are
+# coalesced.
 
 # %%
 pictures.source(reductions_cuda.sum_of_thread, reductions_cuda.norm_kernel_v2)
@@ -227,10 +231,11 @@ pictures.source(reductions_cuda.sum_of_thread, reductions_cuda.norm_kernel_v2)
 # %% [markdown]
 # ### v3: a tree in shared memory
 #
-# The threads of a block see each other's numbers in *shared memory*. Each puts its sum there. Then thread 0 adds thread
-# 1's number to its own, thread 2 thread 3's, and so on; next, thread 0 adds what thread 2 has, thread 4 what thread 6
-# has; after $\log_2$ THREADS rounds the block's sum is at place 0. Between two rounds all must wait for each other, or
-# somebody reads a place before it is ready. Only thread 0 goes to the queue.
+# The threads of a block can exchange data through *shared memory*. Each thread stores its sum there. Then thread 0 adds
+# the sum of thread 1 to its own, thread 2 that of thread 3, and so on. In the next round thread 0 adds the sum of
+# thread 2, thread 4 that of thread 6. After $\log_2$ THREADS rounds element 0 contains the block's sum. Between two
+# rounds all threads must wait for each other, or one of them reads an element before it is ready. Only thread 0
+# executes an atomic addition.
 
 # %%
 pictures.source(reductions_cuda.norm_kernel_v3)
@@ -238,7 +243,7 @@ pictures.source(reductions_cuda.norm_kernel_v3)
 
 # %%
 def draw_tree(axis, title, pairs_of):
-    """16 numbers at the top; a line from each number to where it is added."""
+    """16 elements at the top; lines lead to where each of them is added."""
     step, rows = 1, 4
     for row in range(rows):
         for to, other in pairs_of(row):
@@ -253,20 +258,24 @@ def draw_tree(axis, title, pairs_of):
 
 
 figure, axes = pictures.new(1, 2, width=9, height=2.8)
-draw_tree(axes[0], "v3: neighbours", lambda row: [(t, t + 2**row) for t in range(0, 16, 2 ** (row + 1))])
-draw_tree(axes[1], "v4: folded in the middle", lambda row: [(t, t + 8 // 2**row) for t in range(8 // 2**row)])
+draw_tree(axes[0], "v3: adjacent pairs", lambda row: [(t, t + 2**row) for t in range(0, 16, 2 ** (row + 1))])
+draw_tree(axes[1], "v4: folded in half", lambda row: [(t, t + 8 // 2**row) for t in range(8 // 2**row)])
 pictures.show(figure)
 
 # %% [markdown]
-# ### v4: fold it in the middle
+# ### v4: fold in the middle
 #
-# A warp's 32 threads act together: an instruction that a single one of them needs takes the time of all. In v3 the
-# threads that still work are spread out, every second, every fourth one: every warp has some of them and goes along to
-# the end, mostly idle. So let the first half of the threads add what the second half has, then the first quarter: those
-# who work stay side by side, and whole warps are done after the first rounds. It also reads neighbouring places, and
-# that suits shared memory, which is made of 32 *banks*: a 4-byte word in each, in turn. A bank gives one word at a
-# time. Words side by side come from different banks, in one *turn*; words that are 2, 4 or 8 apart share banks, and the
-# warp waits for 2, 4 or 8 turns. (A float64 is two words, so that 32 of them take two turns at best.)
+# The 32 threads of a warp execute the same instructions together: if a single one of them has work in a branch, the
+# whole warp takes part. This is *divergence*. In v3 the active threads are spread out, every second, then every fourth
+# thread. So in the first five rounds every warp takes part, with fewer and fewer of its threads active. In v4 the first
+# half of the threads adds the second half's sums, then the first quarter adds the second quarter's. The active threads
+# stay next to each other, and whole warps are finished after the first rounds.
+#
+# Which elements of shared memory a warp accesses together matters as well. Shared memory has 32 *banks*, and
+# consecutive 4-byte words are in consecutive banks. A bank delivers one word at a time. If several threads of a warp
+# access different words in the same bank, the accesses are serialised: a *bank conflict*, 8-way if 8 of them meet in
+# one bank. Neither v3 nor v4 has such conflicts: in both, a warp accesses a span of at most 32 consecutive elements at
+# a time. (A float64 occupies two words, so 32 of them always need two accesses.)
 
 # %%
 pictures.source(reductions_cuda.sum_of_block, reductions_cuda.norm_kernel_v4)
@@ -274,26 +283,26 @@ pictures.source(reductions_cuda.sum_of_block, reductions_cuda.norm_kernel_v4)
 # %%
 for rung in (reductions_cuda.global_norm_squared_v3, reductions_cuda.global_norm_squared_v4):
     trace = ladder.trace_of(rung, reductions_cuda.NORM)
-    title = f"{rung.__name__}: which places the second warp of the first block touches"
+    title = f"{rung.__name__}: elements accessed by the second warp of the first block"
     pictures.show(pictures.draw_warp(trace, "shared", launch=1, warp=1, steps=20, title=title))
 
 # %% [markdown]
-# The picture shows the second warp of a block of two, threads 32 to 63: an access of the warp a line. In v3 it comes
-# back, round after round, for fewer and fewer of its threads. In v4 it writes its numbers, and is done: the first warp
-# alone reads them and goes on. (Its one look at place 0 is for the block's sum, at the end.)
+# The picture shows the second warp of a block of two warps, threads 32 to 63, with one access of the warp per line. In
+# v3 this warp returns round after round for fewer and fewer of its threads. In v4 it writes its elements and is
+# finished; only the first warp reads them and continues. (Its single read of element 0 is the block's sum, at the end.)
 #
-# ### v5: no queue at all
+# ### v5: no atomics at all
 #
-# What is left is one atomic addition for each block: no longer slow, but still in whatever order the blocks end. So
-# each block writes its sum to a place of its own, and a second kernel, a single block, adds these in its own fixed
-# tree. The end of the first kernel is the barrier between the two: that all blocks have written is certain only then.
-# It is v3 of the CPU's ladder, with one more level.
+# One atomic addition per block remains. It is no longer slow, but the order still depends on which block finishes
+# first. So in v5 each block writes its sum to an element of its own, and a second kernel, a single block, adds these in
+# a fixed tree. The end of the first kernel acts as the barrier between the two: only then is it certain that all blocks
+# have written. This is v3 of the CPU's ladder with one more level.
 
 # %%
 pictures.source(reductions_cuda.norm_kernel_v5, reductions_cuda.sum_kernel, reductions_cuda.global_norm_squared_v5)
 
 # %% [markdown]
-# The check runs in the simulator, which sees races. Atomics do not race with each other, and are not complained of.
+# The check runs in the simulator, which detects races. Atomics do not race with each other and are not reported.
 
 # %%
 ladder.check(reductions_cuda.NORM)
@@ -304,7 +313,7 @@ atomics = {name: sum(access.kind == "atomic" for access in trace.accesses) for n
 figure, axis = pictures.new(width=8, height=2.6)
 drawn = axis.barh(range(len(atomics)), list(atomics.values()), color=[pictures.colour_of(name) for name in atomics])
 axis.bar_label(drawn, padding=3, fontsize=8)
-axis.set(yticks=range(len(atomics)), yticklabels=map(pictures.short, atomics), xlabel="additions in one queue")
+axis.set(yticks=range(len(atomics)), yticklabels=map(pictures.short, atomics), xlabel="atomic additions to one address")
 axis.invert_yaxis()
 pictures.show(figure)
 
@@ -312,10 +321,13 @@ pictures.show(figure)
 pictures.show(pictures.draw_counts({name: counting.total(trace) for name, trace in traces.items()}))
 
 # %% [markdown]
-# All rungs read the same gradients. What they differ in is what happens afterwards: v1 and v2 in the queue, v3 and v4
-# in shared memory. (The model's own kernel adds the 32 numbers of a warp by *shuffles*, in which a thread reads
-# another's register. The simulator does not know them, and puts something simpler in their place: the last bars on the
-# right are the stand-in's, not the card's.)
+# All rungs read the same gradients. They differ in what happens afterwards: v1 and v2 spend their time on atomics, v3
+# and v4 on shared memory. (The model's kernel adds the 32 elements of a warp with *shuffles*, in which a thread reads
+# another thread's register. The simulator does not support them and uses a simpler substitute: the last bars on the
+# right show the substitute, not the GPU.)
+#
+# In the times below, v3, v4 and v5 are close together: once the atomics are gone, the kernels are limited by reading
+# the gradients, and the tree is a small part. So on a GPU determinism costs next to nothing here: compare v5 with v4.
 
 # %%
 found = timing.show_times(reductions_cuda.NORM)
@@ -325,15 +337,15 @@ if found:
 # %% [markdown]
 # ## The embedding's gradient
 #
-# The first layer of the model looks things up: row t of a text gets the *embedding* of its token, row `tokens[b, t]` of
-# the table `wte`, plus that of its position, `wpe[t]`. Backwards, each row of gradients goes where the number came
-# from:
+# The model's first layer is a lookup: row t of a text is the *embedding* of its token, row `tokens[b, t]` of the table
+# `wte`, plus the embedding of its position, `wpe[t]`. In the backward pass each row of gradients goes back to the rows
+# it came from:
 #
 # $$ dwte_{v} \mathrel{+}= \sum_{(b,t):\ tokens_{bt} = v} dout_{bt} \qquad dwpe_t \mathrel{+}= \sum_b dout_{bt} $$
 #
-# It is a reduction whose groups are told by the data: nobody knows beforehand how many rows a token gets. In all
-# languages a few tokens are everywhere and most are rare. Take as text the source of this project's float64 formulas,
-# and as tokens its letters:
+# This is a reduction whose groups depend on the data: the number of rows per token is not known in advance. In every
+# language a few tokens are frequent and most are rare. As an example, take the source code of this project's float64
+# oracle as text and its characters as tokens:
 
 # %%
 text = inspect.getsource(oracle)
@@ -348,7 +360,8 @@ pictures.show(figure)
 print(f"{len(text)} rows of gradients, {len(set(text))} different tokens")
 
 # %% [markdown]
-# Where a loop over the rows is shared out, these meet: two positions with a space each add to the space's row.
+# If the loop over the rows runs in parallel, iterations meet: two positions with a space both add to the row of the
+# space.
 
 # %%
 pictures.source(reductions_cpu.encoder_backward_racing)
@@ -356,21 +369,21 @@ given = arguments(reductions_cpu.ENCODER.problem, dict(B=2, T=5, C=2, Vp=4))
 print(faults.faults(tracing.simulate_cpu(reductions_cpu.encoder_backward_racing, **given))[0])
 
 # %% [markdown]
-# Nothing is said of `dwpe`, and rightly so: row t of it is written by iteration t alone.
+# There is no report about `dwpe`, and rightly so: only iteration t writes its row t.
 #
 # ### On a CPU: v1 and v2
 #
-# v1 goes through the rows on one core. v2 looks for an owner, and finds one in the direction that does not depend on
-# the data: the *channels*. Channel c of the whole table belongs to whoever has channel c. He goes through all rows in
-# order, so the order of the additions is fixed, too.
+# v1 processes the rows on one core. v2 looks for an owner and finds one in the direction that does not depend on the
+# data: the *channels*. One task owns channel c of the whole table. It processes all rows in order, so the order of the
+# additions is fixed as well.
 
 # %%
 pictures.source(reductions_cpu.encoder_backward_v1, reductions_cpu.encoder_backward_v2)
 
 # %% [markdown]
-# But look at what v2 reads: one number of 4 bytes from each row, and each time a line of 64 bytes has to be fetched for
-# it. The model's own function, the last rung, gives each task 64 channels side by side: four whole lines, and a loop
-# over channels inside, for which there are vector instructions. Same owners, in larger pieces.
+# But look at what v2 reads: one element of 4 bytes per row, and for each of them a cache line of 64 bytes must be
+# loaded. The model's function, the last rung, gives each task 64 consecutive channels: four whole cache lines, with an
+# inner loop over channels that the compiler can vectorise. The principle is the same, with larger pieces.
 
 # %%
 ladder.check(reductions_cpu.ENCODER)
@@ -378,10 +391,10 @@ found = timing.show_times(reductions_cpu.ENCODER)
 pictures.show(pictures.draw_times(found))
 
 # %% [markdown]
-# ### Your turn, first
+# ### Exercise: the embedding's gradient
 #
-# Write it yourself, without a look at `llm_numba/cpu/encoder.py`: open `exercises/embedding_gradient.py`, put your code
-# where it raises `NotImplementedError`, save, and run the cell with `check` again.
+# Write it yourself, without looking at `llm_numba/cpu/encoder.py`: open `exercises/embedding_gradient.py`, replace the
+# `NotImplementedError` by your code, save the file, and run the cell with `check` again.
 
 # %%
 exercise.show("embedding_gradient")
@@ -392,24 +405,28 @@ exercise.check("embedding_gradient")
 # %% [markdown]
 # ### On a GPU
 #
-# Again the simplest is an atomic addition for each number (v1), and here the queues are many: each is only as long as
-# its token is common. But float32 sums in a changing order are what we do not want. v2 is the CPU's idea, a thread for
-# each channel: fixed order, but a card has a hundred times more threads than GPT-2 has channels, and all others look
-# on.
+# Again the simplest version is one atomic addition per element (v1). This time there are many queues, and each is only
+# as long as its token is frequent. But float32 sums in a changing order are what we want to avoid. v2 is the CPU's
+# idea, one thread per channel: the order is fixed, but a GPU runs a hundred times more threads than GPT-2 has channels,
+# and all others are idle.
 #
-# v3 gives a token's row a block of its own, which looks for its token in the whole batch. Now there are plenty of
-# owners. But each of them reads all the tokens, also those, and they are most of the 50,000, that do not occur at all.
+# v3 gives each row of the table a block of its own, which searches the whole batch for its token. Now there are plenty
+# of owners. But each of them reads all the tokens, including the blocks of tokens that do not occur at all, which are
+# most of the 50,000.
 
 # %%
 pictures.source(reductions_cuda.encoder_kernel_v1, reductions_cuda.encoder_kernel_v2, reductions_cuda.dwte_kernel_v3)
 
 # %% [markdown]
-# The model's own kernel turns it around: a block for each *position* of the batch. It looks at the tokens before it; if
-# its token has stood there already, then that position's block is the owner, and this one leaves. Otherwise it is the
-# owner: it makes a list of all later positions with its token, in order, and adds up those rows. Tokens that do not
-# occur have no block, and each that does has exactly one. It is in `llm_numba/cuda/encoder.py`, and worth reading. (In
-# the simulator its blocks have four threads only, so that it can be run at all. That is why its accesses look scattered
-# in the picture: on a card whole warps read side by side.)
+# The model's kernel turns this around: one block per *position* of the batch. It searches the earlier positions; if its
+# token occurs there, the block of that position is the owner, and this block exits. Otherwise it is the owner: it lists
+# all later positions with its token, in order, and adds up their rows. Tokens that do not occur have no block, and
+# every token that occurs has exactly one. The kernel is in `llm_numba/cuda/encoder.py` and worth reading. (In the
+# simulator its blocks have only four threads, to keep it fast. That is why its accesses look scattered in the picture;
+# on a GPU whole warps read consecutive elements.)
+#
+# In the times below, atomics (v1) are the fastest, because there are many queues. v2 and v3 are much slower, for the
+# reasons above. The difference between v1 and the model's version is the price of determinism.
 
 # %%
 ladder.check(reductions_cuda.ENCODER)
@@ -421,11 +438,11 @@ if found:
 # %% [markdown]
 # ## LayerNorm's weights
 #
-# The third reduction: `dweight[c]` is a sum over all rows of $dy_c\,\hat x_c$ (lesson 01). In the same pass over the
-# rows the input's gradient is made, and that wants an owner for each *row*, while `dweight` wants one for each
-# *channel*. Both at once there cannot be. The way out is v3's, once more: the rows are cut into pieces, in a number
-# that does not depend on the threads; each piece has a `dweight` of its own, a *share*, in scratch; and a second loop,
-# or kernel, adds the shares up, a channel to an owner, in order. This is the GPU's:
+# The third reduction: `dweight[c]` is a sum over all rows of $dy_c\,\hat x_c$ (lesson 01). The same pass over the rows
+# computes the input's gradient, which wants one owner per *row*, while `dweight` wants one owner per *channel*. Both at
+# once is impossible. The solution is v3's again: split the rows into pieces, in a number that does not depend on the
+# threads. Each piece has a `dweight` of its own in scratch, a *partial sum*. A second loop, or kernel, adds the partial
+# sums in order, with one owner per channel. This is the GPU version:
 
 # %%
 from llm_numba.cuda.layernorm import add_shares_kernel  # noqa: E402
@@ -433,10 +450,10 @@ from llm_numba.cuda.layernorm import add_shares_kernel  # noqa: E402
 pictures.source(add_shares_kernel)
 
 # %% [markdown]
-# Its twin on the CPU, run with every number of threads: the same bits.
+# Its CPU twin, run with every number of threads, gives the same bits:
 
 # %%
-from llm_numba.cpu.layernorm import layernorm_backward, layernorm_scratch_size  # noqa: E402
+from llm_numba.cpu.layernorm import layernorm_backward, layernorm_backward_scratch  # noqa: E402
 
 B, T, C = 2, 100, 64
 inp, dout = rng.standard_normal((2, B, T, C), np.float32)
@@ -445,29 +462,30 @@ results = set()
 for threads in range(1, most + 1):
     numba.set_num_threads(threads)
     dinp, dweight, dbias = np.zeros((B, T, C), np.float32), np.zeros(C, np.float32), np.zeros(C, np.float32)
-    scratch, weight = np.empty(layernorm_scratch_size(C), np.float32), np.ones(C, np.float32)
-    layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, True)
+    arguments = dinp, dweight, dbias, dout, inp, np.ones(C, np.float32), mean, rstd
+    scratch = np.empty(layernorm_backward_scratch(*arguments, True), np.float32)
+    layernorm_backward(*arguments, scratch, True)
     results.add((dweight.tobytes(), dbias.tobytes()))
 numba.set_num_threads(most)
 print(f"1 to {most} threads: {len(results)} result")
 assert len(results) == 1
 
 # %% [markdown]
-# ## What to take along
+# ## Summary
 #
-# | | loses nothing | same bits each time | many hands |
+# | | loses nothing | same bits each time | parallel |
 # |---|---|---|---|
-# | `+=` from everywhere | no | no | yes |
-# | atomic additions | yes | no | yes, but for the queue |
-# | a sum for each thread | yes | only with as many threads | yes |
-# | fixed pieces, each with an owner, then a fixed tree | yes | yes | yes |
+# | `+=` from all threads | no | no | yes |
+# | atomic additions | yes | no | yes, except for the queue |
+# | one sum per thread | yes | only with the same number of threads | yes |
+# | fixed pieces, one owner each, then a fixed tree | yes | yes | yes |
 #
-# Before you write a parallel loop, ask of every number that it writes: *who owns it?* If the answer is "it depends",
-# cut the work along another direction, or give each piece a place of its own and add the places up.
+# Before you write a parallel loop, ask about every element it writes: *who owns it?* If the answer is "it depends",
+# split the work along another direction, or give each piece its own memory and add the results.
 #
-# ## Your turn, once more
+# ## Exercise: column sums
 #
-# Write the second half of LayerNorm's reduction, or the first half of any bias's: sums of columns, on a GPU.
+# Write the second half of LayerNorm's reduction, or the first half of any bias gradient: column sums on a GPU.
 
 # %%
 exercise.show("column_sums")
@@ -476,11 +494,10 @@ exercise.show("column_sums")
 exercise.check("column_sums")
 
 # %% [markdown]
-# ## To go on
+# ## Further experiments
 #
-# - In `norm_kernel_v3`, what goes wrong if the `syncthreads` is put inside the `if`? Try it in a copy: the check says
-#   it.
-# - Write the embedding's gradient with the rows sorted by token first (`np.argsort(..., kind="stable")`): each token's
-#   rows are then neighbours. What does the sorting cost, and why must it be stable?
-# - `numba.set_num_threads` changed the last bits of v2. Which of NumPy's functions do the same on your machine?
-#   `np.dot` of two long vectors is a candidate.
+# - In `norm_kernel_v3`, what goes wrong if `syncthreads` is inside the `if`? Try it in a copy; the check reports it.
+# - Write the embedding's gradient with the rows sorted by token first (`np.argsort(..., kind="stable")`), so that each
+#   token's rows are adjacent. What does the sorting cost, and why must it be stable?
+# - `numba.set_num_threads` changed the last bits of v2. Which NumPy functions do the same on your machine? `np.dot` of
+#   two long vectors is a candidate.

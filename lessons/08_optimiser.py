@@ -1,12 +1,12 @@
 # %% [markdown]
-# # The optimiser: AdamW, and numbers of two bytes
+# # The optimiser: AdamW, and 2-byte elements
 #
-# **Goal.** The last op of a training step: it has the gradient of every parameter, and moves the parameters. First
-# the formula, each of its parts shown by what goes wrong without it. Then its kernels, which are bound by memory like
-# those of lesson 06. Then the question of how few bytes a parameter may have, which cannot be answered by speed
-# alone: where numbers are short, small steps get lost, and you will see how, and the two remedies.
+# **Goal.** Understand and write the last op of a training step, which has the gradient of every parameter and updates
+# the parameters. First comes the formula; for each of its parts you will see what goes wrong without it. Then come its
+# kernels, which are memory-bound like those of lesson 06. The last question is how few bytes a parameter can have.
+# Speed alone does not answer it: in short formats small updates get lost. You will see why, and two remedies.
 #
-# **What you need.** Lessons 01 and 06.
+# **Prerequisites.** Lessons 01 and 06.
 
 # %%
 import numpy as np
@@ -23,37 +23,37 @@ COLOURS = pictures.COLOURS
 # %% [markdown]
 # ## Down a valley
 #
-# The loss is a function of all parameters, and its gradient $g$ points uphill. *Gradient descent* takes a step
-# against it, of length $\eta$ (the *learning rate*) times the gradient's:
+# The loss is a function of all parameters, and its gradient $g$ points uphill. *Gradient descent* takes a step in the
+# opposite direction, $\eta$ (the *learning rate*) times as long as the gradient:
 #
 # $$ w \leftarrow w - \eta\, g $$
 #
-# Here is the smallest landscape in which that goes badly: two parameters, and a valley that is a thousand times as
-# steep across as along. A learning rate that is not to be thrown out of the valley sideways must be small; along the
-# valley it is then far too small.
+# The next cell shows the smallest landscape in which this works badly: two parameters, and a valley that is a thousand
+# times as steep across as along. The learning rate must be small, or the steps are thrown out of the valley sideways.
+# Along the valley it is then far too small.
 #
-# Two ideas help. **Momentum**: average the gradients of the last steps. What changes its sign from step to step,
-# across the valley, averages out; what stays, along it, adds up.
+# Two ideas help. **Momentum**: average the gradients of the last steps. Components that change their sign from step to
+# step, across the valley, average out. Components that stay the same, along the valley, add up.
 #
 # $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g $$
 #
-# is such an average: of the last gradients, each with a weight $\beta_1$ times that of the one after it; with
-# $\beta_1 = 0.9$ about the last ten count. **A scale for each parameter**: average the squares of the gradients in
-# the same way,
+# is such an average, a *moving average*: the weight of a gradient shrinks by a factor of $\beta_1$ per step. With
+# $\beta_1 = 0.9$, about the last ten gradients count. **A scale per parameter**: average the squares of the gradients
+# in the same way,
 #
 # $$ v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 $$
 #
-# and divide by the root of that. A step is then measured in units of the gradient's usual size, for each parameter by
-# itself, and steep or flat does not matter any more. Both together are *Adam*:
+# and divide by the square root. Each parameter's step is then measured in units of its gradient's typical size, and it
+# no longer matters whether a direction is steep or flat. Both ideas together are *Adam*:
 #
 # $$ w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon} $$
 #
-# (The hats come in a minute. $\epsilon = 10^{-8}$ keeps a parameter whose gradient is zero from $0/0$.)
+# (The hats are explained below. $\epsilon = 10^{-8}$ avoids $0/0$ for a parameter whose gradient is zero.)
 
 
 # %%
 def gradient(w):
-    """Of the loss (w[0]**2 + 1000 * w[1]**2) / 2."""
+    """Gradient of the loss (w[0]**2 + 1000 * w[1]**2) / 2."""
     return w * np.array([1.0, 1000.0])
 
 
@@ -89,14 +89,15 @@ for axis, step in zip(axes, (descent, momentum, adam), strict=True):
     axis.plot(path[:, 0], path[:, 1], ".-", color=COLOURS[0], linewidth=1, markersize=3)
     axis.plot(0, 0, "+", color=COLOURS[1], markersize=10)
     axis.set(title=f"{step.__name__}, 40 steps", xlim=(-2.1, 0.7), ylim=(-0.25, 0.25), xlabel="w[0]")
-    print(f"{step.__name__:>8}: ends {np.hypot(*path[-1]):.2f} from the lowest point")
+    print(f"{step.__name__:>8}: ends {np.hypot(*path[-1]):.2f} from the minimum")
 axes[0].set_ylabel("w[1]")
 pictures.show(figure)
 
 # %% [markdown]
-# Look at Adam's first steps: both coordinates move by the same amount, though one gradient is a hundred times the
-# other. While a gradient keeps its size and sign, $\hat m / \sqrt{\hat v}$ is $\pm 1$: **a step of Adam is about
-# $\eta$ long in each parameter, however large the gradient.** Multiply the loss by a thousand, and nothing changes:
+# Look at Adam's first steps: both coordinates move by the same amount, although one gradient is a hundred times the
+# other. As long as a gradient keeps its size and sign, $\hat m / \sqrt{\hat v}$ is $\pm 1$: **a step of Adam changes
+# each parameter by about $\eta$, however large the gradient is.** If the loss is multiplied by a thousand, nothing
+# changes:
 
 # %%
 path = walk(adam, 40)
@@ -106,15 +107,15 @@ print(f"the paths differ by {np.abs(path - louder).max():.0e} at most")
 # %% [markdown]
 # ## What the hats are for
 #
-# Both averages start from 0, and an average of ten or twenty steps that begins with 0 is too small at first. After
-# $t$ steps with a constant gradient, $m = (1 - \beta_1^t)\, g$ and $v = (1 - \beta_2^t)\, g^2$. Hence the correction:
+# Both averages start at 0, so an average over ten or twenty steps is too small at first. After $t$ steps with a
+# constant gradient, $m = (1 - \beta_1^t)\, g$ and $v = (1 - \beta_2^t)\, g^2$. Hence the *bias correction*:
 #
 # $$ \hat m = \frac{m}{1 - \beta_1^t} \qquad \hat v = \frac{v}{1 - \beta_2^t} $$
 #
-# Is a step too short without it, or too long? That depends. $m$ is too small by a factor $1 - \beta_1^t$, and the
-# root of $v$, by which it is divided, by $\sqrt{1 - \beta_2^t}$. With $\beta_2 = 0.999$, Adam's usual value, the
-# second is the smaller one for a long time, and the first steps, when one knows least, are the longest. With $\beta_2
-# = 0.95$, as GPT-3 was trained with and as this project does, the two nearly cancel, but for the first few steps. The
+# Is a step without the correction too short or too long? That depends. $m$ is too small by a factor of $1 - \beta_1^t$,
+# and the square root of $v$, by which it is divided, by a factor of $\sqrt{1 - \beta_2^t}$. With Adam's usual $\beta_2
+# = 0.999$ the second factor is the smaller one for a long time, so the first steps, when the least is known, are the
+# longest. With $\beta_2 = 0.95$, which GPT-3 and this project use, the two nearly cancel after the first few steps. The
 # picture shows the length of a step in units of $\eta$, for a constant gradient.
 
 # %%
@@ -123,27 +124,26 @@ figure, axis = pictures.new(width=6.5, height=2.8)
 for i, beta2 in enumerate((0.95, 0.999)):
     axis.plot(t, (1 - 0.9**t) / np.sqrt(1 - beta2**t), color=COLOURS[i], label=f"not corrected, beta2 = {beta2}")
 axis.plot(t, np.ones(t.size), color="0.4", linestyle="--", linewidth=1, label="corrected")
-axis.set(xscale="log", xlabel="step t", ylabel="length of a step, in rates", ylim=(0, None))
+axis.set(xscale="log", xlabel="step t", ylabel="length of a step / learning rate", ylim=(0, None))
 axis.legend(frameon=False)
 pictures.show(figure)
 
 # %% [markdown]
-# ## Weight decay, and why it stands apart
+# ## Weight decay, and why it is separate
 #
-# One also wants parameters that do nothing to fade away, so that the model does not rely on accidents: *weight decay*
-# makes each a little smaller at each step. In plain gradient descent it is the same whether one adds
-# $\frac{\lambda}{2} w^2$ to the loss, and so $\lambda w$ to the gradient, or subtracts $\eta \lambda w$ from the
-# parameter. In Adam it is not the same, since Adam divides the gradient by its usual size: a decay that is part of
-# the gradient is divided too. Parameters with large gradients would hardly decay, those with small ones would decay
-# at full step length.
+# Parameters that contribute nothing should fade away, so that the model does not rely on accidents. *Weight decay*
+# makes each parameter a little smaller in each step. In plain gradient descent there are two equivalent ways to do
+# that: add $\frac{\lambda}{2} w^2$ to the loss, and so $\lambda w$ to the gradient, or subtract $\eta \lambda w$ from
+# the parameter. In Adam they are not equivalent, because Adam divides the gradient by its typical size, and a decay
+# that is part of the gradient is divided too. Parameters with large gradients would hardly decay, and those with small
+# gradients would decay at full step length.
 #
-# AdamW, the W is for weight, keeps it out of the gradient (*decoupled*):
+# AdamW (the W stands for weight decay) keeps the decay out of the gradient; it is *decoupled*:
 #
 # $$ w \leftarrow w - \eta \Big( \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda\, w \Big) $$
 #
-# The experiment: 400 parameters that all start at 1, whose gradients are nothing but noise: large noise for some,
-# small noise for others. The line is the mean of the 400. What should happen to them is the same: $(1 -
-# \eta\lambda)^t$.
+# The experiment: 400 parameters start at 1, and their gradients are pure noise, large for some and small for others.
+# Each line is the mean of the 400. All of them should follow the same curve: $(1 - \eta\lambda)^t$.
 
 
 # %%
@@ -171,17 +171,16 @@ axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8)
 pictures.show(figure)
 
 # %% [markdown]
-# Not all parameters decay. GPT-2's matrices do; biases and LayerNorm's weights do not, as they are few, and pulling a
-# scale of 1 towards 0 makes no sense. All parameters lie in one long array, one tensor after the other (lesson 00),
-# so that a flag says for each *run* of 64 parameters whether it decays: the array `decays`. Every tensor begins at a
-# new run.
+# Not all parameters decay. GPT-2's matrices do. Biases and LayerNorm's weights do not: they are few, and pulling a
+# scale of 1 towards 0 makes no sense. All parameters are in one long array, one tensor after the other (lesson 00). A
+# flag per *run* of 64 parameters says whether the run decays: the array `decays`. Every tensor starts at a new run.
 #
-# One thing more stands in the op: every gradient is multiplied by `grad_scale`, one number, first. If the gradient of
-# all parameters together, as one long vector, is longer than a run allows, it is shortened to that length
-# (*clipping*), and this is where. If `grad_scale` is negative, the whole step is left out, because the loss or the
-# gradient is not finite, or beyond what the run takes for sound.
+# The op has one more input: it first multiplies every gradient by the scalar `grad_scale`. If the gradient of all
+# parameters together, as one long vector, is longer than a given maximum, it is scaled down to that length. This is
+# *gradient clipping*. If `grad_scale` is negative, the op skips the whole step, because the loss or the gradient is not
+# finite or is an outlier.
 #
-# ## Your turn
+# ## Exercise: one step of AdamW
 #
 # You now have all parts of the formula.
 
@@ -194,16 +193,16 @@ exercise.check("adamw_step")
 # %% [markdown]
 # ## The op on a CPU
 #
-# Bytes needed, for a parameter: read the parameter, the gradient, $m$ and $v$, write the parameter, $m$ and $v$. That
-# is 7 numbers, 28 bytes, for about twenty operations: bound by memory, and every byte counts. For GPT-2's smallest
-# model, with 124 million parameters, 3.5 gigabytes go to and fro at each step for this op alone.
+# The minimum number of bytes per parameter: read the parameter, the gradient, $m$ and $v$; write the parameter, $m$ and
+# $v$. That is 7 elements, 28 bytes, for about twenty operations: the op is memory-bound, and every byte counts. GPT-2's
+# smallest model has 124 million parameters, so this op alone moves 3.5 gigabytes per step.
 #
 # ### v1: NumPy
 #
-# A pass for each operator, as in lesson 06. The arguments are the op's: numbers that change from step to step, such
-# as the learning rate, come as arrays of one element, so that a step that was recorded once can be run again with
-# another value in the same place; lesson 09 comes back to this. `master` and `seed` are for the second half of this
-# lesson; a CPU's op does nothing with them.
+# One pass per operator, as in lesson 06. The arguments are the op's: values that change from step to step, such as the
+# learning rate, are arrays with one element. So a recorded step can run again with another value in the same place;
+# lesson 09 returns to this. `master` and `seed` are explained in the second half of this lesson; the CPU's op ignores
+# them.
 
 # %%
 pictures.source(adamw_cpu.adamw_update_v1)
@@ -211,9 +210,9 @@ pictures.source(adamw_cpu.adamw_update_v1)
 # %% [markdown]
 # ### v2: one loop
 #
-# Fused. But `beta1` and its like come as Python's numbers, which are float64, and everything that meets them is
-# computed in float64: a vector register holds half as many, and each number is converted to and fro. `decays[i //
-# RUN]` is looked up for each parameter.
+# The loop is fused. But `beta1` and similar arguments are Python floats, which are float64, so everything computed with
+# them is float64: a vector register holds half as many elements, and each element is converted back and forth. And
+# `decays[i // RUN]` is looked up for every parameter.
 
 # %%
 pictures.source(adamw_cpu.adamw_update_v2)
@@ -221,14 +220,14 @@ pictures.source(adamw_cpu.adamw_update_v2)
 # %% [markdown]
 # ### v3: float32, and runs
 #
-# Every constant is made a float32 first. What is the same for a run is decided once for the run, and the loop inside
-# it is free of decisions: the compiler makes vector instructions of it.
+# All constants are converted to float32 first. What is the same for a run is decided once per run, so the inner loop
+# has no branches and the compiler can vectorise it.
 
 # %%
 pictures.source(adamw_cpu.adamw_update_v3)
 
 # %% [markdown]
-# The model's function, `llm_numba/cpu/adamw.py`, is v3 on all cores, each with blocks of 256 runs.
+# The model's function, `llm_numba/cpu/adamw.py`, is v3 on all cores, in blocks of 256 runs.
 
 # %%
 ladder.check(adamw_cpu.UPDATE)
@@ -240,9 +239,9 @@ pictures.show(pictures.draw_times(found))
 # %% [markdown]
 # ## The op on a GPU
 #
-# v1 has a kernel for each line of the formula, and each begins from memory again. v2 is one kernel, and a thread owns
-# a parameter with all that belongs to it: four numbers come in, three go out, and between the two everything is in
-# registers.
+# v1 uses one kernel per line of the formula, and each kernel starts from memory again. v2 is a single kernel in which a
+# thread owns a parameter and everything that belongs to it: four elements are loaded, three are stored, and everything
+# in between stays in registers.
 
 # %%
 pictures.source(adamw_cuda.mean_kernel, adamw_cuda.mean_square_kernel, adamw_cuda.move_kernel)
@@ -254,21 +253,21 @@ pictures.source(adamw_cuda.adamw_kernel)
 ladder.check(adamw_cuda.UPDATE)
 
 # %% [markdown]
-# The model's kernel gives a thread several parameters, and it can do more, to which we come below. The bytes that
-# each rung moves for a parameter, array by array:
+# The model's kernel processes several parameters per thread and supports more formats, as described below. The next
+# cell shows the bytes that each rung moves per parameter, array by array:
 
 
 # %%
 def bytes_moved(trace):
-    """(array, kind) -> bytes that the threads ask for, for a parameter."""
+    """(array, kind) -> bytes that the threads access per parameter."""
     found = [c for c in counting.count(trace) if c.array in ARRAYS]
-    assert all(c.coalesced == c.instructions for c in found), "then they are what is moved, too"
+    assert all(c.coalesced == c.instructions for c in found), "uncoalesced accesses would move more bytes"
     arrays = trace.arrays
     return {(c.array, c.kind): c.accesses * arrays[c.array][2].itemsize / arrays[c.array][1][0] for c in found}
 
 
 def draw_bytes(moved):
-    """Stacked bars: name -> bytes_moved(...); an array has a colour, and what is written is hatched."""
+    """Stacked bars of name -> bytes_moved(...): one colour per array; writes are hatched."""
     figure, axis = pictures.new(width=9, height=1.5 + 0.4 * len(moved))
     left = np.zeros(len(moved))
     for kind in ("read", "write"):
@@ -280,7 +279,7 @@ def draw_bytes(moved):
             left += width
     for row, total in enumerate(left):
         axis.text(total + 0.3, row, f"{total:.0f}", va="center", fontsize=9)
-    axis.set(yticks=range(len(moved)), yticklabels=map(pictures.short, moved), xlabel="bytes moved for a parameter")
+    axis.set(yticks=range(len(moved)), yticklabels=map(pictures.short, moved), xlabel="bytes moved per parameter")
     axis.set_xlim(0, 45)
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.45, 1.0))
@@ -299,13 +298,13 @@ if found:
 # %% [markdown]
 # ## Half the bytes: bfloat16
 #
-# A float32 is a sign, 8 bits of an exponent, which say between which two powers of two the number lies, and 23 bits
-# that say where between them. *bfloat16*, bf16 for short, is its upper half: the sign, the same 8 bits, and 7 bits in
-# place of 23. So it reaches as far, from $10^{-38}$ to $10^{38}$, but between 1 and 2 it knows 128 numbers only: two
-# or three decimal digits.
+# A float32 has a sign, 8 exponent bits, which select the two powers of two that the value lies between, and 23 mantissa
+# bits, which say where between them. *bfloat16*, bf16 for short, is its upper half: the sign, the same 8 exponent bits,
+# and 7 mantissa bits instead of 23. It covers the same range, from $10^{-38}$ to $10^{38}$, but it has only 128 values
+# between 1 and 2: two or three decimal digits.
 #
-# Matrix units of GPUs multiply such numbers many times faster than float32, and half the bytes are to be moved. So
-# one would like to keep parameters in it. What can go wrong?
+# The matrix units of GPUs multiply bf16 many times faster than float32, and only half the bytes move. So it is
+# attractive to store parameters in bf16. What can go wrong?
 
 # %%
 x = np.float32(0.0213)
@@ -314,15 +313,16 @@ print(f"{x:.9f} as float32: {bits[0]} {bits[1:9]} {bits[9:16]} {bits[16:]}")
 near = np.float32(bfloat16(x))
 bits = f"{near.view(np.uint32):032b}"
 print(f"{near:.9f} as bf16:    {bits[0]} {bits[1:9]} {bits[9:16]}")
-print(f"the next bf16 after it is {np.float32(np.nextafter(bfloat16(x), bfloat16(1))):.9f}")
+print(f"the next larger bf16 is {np.float32(np.nextafter(bfloat16(x), bfloat16(1))):.9f}")
 
 # %% [markdown]
 # ### Small steps get lost
 #
-# A step of AdamW is about $\eta$ long. If that is less than half of the distance to the next bf16, then parameter
-# plus step, rounded to the nearest bf16, *is the parameter*. The step is lost; and so is the next one, and all of
-# them, though a thousand steps would have gone far. The picture shows half the distance from each number to the next
-# one, and how long steps are. Below it are a GPT-2's parameters at the start, normal with standard deviation 0.02.
+# A step of AdamW is about $\eta$ long. If that is less than half the distance to the next bf16, then parameter plus
+# step, rounded to the nearest bf16, *is the parameter*. The step is lost. So are the next one and all that follow,
+# although a thousand of them would have moved the parameter far. The picture shows half the distance from each value to
+# the next one, and the lengths of steps. Below it are GPT-2's initial parameters, normally distributed with standard
+# deviation 0.02.
 
 # %%
 sizes = np.logspace(-5, 1, 2000).astype(np.float32)
@@ -335,30 +335,34 @@ weights = np.abs(0.02 * rng.standard_normal(100_000)).astype(np.float32)
 half = np.exp2(np.floor(np.log2(np.maximum(weights, 1e-30))) - 8)  # 7 bits: the distance is 2**-7 of the power of two
 for i, rate in enumerate((1e-3, 1e-4, 1e-5)):
     top.axhline(
-        rate, color=COLOURS[1], linestyle=("-", "--", ":")[i], linewidth=1, label=f"a step with a rate of {rate:.0e}"
+        rate,
+        color=COLOURS[1],
+        linestyle=("-", "--", ":")[i],
+        linewidth=1,
+        label=f"a step, learning rate {rate:.0e}",
     )
     print(f"rate {rate:.0e}: a step is lost for {np.mean(half > rate):.0%} of these parameters")
 top.legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
 top.set(ylabel="distance", ylim=(1e-11, 1e2))
 bottom.hist(weights, bins=np.logspace(-5, 1, 100), color="0.6")
-bottom.set(xlabel="size of a parameter", yticks=[], ylabel="how many")
+bottom.set(xlabel="magnitude of a parameter", yticks=[], ylabel="count")
 pictures.show(figure)
 
 # %% [markdown]
 # ### Stochastic rounding
 #
-# The steps are lost because the nearest number is always the same one. Suppose we roll dice instead: a number that
-# lies a quarter of the way from one bf16 to the next becomes the upper one with a probability of a quarter, else the
-# lower one. Each result is off by more than before. But *on the average* it is exact,
+# Steps get lost because the nearest value is always the same one. Suppose we choose at random instead: a value that
+# lies a quarter of the way from one bf16 to the next is rounded up with a probability of a quarter, and down otherwise.
+# A single result has a larger error than before. But *on average* it is exact,
 #
 # $$ E[\mathrm{round}(x)] = x $$
 #
-# and so steps are not lost: where the next number is a hundred steps away, one in a hundred steps moves the
-# parameter, by a hundred times its length. This is called *stochastic rounding*.
+# so no steps are lost: if the next value is a hundred steps away, one step in a hundred moves the parameter, by a
+# hundred times its length. This is called *stochastic rounding*. It is unbiased.
 #
-# In bits it is delightfully short. bf16 is the upper half of a float32; the lower half says how far the number is on
-# its way to the next bf16. Add 16 random bits to the lower half: if the sum carries into the upper half, the number
-# goes up. Then cut off the lower half.
+# In bits it is remarkably short. bf16 is the upper half of a float32. The lower half says how far the value is on its
+# way to the next bf16. Add 16 random bits to the lower half: if the sum carries into the upper half, the value is
+# rounded up. Then clear the lower half.
 
 
 # %%
@@ -378,11 +382,11 @@ for _ in range(sized(1000, 200)):
     paths.append((full[0], lost[0], dice.mean(), dice[0], dice[1]))
 paths = np.array(paths)
 figure, axis = pictures.new(width=7, height=3)
-axis.plot(paths[:, 3], color=COLOURS[2], linewidth=0.6, alpha=0.6, label="stochastically, one parameter")
+axis.plot(paths[:, 3], color=COLOURS[2], linewidth=0.6, alpha=0.6, label="stochastic rounding, one parameter")
 axis.plot(paths[:, 4], color=COLOURS[4], linewidth=0.6, alpha=0.6, label="... and another one")
-axis.plot(paths[:, 2], color=COLOURS[0], label="stochastically, mean of 200")
+axis.plot(paths[:, 2], color=COLOURS[0], label="stochastic rounding, mean of 200")
 axis.plot(paths[:, 0], color="0.2", linestyle="--", linewidth=1, label="float32")
-axis.plot(paths[:, 1], color=COLOURS[1], label="to the nearest bf16")
+axis.plot(paths[:, 1], color=COLOURS[1], label="nearest bf16")
 axis.set(xlabel="steps of 1e-5 each", ylabel="parameter")
 axis.legend(frameon=False, fontsize=8)
 pictures.show(figure)
@@ -390,32 +394,32 @@ pictures.show(figure)
 # %% [markdown]
 # ### Master weights
 #
-# The other remedy: keep two copies. The *master weights* are float32, and the optimiser moves these; after each step
-# they are rounded to the nearest bf16 for the forward and backward pass. Nothing is lost, as small steps add up in
-# the master weights until the rounded copy jumps. It costs 4 bytes of memory for a parameter, and 6 bytes moved (they
-# are read and written; but the bf16 parameters need not be read any more).
+# The other remedy is to keep two copies. The *master weights* are float32, and the optimiser updates these. After each
+# step they are rounded to the nearest bf16 for the forward and backward pass. Nothing is lost, because small steps add
+# up in the master weights until the rounded copy changes. This costs 4 bytes of memory per parameter, and 6 more bytes
+# are moved (the master weights are read and written, but the bf16 parameters no longer need to be read).
 #
-# The model's kernel does all three: float32; bf16 with stochastic rounding; bf16 with master weights. Each counted in
-# the simulator:
+# The model's kernel supports all three: float32, bf16 with stochastic rounding, and bf16 with master weights. The
+# simulator counts the bytes of each:
 
 # %%
 n = 256
 given = adamw_cuda.inputs(rng, n)
-bf16 = nearest(given["params"]).astype(bfloat16).view(np.uint16)  # as Numba sees it
+bf16 = nearest(given["params"]).astype(bfloat16).view(np.uint16)  # Numba has no bf16 arrays
 ways = {
     "float32": {},
-    "bf16, rounded stochastically": dict(params=bf16),
-    "bf16 and master weights": dict(params=bf16, master=given["params"]),
+    "bf16, stochastic rounding": dict(params=bf16),
+    "bf16 with master weights": dict(params=bf16, master=given["params"]),
 }
 model = adamw_cuda.UPDATE.rungs[-1]
 moved = {way: bytes_moved(tracing.simulate(model, **{**given, **own})) for way, own in ways.items()}
 pictures.show(draw_bytes(moved))
 
 # %% [markdown]
-# And is the kernel's dice fair? Some hundred parameters, all the same, with the same gradient: float32 has one right
-# answer, and the mean of the kernel's should come near it, while the nearest bf16 is where they were. The random bits
-# are made from the parameter's index, the step and a seed, by a *hash*, a function that mixes bits until they look
-# random; so a run gives the same bits each time.
+# Is the kernel's rounding fair? Take a few hundred identical parameters with identical gradients. In float32 there is
+# one right answer, and the mean of the kernel's results should be close to it, while rounding to the nearest bf16 would
+# leave them unchanged. The random bits are computed from the parameter's index, the step and a seed by a *hash*, a
+# function that mixes bits until they look random. So a run produces the same bits each time.
 
 # %%
 n = sized(512, 128)
@@ -431,7 +435,7 @@ right = tracing.simulate(model, **given).results["params"][0]
 bf16 = given["params"].astype(bfloat16).view(np.uint16)
 got = tracing.simulate(model, **{**given, "params": bf16}).results["params"].view(bfloat16).astype(np.float32)
 print(f"before {given['params'][0]:.6f}, in float32 {right:.6f}, nearest bf16 {nearest(right[None])[0]:.6f}")
-print(f"the kernel's mean {got.mean():.6f}; it knows these: {', '.join(f'{x:.6f}' for x in np.unique(got))}")
+print(f"the kernel's mean {got.mean():.6f}; its values: {', '.join(f'{x:.6f}' for x in np.unique(got))}")
 
 from llm_numba.cuda.adamw import random_bits, round_stochastically  # noqa: E402
 
@@ -440,13 +444,13 @@ pictures.source(round_stochastically, random_bits)
 # %% [markdown]
 # ## Do the averages need float32?
 #
-# $m$ and $v$ are 16 of the 28 bytes that move; why not halve these too? Because of $v \leftarrow \beta_2 v +
-# (1-\beta_2) g^2$. With $\beta_2 = 0.999$, and a gradient that has become small, $v$ should shrink by a thousandth at
-# each step. The distance between neighbours in bf16 is more than $\frac{1}{256}$ of the number; a thousandth is less
-# than half of that, so the nearest bf16 is the same again. $v$ can rise, but never fall, and the parameter's steps
-# stay small for ever. With $\beta_2 = 0.95$ it should shrink by a twentieth, which is more than the distance, and it
-# does. Whether it goes well depends on a number of which nobody thinks that it has to do with rounding; the model
-# keeps both averages in float32.
+# $m$ and $v$ make up 16 of the 28 bytes that move. Why not halve these too? Because of $v \leftarrow \beta_2 v +
+# (1-\beta_2) g^2$. With $\beta_2 = 0.999$ and a gradient that has become small, $v$ should shrink by a thousandth per
+# step. The distance between adjacent bf16 values is more than $\frac{1}{256}$ of the value. A thousandth is less than
+# half of that, so the nearest bf16 is the same value again: $v$ can grow but never shrink, and the parameter's steps
+# stay small. With $\beta_2 = 0.95$ it should shrink by a twentieth, which is more than the distance, and it does. So
+# whether bf16 works depends on a hyperparameter that seems to have nothing to do with rounding. The model keeps both
+# averages in float32.
 
 # %%
 figure, axis = pictures.new(width=6.5, height=2.8)
@@ -463,12 +467,12 @@ axis.legend(frameon=False, fontsize=8)
 pictures.show(figure)
 
 # %% [markdown]
-# ## Four trainings
+# ## Four training runs
 #
-# Now all of it in a real, if small, training: a network with one hidden layer learns to imitate another one of the
-# same kind. The optimiser is the model's own op, and the learning rate falls to a hundredth, as in real runs. The
-# forward and backward pass see only what is left of the parameters after rounding; everything else is the same, to
-# the last random number.
+# Now apply all of this to a real, if small, training run: a network with one hidden layer learns to imitate another
+# network of the same kind. The optimiser is the model's own op, and the learning rate decays to a hundredth, as in real
+# runs. The forward and backward pass see only the rounded parameters; everything else is identical, including all
+# random numbers.
 
 
 # %%
@@ -489,7 +493,7 @@ def loss_and_gradient(w, x, y):
 
 
 def train(way, steps):
-    """The losses; way: "float32", "nearest", "stochastic" or "master"."""
+    """The loss of every step; way: "float32", "nearest", "stochastic" or "master"."""
     batches = np.random.default_rng(1)
     size = IN * HIDDEN + HIDDEN * OUT  # whole runs of 64
     teacher, w = 0.15 * batches.standard_normal((2, size), np.float32)
@@ -514,8 +518,8 @@ def train(way, steps):
 steps = sized(4000, 150)
 figure, axis = pictures.new(width=7.5, height=3.2)
 labels = {
-    "nearest": "bf16, to the nearest",
-    "stochastic": "bf16, stochastically",
+    "nearest": "bf16, nearest",
+    "stochastic": "bf16, stochastic rounding",
     "master": "bf16 with master weights",
     "float32": "float32",
 }
@@ -529,15 +533,15 @@ axis.legend(frameon=False, fontsize=8)
 pictures.show(figure)
 
 # %% [markdown]
-# To the nearest bf16, the loss falls like the others at first, while steps are long. Then the learning rate falls,
-# steps become shorter than half the distance to the next number, parameter after parameter stops, and the loss stays
-# where it is: not with a bang, but as a training that seems to be over. Stochastic rounding goes on, at the price of
-# some noise, as each parameter sits on one of the two numbers beside its place and not on it. With master weights one
-# can hardly tell the run from float32, although the forward and backward pass saw nothing but bf16.
+# With rounding to the nearest bf16 the loss first falls like the others, while the steps are long. Then the learning
+# rate decays, steps become shorter than half the distance to the next value, one parameter after the other stops, and
+# the loss stays where it is. Nothing crashes; the training just seems to have converged. Stochastic rounding continues
+# to improve, with some noise, because each parameter is on one of the two values next to its ideal position. With
+# master weights the run is almost identical to float32, although the forward and backward pass see only bf16.
 #
-# ## Your turn: the dice
+# ## Exercise: stochastic rounding
 #
-# The heart of it, as a kernel: four lines, and one trap.
+# The core of it as a kernel: four lines, and one trap.
 
 # %%
 exercise.show("round_stochastically")
@@ -548,18 +552,18 @@ exercise.check("round_stochastically")
 # %% [markdown]
 # ## Into a real training run
 #
-# A rung in the place of the model's op, in a whole training run:
+# Replace the model's op by a rung in a whole training run:
 #
 # ```sh
 # python -m llm_numba.train --preset nano --use adamw_update=lessons/rungs/adamw_cpu.py:adamw_update_v2
 # ```
 #
-# ## To take away
+# ## Summary
 #
-# - A step of Adam is about a learning rate long in each parameter, whatever the gradient's size. The corrections keep
-#   that true at the start, the decoupled decay keeps it true of the decay.
-# - The op moves 28 bytes a parameter and hardly computes: one pass, nothing read twice.
-# - Sums of many small terms need more digits than the terms. Keep them in float32 (master weights, the two averages),
+# - A step of Adam changes each parameter by about the learning rate, whatever the gradient's size. The bias corrections
+#   keep that true at the start, and the decoupled decay keeps the decay independent of the gradient's size.
+# - The op moves 28 bytes per parameter and hardly computes: one pass, and nothing is read twice.
+# - A sum of many small terms needs more digits than the terms. Keep it in float32 (master weights, the two averages),
 #   or round so that the mean is right (stochastic rounding).
 #
 # Sources: Kingma and Ba 2014, *Adam*, [arXiv:1412.6980](https://arxiv.org/abs/1412.6980); Loshchilov and Hutter 2017,

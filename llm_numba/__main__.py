@@ -23,7 +23,7 @@ GROUPS = {  # heading -> {name: (module, what it does)}
         "inspect": ("debug.inspect", "print every activation and gradient of one batch"),
         "diff": ("debug.diff", "compare every tensor of one batch on two devices"),
         "replay": ("debug.replay", "repeat the step that train --check-finite stopped"),
-        "check-llmc": ("formats.llmc_parity", "compare gradients and losses with those of llm.c"),
+        "check-llmc": ("debug.llmc_parity", "compare gradients and losses with those of llm.c"),
     },
     "This machine": {
         "doctor": ("doctor", "print what is installed and which devices work"),

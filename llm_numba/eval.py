@@ -14,7 +14,7 @@ from llm_numba.arena import DTYPES, Arena, Groups, layout
 from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
-from llm_numba.data.shards import Span
+from llm_numba.data.shards import Span, fingerprint
 from llm_numba.models import Model
 from llm_numba.ops import DEVICES, Ops, choose_device, get_ops
 from llm_numba.training import settings
@@ -88,7 +88,7 @@ def held_out(stored: Checkpoint, paths: list[str]) -> list[Span]:
     if paths:
         return data.spans_of(paths, stored.encoding, stored.model.vocab_size)
     corpus = data_of(stored)
-    if data.fingerprint(corpus.train) != stored.record["data"]:
+    if fingerprint(corpus.train) != stored.record["data"]:
         raise UserError(f"{stored.path}: the run's data is no longer what it was trained on: give some with --data")
     return corpus.val
 

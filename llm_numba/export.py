@@ -1,4 +1,4 @@
-"""Write a model for other programs: python -m llm_numba.export RUN --format hf --out FOLDER"""
+"""Write a model for other programs: llm-numba export RUN --format hf --out FOLDER"""
 
 import argparse
 import os
@@ -8,7 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llm_numba.formats import huggingface, llmc
-from llm_numba.formats.pretrained import LLMC_MODEL, LLMC_TOKENIZER, PUBLISHED, Weights, open_weights, pad
+from llm_numba.formats.pretrained import PUBLISHED
+from llm_numba.training.weights import LLMC_MODEL, LLMC_TOKENIZER, Weights, open_weights, padded
 from llm_numba.util.cli import Parser, UserError, exit_with
 
 FILES = {huggingface.CONFIG, huggingface.WEIGHTS, huggingface.TOKENIZER, huggingface.TOKENIZER_CONFIG, LLMC_MODEL,
@@ -17,37 +18,35 @@ LLMC_VERSIONS = {"fp32": 3, "bf16": 5}
 
 
 def export(weights: Weights, format: str, dtype: str, folder: Path) -> None:
-    """Write the files of a format into a folder that is there; format: "hf" or "llmc"; dtype: "fp32" or "bf16"."""
-    config, encoding = weights.config, weights.tokenizer()
-    if encoding and encoding.n_vocab != config.vocab_size:
+    """Write the files of a format into an existing folder; format: "hf" or "llmc"; dtype: "fp32" or "bf16"."""
+    model, encoding = weights.model, weights.tokenizer()
+    if encoding and encoding.n_vocab != model.vocab_size:
         raise UserError(
-            f"the model's vocabulary has {config.vocab_size} tokens, its tokenizer {encoding.n_vocab}: other programs "
-            "would not know what to do with them"
+            f"the model's vocabulary has {model.vocab_size} tokens, its tokenizer {encoding.n_vocab}: other programs "
+            "need the same number"
         )
-    if encoding and format == "hf":
-        huggingface.write_tokenizer(folder, encoding, config.max_seq_len)
-    elif encoding:
-        llmc.write_tokenizer(folder / LLMC_TOKENIZER, encoding)
-    parameters = dict(tqdm(weights.parameters, desc="weights", leave=False, disable=None))
+    parameters = tqdm(weights.parameters, desc="weights", leave=False, disable=None)
     if format == "hf":
-        huggingface.write_model(folder, config, parameters, dtype, encoding and encoding.eot_token)
+        if encoding:
+            huggingface.write_tokenizer(folder, encoding, model.max_seq_len)
+        huggingface.write_model(folder, model, dict(parameters), dtype, encoding and encoding.eot_token)
     else:
-        parameters["wte"] = pad(parameters["wte"], config)
-        llmc.write_model(folder / LLMC_MODEL, config, parameters, LLMC_VERSIONS[dtype])
+        if encoding:
+            llmc.write_tokenizer(folder / LLMC_TOKENIZER, encoding)
+        parameters = {name: padded(name, values, model) for name, values in parameters}
+        llmc.write_model(folder / LLMC_MODEL, model, parameters, LLMC_VERSIONS[dtype])
 
 
 def write_folder(out: Path, overwrite: bool, write) -> None:
     """The folder `out` = what write(folder) puts into one, all of it or nothing.
 
-    Errors: UserError where `out` is there and `overwrite` does not say so, where it holds anything but an export, or
-    where it cannot be written.
+    Errors: UserError if `out` exists and `overwrite` is False, if it holds anything but an export, or if it cannot be
+    written.
     """
     if os.path.lexists(out) and not overwrite:
-        raise UserError(f"--out {out}: is there already; choose another, or replace it with --overwrite")
+        raise UserError(f"--out {out}: exists: choose another folder, or replace it with --overwrite")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or {p.name for p in out.iterdir()} - FILES):
-        raise UserError(
-            f"--out {out}: is or holds something other than an export, which is not replaced; choose another"
-        )
+        raise UserError(f"--out {out}: is or holds something other than an export: choose another folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as temporary:
@@ -67,12 +66,12 @@ def write_folder(out: Path, overwrite: bool, write) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="llm-numba export", description="Write a model in a format that other programs read.")
+    parser = Parser(prog="llm-numba export", description="Write a model in another program's format.")
     parser.add_argument(
         "source",
         metavar="RUN_OR_CHECKPOINT",
-        help=f"a run folder, of which the newest checkpoint is taken, or a checkpoint; or any other SOURCE of --init: "
-        f"{', '.join(PUBLISHED)}, a folder of Hugging Face's, an llm.c .bin",
+        help="a run folder (its newest checkpoint) or a checkpoint; or any other source of --init: "
+        f"{', '.join(PUBLISHED)}, a Hugging Face folder, an llm.c .bin",
     )
     parser.add_argument(
         "--format",
@@ -81,9 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"hf: Hugging Face's {huggingface.CONFIG}, {huggingface.WEIGHTS} and {huggingface.TOKENIZER}; "
         f"llmc: llm.c's {LLMC_MODEL} and {LLMC_TOKENIZER}",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make for these files")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to create")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the export that FOLDER holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it holds an export")
     return parser.parse_args(argv)
 
 

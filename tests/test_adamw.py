@@ -187,7 +187,7 @@ def test_padding_stays_zero(ops, rng, place, places):
 
 @pytest.mark.gpu
 def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place):
-    """The master weights are a float32 run's, to the bit; params, whatever they were, become the nearest bf16."""
+    """The master weights equal a float32 run's bit for bit; params become the nearest bf16, whatever they were."""
     arrays = make(rng, 192)
     params, master = place(np.zeros(192), "bfloat16"), place(arrays[0])
     plain, grads, m, v = (place(x) for x in arrays[:4])
@@ -200,7 +200,7 @@ def test_master_weights_are_updated_and_rounded_to_params(ops, rng, place):
 
 
 @pytest.mark.gpu
-def test_master_weights_halfway_go_to_the_even_bf16(ops, place):
+def test_master_weights_halfway_round_to_the_even_bf16(ops, place):
     unit = 2.0**-7  # from 1 to the next bf16
     master = place(np.repeat([1 + unit / 2, 1 + 1.5 * unit], 32))
     params = place(np.zeros(64), "bfloat16")
@@ -210,8 +210,8 @@ def test_master_weights_halfway_go_to_the_even_bf16(ops, place):
 
 
 def rounded(ops, place, params, move, **settings):
-    """bf16 params moved by -move and rounded, as float32: at step 1, without eps and decay, an update moves each
-    parameter by the learning rate against its gradient's sign."""
+    """bf16 params moved by -move and rounded, as float32. At step 1, without eps and decay, an update moves each
+    parameter by the learning rate against the sign of its gradient."""
     n = len(params)
     params, grads, m, v = place(params, "bfloat16"), place(np.ones(n)), place(np.zeros(n)), place(np.zeros(n))
     settings = dict(step=1, weight_decay=0.0, eps=0.0, learning_rate=move) | settings
@@ -223,9 +223,8 @@ def rounded(ops, place, params, move, **settings):
 @pytest.mark.parametrize("n", [320, pytest.param(1 << 16, marks=real)])
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_stochastic_rounding_is_unbiased(ops, place, n, value):
-    """From 1 up bf16 are 2**-7 apart, and from 1 down 2**-8. A number between two of them that is a quarter of the way
-    from one to the other becomes the other one in a quarter of n independent cases: four deviations are
-    4 sqrt(n / 4 * 3 / 4)."""
+    """Above 1, bf16 values are 2**-7 apart, below 1 2**-8. A value a quarter of the way from one to the next becomes
+    the next in a quarter of n independent cases; four standard deviations are 4 sqrt(n / 4 * 3 / 4)."""
     for apart, share in ((2**-7, 0.25), (2**-7, 0.75), (-(2**-8), 0.25)):
         got = rounded(ops, place, np.full(n, value), -share * apart * value, seed=1)
         changed = got == value * (1 + apart)
@@ -235,11 +234,11 @@ def test_stochastic_rounding_is_unbiased(ops, place, n, value):
 
 @pytest.mark.gpu
 def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place):
-    """Two patterns of 320 numbers, a half of which go either way, agree by chance in a half of the places; four
+    """Two independent patterns of 320 values that round either way agree in half of the places; four standard
     deviations are 36."""
 
     def pattern(**settings):
-        beta = dict(beta1=0.0, beta2=0.0)  # the move is the same at every step
+        beta = dict(beta1=0.0, beta2=0.0)  # so that every step makes the same move
         return rounded(ops, place, np.full(320, 1.0), -0.5 * 2**-7, **beta, **settings)
 
     first = pattern(seed=1, step=1)
@@ -251,8 +250,8 @@ def test_stochastic_rounding_depends_on_index_step_and_seed_alone(ops, place):
 
 
 @pytest.mark.gpu
-def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place):
-    """Up or down to one of the two bf16 around the float32 result: less than a unit of 2**-7 away."""
+def test_bf16_update_is_the_float32_update_rounded(ops, rng, place):
+    """Rounded to one of the two bf16 values around the float32 result, less than 2**-7 of it away."""
     arrays = make(rng, 320)
     params = place(arrays[0], "bfloat16")
     start = params.astype(np.float32)
@@ -265,8 +264,8 @@ def test_bf16_update_is_float32s_to_a_rounding(ops, rng, place):
 
 
 @pytest.mark.gpu
-def test_what_bf16_holds_stays(ops, rng, place):
-    """Numbers that a bf16 can hold are not rounded, the smallest and the largest neither, and a zero keeps its sign."""
+def test_exact_bf16_values_stay(ops, rng, place):
+    """Values that bf16 represents exactly do not change, including the smallest, the largest and signed zeros."""
     values = rng.standard_normal(128)
     values[:5] = [0.0, -0.0, 3.3895e38, -3.3895e38, 1e-40]
     start = place(values, "bfloat16").astype(np.float32)
@@ -277,7 +276,7 @@ def test_what_bf16_holds_stays(ops, rng, place):
 def test_infinity_and_nan_survive_the_rounding(ops, place):
     assert (rounded(ops, place, np.ones(128), np.inf, seed=3) == -np.inf).all()
     assert (rounded(ops, place, np.ones(128), -np.inf, seed=3) == np.inf).all()
-    nan = np.uint32(0x7FFFFFFF).view(np.float32)  # the NaN that a GPU computes, which the smallest carry makes a -0
+    nan = np.uint32(0x7FFFFFFF).view(np.float32)  # a GPU's NaN, which a carry would turn into -0
     assert np.isnan(rounded(ops, place, np.ones(128), nan, seed=3)).all()
 
 

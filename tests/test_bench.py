@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic on made-up results, its refusals, and one small real run."""
+"""The benchmark: tables from made-up results, rejected arguments, checks of the ops, and one small real run."""
 
 import ctypes
 import inspect
@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,14 +18,14 @@ from training import random_parameters, set_parameters
 
 from llm_numba import bench
 from llm_numba.arena import Arena
-from llm_numba.bench import machine, measuring, op_cases, races, tables, worker
+from llm_numba.bench import curves, machine, measuring, op_cases, races, tables, worker
 from llm_numba.cpu import peak
-from llm_numba.models.config import preset
+from llm_numba.models import preset
 from llm_numba.ops import WRITES, get_ops
 from llm_numba.util.cli import UserError
 
 NANO = preset("nano")
-BEGIN, END = tables.markers("cpu", "fp32")
+BEGIN, END = "<!-- bench cpu fp32 -->", "<!-- end of bench cpu fp32 -->"
 SMALL = op_cases.op_list(NANO, op_cases.SIMULATED)
 
 
@@ -40,7 +41,7 @@ def results(*rows, builds=("torch", "avx512"), device="cpu", dtype="fp32"):
     return made | {"bandwidth": {"read": 10.0, "copy": 20.0, "add": 30.0, "update": 40.0}}
 
 
-# --- what the numbers say
+# --- ratios, shares and targets
 
 
 def test_ratio_is_of_medians_to_the_faster_of_eager_and_compiled():
@@ -114,7 +115,7 @@ def test_report():
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "| | ours, ms | rate | share of | torch eager, ms | torch compiled, ms | ours / torch |" in lines
     assert "| step 4 x 64 | 500 (250-1000) | 0.0 GFLOP/s | 0% peak | 2000 (2000-2000) | failed | 0.250 |" in lines
-    assert "| | ours, ms | rate | share of |" in lines  # of the ops: PyTorch has no times, so no columns
+    assert "| | ours, ms | rate | share of |" in lines  # ops: no PyTorch times, so no columns
     assert "| step 4 x 64 | 1.5 KiB |" in lines
     assert "| 2 | 2000 (2000-2000) | 1.50 | 75% |" in lines
     assert "failed: no C++ compiler" in lines
@@ -124,7 +125,7 @@ def test_report():
     )
 
 
-def test_report_of_a_card():
+def test_report_of_a_gpu():
     step = row("step", "4 x 64", [0.5], flops=25e12, no_graph=[1.0], tf32_eager=[0.25])
     made = results(step, builds=["tf32"], device="cuda", dtype="bf16") | {"peak_flops": 1e14, "wrong": ["gelu differs"]}
     lines = [" ".join(line.split()) for line in tables.report(made).splitlines()]
@@ -132,8 +133,8 @@ def test_report_of_a_card():
     assert (
         "| step 4 x 64 | 500 (500-500) | 50.0 TFLOP/s | 50% peak | 1000 (1000-1000) | 250 (250-250) | 2.000 |" in lines
     )
-    assert "wrong, and not timed: gelu differs" in lines and "d12, bf16: a machine" in lines[0]
-    assert "measured peak 100.0 TFLOP/s" in lines[0] and any("on the card" in line for line in lines)
+    assert "wrong result, not timed: gelu differs" in lines and "d12, bf16: a machine" in lines[0]
+    assert "measured peak 100.0 TFLOP/s" in lines[0] and any("GPU memory" in line for line in lines)
 
 
 def test_report_of_the_simulator_has_no_shares():
@@ -153,38 +154,51 @@ def test_table_is_aligned_markdown():
 
 
 @pytest.mark.parametrize("check, seconds, status", [(True, 1.0, 1), (True, 0.1, 0), (False, 1.0, 0)])
-def test_exit_status_and_files(tmp_path, capsys, check, seconds, status):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{BEGIN}\n{END}\nb")
+def test_exit_status_and_files(tmp_path, monkeypatch, capsys, check, seconds, status):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"a\n{BEGIN}\n{END}\nb")
+    monkeypatch.setattr(bench, "DOCS", page)
     made = results(row("matmul_forward", "R=1", [seconds], flops=9.0))
-    args = SimpleNamespace(check=check, json=tmp_path / "out.json", readme=readme)
+    args = SimpleNamespace(check=check, json=tmp_path / "out.json", docs=True)
     assert bench.deliver(args, made) == status
     assert bench.deliver(args, made | {"wrong": ["gelu"]}) == 1
     assert bench.deliver(args, made) == status
     printed = capsys.readouterr().out
     assert ("MISSED" in printed, "met" in printed) == (status == 1, check and status == 0)
     assert json.loads((tmp_path / "out.json").read_text()) == made
-    assert tables.report(made) in readme.read_text()
+    assert tables.report(made) in page.read_text()
 
 
-# --- the README
+def test_report_of_loss_curves():
+    found = {"ours fp32": [3.0] * 20 + [2.0] * 20, "PyTorch fp32": [3.0] * 20 + [2.0] * 19 + [1.9]}
+    lines = [" ".join(line.split()) for line in curves.report(found, "a GPU").splitlines()]
+    assert "| 21 to 40 | 2.0000 | 1.9950 |" in lines
+    assert "- ours fp32 and PyTorch fp32: mean distance per step 0.00250, largest 0.10000" in lines
 
 
-def test_readme_is_written_between_the_markers_again_and_again(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter – é\n", encoding="utf-8")
+# --- docs/benchmarks.md
+
+
+def test_tables_replace_the_text_between_the_markers(tmp_path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter – é\n", encoding="utf-8")
     for _ in range(2):
-        tables.write_readme(readme, BEGIN, END, "| new |")
-        assert readme.read_text(encoding="utf-8") == f"before\n\n{BEGIN}\n| new |\n{END}\n\nafter – é\n"
+        tables.write_tables(page, "bench cpu fp32", "| new |")
+        assert page.read_text(encoding="utf-8") == f"before\n\n{BEGIN}\n| new |\n{END}\n\nafter – é\n"
 
 
 @pytest.mark.parametrize("text", ["none", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_readme_without_its_markers_is_refused_and_kept(tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(UserError, match="--readme .*bench cpu fp32"):
-        tables.write_readme(readme, BEGIN, END, "new")
-    assert readme.read_text() == text
+def test_a_page_without_markers_is_rejected_and_kept(tmp_path, text):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(text)
+    with pytest.raises(UserError, match="benchmarks.md: expected .*bench cpu fp32"):
+        tables.write_tables(page, "bench cpu fp32", "new")
+    assert page.read_text() == text
+
+
+def test_the_page_has_a_section_for_every_device_and_dtype():
+    for device, dtype in (("cpu", "fp32"), ("cuda", "bf16")):
+        tables.split_at_marker(bench.DOCS, bench.marker(device, dtype))
 
 
 # --- the command line
@@ -196,21 +210,22 @@ def test_readme_without_its_markers_is_refused_and_kept(tmp_path, text):
     [
         ("--shapes 4by64", "--shapes 4by64: expected"),
         ("--shapes 0x64", "--shapes 0x64: expected"),
-        ("--shapes 4x2000", "context is 1024"),
+        ("--shapes 4x2000", "exceed the model's context of 1024"),
         ("--shapes 99999x1024", "of memory are available"),
-        ("--preset nano --check", "--check: the targets are those of --preset d12"),
-        ("--device cudasim --check", "--check: the targets are those of .* --device cpu"),
+        ("--preset nano --check", "--check: targets exist only for --preset d12"),
+        ("--device cudasim --check", "--check: targets exist only for .* --device cpu"),
         ("--device cudasim --scaling", "--scaling: .* use --device cpu"),
         ("--dtype bf16", "--dtype bf16: the CPU computes in float32 only"),
-        ("--json /no/such/folder/x.json", "there is no folder"),
-        ("--readme /no/such/README.md", "cannot be read"),
+        ("--json /no/such/folder/x.json", "does not exist; create it"),
+        ("--docs", "no-such-page.md: cannot be read"),
         ("--threads 99999", "--threads 99999: must be 0 to"),
         ("--threads -1", "--threads -1: must be 0 to"),
         ("--against torch", "pip install torch"),
     ],
 )
-def test_refusals(monkeypatch, line, message):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+def test_rejected_arguments(monkeypatch, line, message):
+    monkeypatch.setattr(bench, "DOCS", Path("no-such-page.md"))
+    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "warm_up", lambda *_: pytest.fail("it started"))
     with pytest.raises(UserError, match=message):
         bench.main([*(() if "--device" in line else ("--device", "cpu")), *line.split()])
@@ -224,11 +239,11 @@ def test_refusals(monkeypatch, line, message):
     [
         ("skylake-avx512", {"avx512f": True}, "linux", None, "not needed"),
         ("znver3", {"avx512f": False}, "linux", None, "has no AVX-512"),
-        ("znver4", {"avx512f": True}, "win32", None, "on Linux only"),
+        ("znver4", {"avx512f": True}, "win32", None, "works only on Linux"),
         ("znver4", {"avx512f": True}, "linux", "", "no C compiler"),
     ],
 )
-def test_why_there_is_no_shim(monkeypatch, tmp_path, cpu, features, platform, path, why):
+def test_reason_without_a_shim(monkeypatch, tmp_path, cpu, features, platform, path, why):
     monkeypatch.setattr(worker, "sys", SimpleNamespace(platform=platform))
     if path is not None:
         monkeypatch.setenv("PATH", path)
@@ -245,7 +260,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("cc")), reason="needs Linux and a C compiler")
-def test_the_shim_says_yes(tmp_path):
+def test_the_shim_returns_1(tmp_path):
     library, why = worker.build_shim(tmp_path, "znver4", {"avx512f": True})
     assert not why and ctypes.CDLL(str(library)).mkl_serv_intel_cpu_true() == 1
 
@@ -253,7 +268,7 @@ def test_the_shim_says_yes(tmp_path):
 # --- measuring
 
 
-def test_measure_leaves_out_the_first_of_several(monkeypatch):
+def test_measure_drops_the_first_of_several_runs(monkeypatch):
     clock, durations = [0.0], iter([5.0, 1.0, 1.5, 2.0, 9.0])
 
     def run():
@@ -264,19 +279,19 @@ def test_measure_leaves_out_the_first_of_several(monkeypatch):
     assert measuring.measure(run, 8.0) == [9.0]
 
 
-def test_measure_stops_in_the_end():
-    assert len(measuring.measure(lambda: None, 1e9)) == measuring.MOST_RUNS - 1
+def test_measure_stops_at_a_number_of_runs():
+    assert len(measuring.measure(lambda: None, 1e9)) == measuring.MAX_RUNS - 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_sees_what_is_gone_again():
-    before, nbytes = measuring.resident(), 1 << 28
+def test_peak_memory_includes_freed_memory():
+    before, nbytes = measuring.resident_memory(), 1 << 28
     np.ones(2 * nbytes, np.uint8)  # an earlier peak
     found = measuring.peak_memory(lambda: np.ones(nbytes, np.uint8), before)
     assert found == pytest.approx(nbytes, rel=0.1)
 
 
-def test_race_takes_turns_and_goes_on_without_one_that_fails():
+def test_turns_alternate_and_continue_without_one_that_fails():
     order = []
 
     def turn(name):
@@ -288,7 +303,7 @@ def test_race_takes_turns_and_goes_on_without_one_that_fails():
 
         return run
 
-    times, absent = races.race("", {name: turn(name) for name in "abc"}, 3, 0.5)
+    times, absent = races.take_turns("", {name: turn(name) for name in "abc"}, 3, 0.5)
     assert order == list("abcabcac")
     assert times == {"a": [0.5] * 3, "c": [0.5] * 3} and absent == {"b": "out of memory"}
 
@@ -308,43 +323,44 @@ def test_bandwidth():
     assert list(found) == ["read", "copy", "add", "update"] and min(found.values()) > 1e6
 
 
-def test_bandwidth_of_a_card(device):
+def test_bandwidth_of_a_gpu(device):
     if device == "cpu":
-        pytest.skip("is tested above")
+        pytest.skip("tested above")
     from llm_numba.cuda import jit, memory
-    from llm_numba.cuda import peak as card
+    from llm_numba.cuda import peak as gpu
 
-    n = 2 * jit.THREADS * card.EACH
+    n = 2 * jit.THREADS * gpu.EACH
     x, y, z = arrays = [memory.view(memory.allocate(4 * n), 0, (n,), "float32") for _ in range(3)]
     for array, value in zip(arrays, (1, 2, 0), strict=True):
         memory.to_device(array, value)
     found = []
     for pattern, result in (("read", z), ("copy", z), ("add", z), ("update", x)):
-        card.STREAMS[pattern][0][2, jit.THREADS, jit.stream()](x, y, z)
+        gpu.STREAMS[pattern][0][2, jit.THREADS, jit.stream()](x, y, z)
         found.append(memory.to_host(result))
     assert found[0].tolist() == [n // 2] * 2 + [0] * (n - 2)
     assert (found[1] == 1).all() and (found[2] == 3).all() and (found[3] == 2).all()
     if device == "cuda":
-        rates = card.peak_bandwidth(4 * n)
+        rates = gpu.peak_bandwidth(4 * n)
         assert list(rates) == ["read", "copy", "add", "update"] and min(rates.values()) > 1e6
-        assert min(card.peak_flops(), card.peak_flops("bfloat16")) > 1e11
-        assert 0 < card.timed(lambda: memory.zero(x)) < 0.1
+        assert min(gpu.peak_flops(), gpu.peak_flops("bfloat16")) > 1e11
+        assert 0 < gpu.timed(lambda: memory.zero(x)) < 0.1
     else:
-        assert card.peak_bandwidth() == {} and card.peak_flops() is None
-        assert card.timed(lambda: time.sleep(0.01)) >= 0.01
+        assert gpu.peak_bandwidth() == {} and gpu.peak_flops() is None
+        assert gpu.timed(lambda: time.sleep(0.01)) >= 0.01
 
 
-# --- the ops, which are checked before they are timed
+# --- ops are checked before they are timed
 
 
-def test_op_list_has_gpt2_s_matmuls_and_every_op():
+def test_op_list_has_all_matmuls_of_gpt2_and_every_op():
     cases = op_cases.op_list(preset("d12"), op_cases.CPU)
     matmuls = {tuple(sizes.values()) for op, sizes in cases if op == "matmul_backward"}
     shapes = [(768, 2304, True), (768, 768, True), (768, 3072, True), (3072, 768, True), (768, 50304, False)]
     assert matmuls == {(R, *shape) for R in (256, 1024) for shape in shapes}
-    left_out = {"zero", "copy", "to_device", "residual_backward", "attention_cached_forward", "add_mean", "clip"}
+    left_out = {"zero", "copy", "to_device", "residual_backward", "add_mean", "clip"}
+    left_out |= {"attention_cached_forward", "attention_weights"}
     assert {op for op, _ in cases} == set(WRITES) - left_out
-    for op, sizes in cases:  # beyond the cache
+    for op, sizes in cases:  # larger than the caches
         if "B" in sizes and "attention" not in op and op != "fused_classifier":
             assert sizes["B"] * sizes["T"] == 16384
 
@@ -353,8 +369,20 @@ CHECKED = {
     (op, name): sizes
     for op, sizes in SMALL
     for name in WRITES[op]
-    if name not in ("mean", "rstd", "att", "master") and not (name == "dbias" and not sizes.get("bias", True))
+    if name not in ("mean", "rstd", "lse", "master") and not (name == "dbias" and not sizes.get("bias", True))
 }
+
+
+@pytest.mark.parametrize(
+    "name, preset_name, shapes",
+    [
+        ("cpu", "d12", [(4, 64), (4, 256), (4, 1024)]),
+        ("cpu", "nano", [(4, 32)]),
+        ("cuda", "tiny", [(4, 128), (32, 128)]),
+    ],
+)
+def test_default_shapes_fit_the_context(name, preset_name, shapes):
+    assert op_cases.shapes_within(op_cases.SIZES[name], preset(preset_name)) == shapes
 
 
 @pytest.mark.compiled
@@ -370,12 +398,12 @@ def test_an_op_with_a_wrong_result_is_not_timed(op, name):
         args[position].reshape(-1)[...] *= 1.01
 
     setattr(ops, op, wrong)
-    with pytest.raises(AssertionError, match=f"{op} .*differs from NumPy"):
+    with pytest.raises(AssertionError, match=f"{op} .*differs from the oracle"):
         op_cases.build(ops, op, sizes, NANO)
 
 
 def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
-    """As tiny as in the simulator, where a thread of the kernel is one of Python's."""
+    """Tiny sizes: the simulator runs every GPU thread as a Python thread."""
     monkeypatch.setattr(races, "OP_SECONDS", 0.001)
     ops, made = get_ops(device), results(builds=[], device=device)
     tiny = dict(B=1, T=4, C=16)
@@ -392,7 +420,7 @@ def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
     assert all(min(row["times"]["ours"]) > 0 for row in made["rows"])
     assert len(made["wrong"]) == 1 and made["wrong"][0].startswith("gelu_forward")
     json.dumps(made)
-    assert "wrong, and not timed: gelu_forward" in tables.report(made)
+    assert "wrong result, not timed: gelu_forward" in tables.report(made)
 
 
 @pytest.mark.gpu
@@ -408,18 +436,18 @@ def test_ops_in_bf16(device, monkeypatch):
         ops.to_device(out, 1.03 * ops.to_host(out))
 
     ops.residual_layernorm_forward = wrong
-    with pytest.raises(AssertionError, match="residual_layernorm_forward .*differs from NumPy"):
+    with pytest.raises(AssertionError, match="residual_layernorm_forward .*differs from the oracle"):
         op_cases.build(ops, "residual_layernorm_forward", tiny, NANO, "bfloat16")
 
 
-def test_large_inputs_repeat_themselves(monkeypatch):
+def test_large_inputs_are_periodic(monkeypatch):
     monkeypatch.setattr(op_cases, "PERIOD", 64)
     ops = SimpleNamespace(**vars(get_ops("cpu")), rng=np.random.default_rng(0), dtype="float32")
     made = op_cases.normal(ops, 3, 50)
     assert (made.reshape(-1)[64:] == made.reshape(-1)[:-64]).all() and len(np.unique(made)) == 64
 
 
-def test_a_step_on_a_card_is_timed_as_a_graph_and_launch_by_launch(monkeypatch):
+def test_a_step_on_a_gpu_is_timed_with_and_without_a_graph(monkeypatch):
     monkeypatch.setattr(races, "STEP_SECONDS", 0.001)
     ops, captured, available = get_ops("cpu"), [], iter([5000, 2000])
     ops.capture = lambda function: lambda: captured.append("replayed") or function()
@@ -431,7 +459,7 @@ def test_a_step_on_a_card_is_timed_as_a_graph_and_launch_by_launch(monkeypatch):
     assert len(captured) >= 2 + len(step["times"]["ours"])
 
 
-def test_a_step_that_is_not_finite_is_told(monkeypatch):
+def test_a_nan_loss_is_reported(monkeypatch):
     monkeypatch.setattr(
         races.model, "initialise", lambda ops, arena, seed: arena.tensors["parameters", "wpe"].fill(np.nan)
     )
@@ -443,18 +471,17 @@ def test_a_step_that_is_not_finite_is_told(monkeypatch):
 # --- the machine
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands for nvidia-smi")
+@pytest.mark.skipif(sys.platform == "win32", reason="uses a shell script as nvidia-smi")
 @pytest.mark.parametrize(
     "script, text",
     [
         ("echo 'NVIDIA X, 580.1, 1980 MHz, 1990 MHz, 3201 MHz, 700.00 W'",
-         "NVIDIA X, driver 580.1, multiprocessors at 1980 MHz of at most 1990 MHz, memory at 3201 MHz, "
-         "power limit 700.00 W"),
+         "NVIDIA X, driver 580.1, SM clock 1980 MHz (max 1990 MHz), memory clock 3201 MHz, power limit 700.00 W"),
         ("echo none; exit 6", "in words"),
         ("echo 'Field is not a valid field'", "in words"),
     ],
 )  # fmt: skip
-def test_the_card_in_a_line(monkeypatch, tmp_path, script, text):
+def test_the_gpu_in_one_line(monkeypatch, tmp_path, script, text):
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n{script}\n")
     program.chmod(0o755)
@@ -474,7 +501,7 @@ def test_the_card_in_a_line(monkeypatch, tmp_path, script, text):
     "dtype, precisions",
     [("fp32", {"torch": "fp32", "tf32": "tf32"}), ("bf16", {"autocast": "autocast", "bf16": "bf16"})],
 )
-def test_builds_on_a_card(monkeypatch, dtype, precisions):
+def test_builds_on_a_gpu(monkeypatch, dtype, precisions):
     asked = []
 
     @contextmanager
@@ -492,7 +519,7 @@ def test_builds_on_a_card(monkeypatch, dtype, precisions):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])
-def test_precisions_of_the_other_side(monkeypatch, precision):
+def test_pytorch_precisions(monkeypatch, precision):
     torch = pytest.importorskip("torch")
     from llm_numba.bench import torch_side
 
@@ -512,7 +539,7 @@ def test_precisions_of_the_other_side(monkeypatch, precision):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_process_that_ends_is_told_with_its_last_words(monkeypatch, tmp_path):
+def test_a_worker_that_dies_is_reported_with_its_last_line(monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho something >&2\necho cannot load torch >&2\nexit 3\n")
     python.chmod(0o755)
@@ -530,7 +557,7 @@ def test_no_process_is_left_behind(monkeypatch, tmp_path, failure):
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(failure), worker.torch_worker():
         while len(started := set(psutil.Process().children(recursive=True)) - before) < 2:
-            time.sleep(0.01)  # until it has a child of its own, as while it compiles
+            time.sleep(0.01)  # until it has a child, as it does while it compiles
         start = time.perf_counter()
         raise failure
     assert time.perf_counter() - start < 10
@@ -540,7 +567,7 @@ def test_no_process_is_left_behind(monkeypatch, tmp_path, failure):
 
 
 def torch_model(torch_side, torch, config, parameters):
-    """torch_side's GPT2 with these parameters, which have llm.c's names and those of the layers stacked."""
+    """torch_side's GPT2 with these parameters, named as in llm.c, with one array per name for all layers."""
     found = torch_side.GPT2(races.sizes_of(config))
 
     def fill(module, name, values):
@@ -558,18 +585,18 @@ def torch_model(torch_side, torch, config, parameters):
 
 
 @pytest.mark.compiled
-def test_both_sides_do_the_same(monkeypatch):
-    """From the same parameters, on the same batch: the same losses step after step, and the same text."""
+def test_both_sides_compute_the_same(monkeypatch):
+    """Same parameters and batch: the same losses in every step, and the same generated tokens."""
     torch = pytest.importorskip("torch")
     from llm_numba.bench import torch_side
 
-    config = preset("nano", vocab_size=256)  # no padding, which PyTorch's softmax would take in
+    config = preset("nano", vocab_size=256)  # no padding, which PyTorch's softmax would include
     arenas = []
     monkeypatch.setattr(races, "Arena", lambda *args: arenas.append(Arena(*args)) or arenas[-1])
     ops = get_ops("cpu")
     step, sampling = races.new_steps(ops, config, 2, 16)["ours"], races.new_sampling(ops, config, 20)
-    parameters = random_parameters(config, np.random.default_rng(1))  # far from the start: gradients are clipped
-    parameters["wpe"] *= 4  # else the likeliest token is the last one, again and again
+    parameters = random_parameters(config, np.random.default_rng(1))  # large, so that gradients are clipped
+    parameters["wpe"] *= 4  # otherwise the likeliest token is always the last one
     for arena in arenas:
         set_parameters(arena, parameters)
     tokens, targets = arenas[0].tensors["inputs", "batches"][0]
@@ -583,17 +610,17 @@ def test_both_sides_do_the_same(monkeypatch):
     assert torch_side.runs["eager"]() == text and len(set(text)) > 5
     torch_side.prepare_step(races.sizes_of(config), 2, 16)
     losses = [step() for _ in range(20)]
-    assert losses[0] - losses[-1] > 0.01  # AdamW at 1e-4; a learning rate wrong by 1% changes the last by 1e-4
+    assert losses[0] - losses[-1] > 0.01  # a learning rate that is off by 1% changes the last loss by 1e-4
     assert arenas[0].tensors["inputs", "grad_scale"][0] < 0.9
     theirs = [torch_side.runs["eager"]() for _ in range(20)]
-    assert theirs == pytest.approx(losses, abs=4e-6)  # of 10: a few roundings; GELU's other form is off by 9e-6
+    assert theirs == pytest.approx(losses, abs=4e-6)  # losses near 10; the erf form of GELU differs by 9e-6
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert norm.item() == pytest.approx(1.0, abs=1e-3)  # as clipped; Adam itself hardly sees a gradient's scale
+    assert norm.item() == pytest.approx(1.0, abs=1e-3)  # clipped; AdamW hardly depends on the gradient's scale
 
 
 @pytest.mark.compiled
 def test_a_small_run(monkeypatch):
-    """Real processes and every kind of row; a mode that cannot run says why, in its place."""
+    """Real processes and every kind of row; a mode that fails gives its reason instead of times."""
     pytest.importorskip("torch")
     monkeypatch.setattr(tables, "MODES", ("eager", "another"))
     monkeypatch.setattr(races, "OP_SECONDS", 0.001)

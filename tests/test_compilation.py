@@ -1,12 +1,18 @@
-"""The ops compute the same whether they were just compiled or read from what an earlier process compiled."""
+"""Compiled functions: the same bits when read back from disk, and no stale code when a source file changes."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from llm_numba.util import cache
+
+pytestmark = pytest.mark.compiled
+HERE = Path(__file__).parent
 SCRIPT = """
 import hashlib, sys
 sys.path[:0] = {paths!r}
@@ -24,33 +30,81 @@ print(hashlib.sha256(run.arena.memory).hexdigest())
 """
 
 
-@pytest.mark.compiled
-def test_compiled_anew_and_read_back_give_the_same_bits(tmp_path):
-    """LLVM sees a parallel loop in two forms, and once optimised them differently where it might reorder sums."""
-    here = Path(__file__).parent
-    script = SCRIPT.format(paths=[str(here), str(here.parent)])
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    digests = [
-        subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True).stdout
-        for _ in range(2)
-    ]
+def output(script, **environment):
+    command = [sys.executable, "-P", "-c", script]
+    return subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_compiled_and_read_back_give_the_same_bits(tmp_path):
+    """LLVM sees a parallel loop in two forms, and once optimised them differently where it could reorder sums."""
+    script = SCRIPT.format(paths=[str(HERE), str(HERE.parent)])
+    digests = [output(script, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert digests[0] == digests[1]
 
 
-@pytest.mark.compiled
-def test_the_first_start_shares_the_compiling_with_a_second_process(tmp_path):
-    """Setting up the threads compiles something too, which must not pass for a compiled op."""
+def test_starting_the_threads_does_not_count_as_a_compiled_op(tmp_path):
     script = """if True:
         import numpy as np
         from llm_numba.ops import get_ops
         ops = get_ops("cpu")
         ops.set_threads(0)
-        told = [ops.nothing_compiled()]
+        found = [ops.nothing_compiled()]
         ops.residual_backward(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32))
-        print(*told, ops.nothing_compiled())
+        print(*found, ops.nothing_compiled())
     """
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    assert done.stdout.split() == ["True", "False"]
+    assert output(script, NUMBA_CACHE_DIR=str(tmp_path), PYTHONPATH=str(HERE.parent)).split() == ["True", "False"]
+
+
+OP = """
+from numba import njit
+from llm_numba.cpu import jit
+from llm_numba.models.new.helper import factor
+
+@njit(cache=True)
+def op():
+    return factor()
+"""
+HELPER = """
+from numba import njit
+
+@njit(inline="always")
+def factor():
+    return {}
+"""
+
+
+def test_a_changed_file_in_a_subfolder_runs_no_stale_code(tmp_path):
+    """Numba alone would not notice: the op's own file stays as it is."""
+    package = tmp_path / "llm_numba"
+    shutil.copytree(HERE.parent / "llm_numba", package, ignore=shutil.ignore_patterns("__pycache__"))
+    helper = package / "models" / "new" / "helper.py"
+    helper.parent.mkdir()
+    (package / "cpu" / "added.py").write_text(OP)
+    script = "from llm_numba.cpu.added import op; print(op(), sum(op.stats.cache_hits.values()))"
+    environment = dict(PYTHONPATH=str(tmp_path), LLM_NUMBA_CACHE=str(tmp_path / "cache"), NUMBA_CACHE_DIR="")
+    for value, from_disk in ((2, 0), (2, 1), (3, 0)):
+        helper.write_text(HELPER.format(value))
+        assert output(script, **environment).split() == [str(value), str(from_disk)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_NUMBA_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_code_that_was_not_used_for_a_month_is_deleted(folder):
+    ages = {"numba-of-last-year": 365, "numba-of-last-month": 31, "numba-of-last-week": 7, "tokens-of-last-year": 365}
+    for name, days in ages.items():
+        (folder / name / "cpu").mkdir(parents=True)
+        os.utime(folder / name, (time.time() - days * 24 * 3600,) * 2)
+    mine = cache.compiled_code_folder()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {mine.name, "numba-of-last-week", "tokens-of-last-year"}
+
+
+def test_each_use_counts(folder):
+    mine = cache.compiled_code_folder()
+    os.utime(mine, (0, 0))
+    assert cache.compiled_code_folder() == mine
+    assert time.time() - mine.stat().st_mtime < 3600

@@ -1,5 +1,6 @@
-"""Files, shards, tokenised text and the loader."""
+"""Finding files, shards, tokenised text and the loader."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,12 +15,19 @@ import platformdirs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import QUICK, losses_of, refused, run_here
 
+from llm_numba import eval as evaluation
 from llm_numba.data import corpus as data
-from llm_numba.data.corpus import find_files, prepare
+from llm_numba.data import shards as shard_files
+from llm_numba.data import text as text_files
+from llm_numba.data.corpus import prepare
+from llm_numba.data.find import find_files, standard_library_files
 from llm_numba.data.loader import Loader
-from llm_numba.data.shards import Span, open_shard, write_shard
-from llm_numba.data.tokenizer import END_OF_TEXT, load_tokenizer
+from llm_numba.data.shards import Span, check_ids, fingerprint, open_shard, write_shard
+from llm_numba.data.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer
+from llm_numba.training import checkpoint
+from llm_numba.util.cache import cache_folder
 from llm_numba.util.cli import UserError
 
 BPE = load_tokenizer("bpe", ["the cat sat on the mat\n\n  and so on, 12 times; été à 東京\n" * 9], 280)
@@ -47,7 +55,7 @@ def read(spans):
 
 
 def sparse_shard(path, count):
-    """A shard of `count` zeros that takes next to no place on the disk."""
+    """A sparse file: a shard of `count` zeros that takes almost no disk space."""
     write_shard(path, np.zeros(1, np.uint16))
     with path.open("r+b") as file:
         file.seek(8)
@@ -57,7 +65,7 @@ def sparse_shard(path, count):
 
 
 def peak_memory(action):
-    """Bytes that Python and NumPy allocated at most while `action` ran; mapped files do not count."""
+    """The most bytes that Python and NumPy had allocated during `action`, without memory-mapped files."""
     tracemalloc.start()
     try:
         action()
@@ -70,48 +78,56 @@ def peak_memory(action):
 
 
 def test_cache_folder_is_made(cache):
-    assert data.cache_folder() == cache
+    assert cache_folder() == cache
     assert cache.is_dir()
 
 
 def test_cache_folder_by_default_is_the_platforms(monkeypatch, tmp_path):
     monkeypatch.delenv("LLM_NUMBA_CACHE")
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "user" / name)
-    assert data.cache_folder() == tmp_path / "user" / "llm_numba"
+    assert cache_folder() == tmp_path / "user" / "llm_numba"
 
 
 def test_cache_folder_under_a_file(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLM_NUMBA_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="file/cache: .*set LLM_NUMBA_CACHE"):
-        data.cache_folder()
+        cache_folder()
 
 
 def test_cache_folder_that_is_read_only(monkeypatch, cache):
     monkeypatch.setattr(os, "access", lambda *_: False)  # chmod does not stop root
     with pytest.raises(UserError, match=f"{cache}: .*Permission denied.*LLM_NUMBA_CACHE"):
-        data.cache_folder()
+        cache_folder()
 
 
 # --- shards
 
 
 @pytest.mark.parametrize("count", [1, 3, 97, 257])
-def test_shard_round_trip(tmp_path, count):
-    tokens = np.random.default_rng(count).integers(0, 65536, count)
-    write_shard(tmp_path / "a.bin", tokens)
-    shard = open_shard(tmp_path / "a.bin", 65536)
+@pytest.mark.parametrize("V", [65_536, 65_537, 2**31 - 128])
+def test_shard_round_trip(tmp_path, count, V):
+    tokens = np.random.default_rng(count).integers(0, V, count)
+    write_shard(tmp_path / "a.bin", tokens, V)
+    shard = open_shard(tmp_path / "a.bin")
     assert isinstance(shard, np.memmap)
-    assert shard.dtype == np.uint16
+    assert shard.dtype == (np.uint16 if V == 65_536 else np.uint32)
     np.testing.assert_array_equal(shard, tokens)
 
 
-def test_shard_is_llm_cs_format(tmp_path):
-    write_shard(tmp_path / "a.bin", np.array([1, 2, 50256]))
-    content = (tmp_path / "a.bin").read_bytes()
-    assert content[:12] == b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 3))
-    assert content[12:1024] == bytes(1012)
-    assert content[1024:] == b"\x01\x00\x02\x00\x50\xc4"
+@pytest.mark.parametrize(
+    ("V", "magic", "version", "content"),
+    [
+        (50257, 20240520, 1, b"\x01\x00\x02\x00\x50\xc4"),
+        (128256, 20240801, 7, b"\x01\x00\x00\x00\x02\x00\x00\x00\x50\xc4\x00\x00"),
+    ],
+)
+def test_shard_is_llm_cs_format(tmp_path, V, magic, version, content):
+    write_shard(tmp_path / "a.bin", np.array([1, 2, 50256]), V)
+    found = (tmp_path / "a.bin").read_bytes()
+    assert found[:12] == b"".join(n.to_bytes(4, "little") for n in (magic, version, 3))
+    assert found[12:1024] == bytes(1012)
+    assert found[1024:] == content
 
 
 def change_header(index, value):
@@ -123,49 +139,131 @@ def change_header(index, value):
     return change
 
 
+@pytest.mark.parametrize("V", [97, 128256])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.unlink(), "No such file"),
-        (lambda path: path.write_bytes(b"short"), "20240520"),
-        (change_header(0, 20240326), "20240520"),
-        (change_header(1, 2), "version 2: expected version 1"),
-        (change_header(2, 0), "empty"),
-        (change_header(2, -1), "empty"),
-        (change_header(2, 11), "1044 bytes long.* 11 tokens, 1046 bytes"),
-        (change_header(2, 9), "1044 bytes long.* 9 tokens, 1042 bytes"),
-        (lambda path: os.truncate(path, 1043), "1043 bytes long.* 10 tokens, 1044 bytes"),
+        (lambda path, _: path.unlink(), "No such file"),
+        (lambda path, _: path.write_bytes(b"short"), "20240520 .uint16 tokens. or 20240801 .uint32 tokens."),
+        (lambda path, _: change_header(0, 20240326)(path), "20240520"),
+        (lambda path, _: change_header(1, 2)(path), "version 2: expected version [17] .uint"),
+        (lambda path, _: change_header(2, 0)(path), "empty"),
+        (lambda path, _: change_header(2, -1)(path), "empty"),
+        (lambda path, n: change_header(2, 11)(path), "{0} bytes, .* 11 tokens, {1} bytes"),
+        (lambda path, n: change_header(2, 9)(path), "{0} bytes, .* 9 tokens, {2} bytes"),
+        (lambda path, n: os.truncate(path, n - 1), "{3} bytes, .* 10 tokens, {0} bytes"),
+        (lambda path, n: change_header(0, 20240801 if n == 1044 else 20240520)(path), "version [17]: expected version"),
     ],
 )
-def test_damaged_shard(tmp_path, damage, message):
-    path = tmp_path / "a.bin"
-    write_shard(path, np.arange(10))
+def test_damaged_shard(tmp_path, damage, message, V):
+    path, size = tmp_path / "a.bin", 2 if V == 97 else 4
+    n = 1024 + 10 * size
+    write_shard(path, np.arange(10), V)
     open_shard(path)
-    damage(path)
-    with pytest.raises(UserError, match=f"{path}: .*{message}"):
+    damage(path, n)
+    with pytest.raises(UserError, match=f"{path}: .*{message.format(n, n + size, n - size, n - 1)}"):
         open_shard(path)
 
 
 @pytest.mark.parametrize("at", [0, 7, 8, 20])
-def test_token_outside_the_vocabulary(tmp_path, monkeypatch, at):
-    monkeypatch.setattr("llm_numba.data.shards.BLOCK_TOKENS", 8)
-    tokens = np.full(21, 256)
-    tokens[at:] = 257  # the first one is named
-    write_shard(tmp_path / "a.bin", tokens)
-    assert len(open_shard(tmp_path / "a.bin", 258)) == 21
-    with pytest.raises(UserError, match=f"a.bin: token {at} is 257, but the vocabulary has 257: .*--vocab-size"):
-        open_shard(tmp_path / "a.bin", 257)
+@pytest.mark.parametrize("V", [257, 70_000])
+def test_token_outside_the_vocabulary(tmp_path, monkeypatch, at, V):
+    monkeypatch.setattr(shard_files, "BLOCK_TOKENS", 8)
+    tokens = np.full(21, V - 1)
+    tokens[at:] = V  # the first one is reported
+    write_shard(tmp_path / "a.bin", tokens, V + 1)
+    check_ids([tmp_path / "a.bin"], V + 1)
+    with pytest.raises(UserError, match=f"a.bin: token {at} is {V}, but the vocabulary has {V}: .*--vocab-size"):
+        check_ids([tmp_path / "a.bin"], V)
 
 
-def test_checking_tokens_remembers_little(tmp_path):
+def test_checking_tokens_takes_little_memory(tmp_path):
     path = sparse_shard(tmp_path / "a.bin", 20_000_000)
 
     def check():
-        open_shard(path, 1)
+        check_ids([path], 1)
         with pytest.raises(UserError):
-            open_shard(path, 0)
+            check_ids([path], 0)
 
     assert peak_memory(check) < 4e6  # bytes; the shard has 40e6
+
+
+class Reads:
+    """Counts how often each shard is read."""
+
+    def __init__(self, monkeypatch):
+        self.paths, blocks = [], shard_files._blocks
+
+        def counted(path):
+            self.paths.append(path.name)
+            return blocks(path)
+
+        monkeypatch.setattr(shard_files, "_blocks", counted)
+
+    def of(self, *arguments):
+        self.paths.clear()
+        check_ids(*arguments)
+        return self.paths
+
+
+def test_a_shard_is_read_once(tmp_path, monkeypatch):
+    """For any vocabulary, until the file changes."""
+    reads, paths = Reads(monkeypatch), [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in paths:
+        write_shard(path, np.arange(9))
+    assert reads.of(paths, 9) == ["a.bin", "b.bin"]
+    assert reads.of(paths, 9) == reads.of(paths[1:], 10) == []
+    with pytest.raises(UserError, match="a.bin: token 8 is 8"):
+        check_ids(paths, 8)
+    time = paths[0].stat().st_mtime_ns
+    os.utime(paths[0], ns=(1, time + 1))
+    assert reads.of(paths, 9) == ["a.bin"]
+    write_shard(paths[1], np.arange(1, 10))  # of the same size, and the same time
+    os.utime(paths[1], ns=(1, time))
+    with pytest.raises(UserError, match="b.bin: token 8 is 9"):
+        check_ids(paths, 9)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"x": 1}', b"[" * 100_000, b"\xff", None])
+def test_a_damaged_record_of_checks(tmp_path, monkeypatch, cache, content):
+    """Is ignored: shards are read again, and the record is written again."""
+    reads, path = Reads(monkeypatch), tmp_path / "a.bin"
+    write_shard(path, np.arange(9))
+    check_ids([path], 9)
+    record = cache / shard_files.CHECKED
+    before = json.loads(record.read_text())
+    record.write_bytes(json.dumps({str(path): ["a", 1]}).encode() if content is None else content)
+    assert reads.of([path], 9) == ["a.bin"]
+    assert json.loads(record.read_text()) == before
+    assert reads.of([path], 9) == []
+
+
+def test_deleted_shards_are_forgotten(tmp_path, cache):
+    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in paths:
+        write_shard(path, np.arange(9))
+        check_ids([path], 9)
+    paths[0].unlink()
+    write_shard(tmp_path / "c.bin", np.arange(9))
+    check_ids([tmp_path / "c.bin"], 9)
+    assert list(json.loads((cache / shard_files.CHECKED).read_text())) == [str(paths[1]), str(tmp_path / "c.bin")]
+
+
+def test_a_cache_folder_that_is_read_only_only_costs_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # chmod does not stop root
+    reads, path = Reads(monkeypatch), tmp_path / "a.bin"
+    write_shard(path, np.arange(9))
+    assert reads.of([path], 9) == reads.of([path], 9) == ["a.bin"]
+
+
+def test_fingerprint(tmp_path):
+    """Depends on the tokens alone; its values are part of every checkpoint."""
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path / "a.bin", tmp_path / "moved" / "b.bin":
+        write_shard(path, np.arange(2_200_000) % 50257)
+        assert fingerprint([Span(path, 0, 2_200_000), Span(path, 5, 10)]) == [[2_200_000, 1336475020], [5, 1344227864]]
+    write_shard(path, np.arange(1, 2_200_001) % 50257)
+    assert fingerprint([Span(path, 0, 2_200_000)])[0][1] != 1336475020
 
 
 def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -199,7 +297,7 @@ def test_find_files(tmp_path, monkeypatch):
 
     assert found("in") == ["a.md", "b.txt", "deep/er/c.py", "no_suffix"]
     assert found(str(tmp_path / "in" / "b.txt")) == ["b.txt"]
-    assert found("in/*") == ["a.md", "b.txt", "no_suffix", "picture.png"]  # a glob means what it says
+    assert found("in/*") == ["a.md", "b.txt", "no_suffix", "picture.png"]  # a glob matches any file
     assert found("in/**/*.py") == ["deep/er/c.py"]
     assert found("in/[ab].*", "in", "in/b.txt", str(tmp_path / "in" / "a.md")) == found("in")
     assert found("in/.hidden") == [".hidden"]
@@ -228,7 +326,7 @@ def test_nothing_found(tmp_path):
     for value in (tmp_path / "none.txt", tmp_path / "*.md", tmp_path, tmp_path / "*.txt", ""):
         with pytest.raises(UserError) as caught:
             find_files([str(value)], "--val-data")
-        assert str(caught.value).startswith(f"--val-data {value}: no text and no .bin shard there")
+        assert str(caught.value).startswith(f"--val-data {value}: no text and no .bin shard found")
 
 
 def test_an_empty_file(tmp_path):
@@ -240,12 +338,21 @@ def test_an_empty_file(tmp_path):
 def test_shards_and_text_together(tmp_path):
     write_shard(tmp_path / "a.bin", np.arange(3))
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(UserError, match="--data: both shards .*a.bin.* and text .*b.txt"):
+    with pytest.raises(UserError, match="--data: found uint16 shards .*a.bin.* and text .*b.txt"):
         find_files([str(tmp_path)])
 
 
+def test_shards_of_two_types_together(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(3))
+    write_shard(tmp_path / "b.bin", np.arange(3), 128256)
+    with pytest.raises(UserError, match="--data: found uint16 shards .*a.bin.* and uint32 shards .*b.bin"):
+        find_files([str(tmp_path / "*.bin")])
+    with pytest.raises(UserError, match="--data and --val-data: found uint16 shards .*a.bin.* and uint32 shards"):
+        prepare([str(tmp_path / "a.bin")], [str(tmp_path / "b.bin")], "none", 128256, 0)
+
+
 def test_standard_library_files():
-    files = data.standard_library_files()
+    files = standard_library_files()
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root).as_posix() for file in files]
     assert {"argparse.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(names)
@@ -263,7 +370,7 @@ def test_standard_library_without_sources(monkeypatch, tmp_path):
     (tmp_path / "tests" / "test.py").write_text("pass")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(UserError, match="--data"):
-        data.standard_library_files()
+        standard_library_files()
 
 
 # --- text in pieces
@@ -274,12 +381,12 @@ def test_standard_library_without_sources(monkeypatch, tmp_path):
     st.integers(32, 64),
 )
 def test_pieces_give_the_tokens_of_the_whole_text(tmp_path_factory, words, size):
-    """A word and the white space behind it are 8 bytes at most, so every piece has a place to cut."""
+    """A word and the white space after it are at most 8 bytes, so every piece has a place to cut."""
     text = "".join(word + space for word, space in words)
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(text.encode())
-    with mock.patch.object(data, "PIECE_BYTES", size):
-        pieces = list(data._pieces(path))
+    with mock.patch.object(text_files, "PIECE_BYTES", size):
+        pieces = list(text_files.pieces(path))
     assert "".join(pieces) == text
     assert sum((BPE.encode_ordinary(piece) for piece in pieces), []) == BPE.encode_ordinary(text)
     assert all(len(piece.encode()) <= 2 * size for piece in pieces)
@@ -287,40 +394,40 @@ def test_pieces_give_the_tokens_of_the_whole_text(tmp_path_factory, words, size)
 
 @pytest.mark.parametrize("text", ["x" * 999, " " * 999, "\n" * 999, "\r\n" * 99, "é" * 500, "a " + "東" * 300])
 def test_pieces_without_a_place_to_cut(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(data, "PIECE_BYTES", 64)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 64)
     (tmp_path / "a.txt").write_bytes(text.encode())
-    pieces = list(data._pieces(tmp_path / "a.txt"))
+    pieces = list(text_files.pieces(tmp_path / "a.txt"))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 129
 
 
-def test_pieces_remember_little(tmp_path):
+def test_pieces_take_little_memory(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"the cat sat on the mat\n" * 500_000)
 
     def count():
-        assert sum(map(len, data._pieces(tmp_path / "a.txt"))) == 11_500_000
+        assert sum(map(len, text_files.pieces(tmp_path / "a.txt"))) == 11_500_000
 
-    assert peak_memory(count) < 10 * data.PIECE_BYTES  # 2.6e6; the file has 11.5e6
+    assert peak_memory(count) < 10 * text_files.PIECE_BYTES  # 2.6e6; the file has 11.5e6
 
 
 def test_millions_of_white_spaces(tmp_path):
-    """More in a row than the tokenisers' regular expressions bear."""
+    """More in a row than the regular expressions of the tokenisers can handle."""
     (tmp_path / "a.txt").write_text("a" + " " * 1_600_000 + "b" + "\n" * 1_200_000)
     corpus = prepare([str(tmp_path / "a.txt")], [], "bpe", 258, 0)
     assert corpus.encoding.decode(read(corpus.train)[1:]) == (tmp_path / "a.txt").read_text()
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x9d", b"\xc3("], ids=["invalid", "cut off", "no continuation"])
-def test_not_utf8_names_the_byte(tmp_path, monkeypatch, bad):
-    """Wherever the bad byte lies within or between pieces, and after characters of one to three bytes."""
-    monkeypatch.setattr(data, "PIECE_BYTES", 8)
+def test_not_utf8_reports_the_byte(tmp_path, monkeypatch, bad):
+    """Wherever the bad byte is in or between pieces, and after characters of one to three bytes."""
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 8)
     path = tmp_path / "latin1.txt"
     for before in range(20):
         good = ("aé東 " * before)[:before].encode()
         for after in (b"", b"z" * 20):
             path.write_bytes(good + bad + after)
             with pytest.raises(UserError) as caught:
-                list(data._pieces(path))
+                list(text_files.pieces(path))
             assert str(caught.value).startswith(f"{path}: not UTF-8 at byte {len(good)}:")
 
 
@@ -330,7 +437,7 @@ def test_not_utf8_names_the_byte(tmp_path, monkeypatch, bad):
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_prepare_text(text, monkeypatch, tokenizer):
     monkeypatch.setattr(data, "SHARD_TOKENS", 100)
-    monkeypatch.setattr(data, "PIECE_BYTES", 50)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 50)
     corpus = prepare([str(text)], [], tokenizer, 270, 0.3)
     assert corpus.vocab_size == corpus.encoding.n_vocab == (270 if tokenizer == "bpe" else 257)
 
@@ -390,8 +497,8 @@ def test_validation_text(text, tmp_path):
     assert corpus.encoding.decode(read(corpus.train)).count(END_OF_TEXT) == 12  # val_fraction holds nothing out
 
 
-def test_validation_text_is_tokenised_with_what_the_training_text_taught(text, tmp_path):
-    """Other training text, the same validation text: its cached tokens must not be taken."""
+def test_validation_text_is_tokenised_with_the_tokenizer_of_the_training_text(text, tmp_path):
+    """Other training text, the same validation text: its cached tokens must not be used."""
     (tmp_path / "val.txt").write_text("the mat sat on the cat")
     (tmp_path / "other.txt").write_text("zebras zigzag, zebras zigzag. mat at, sat cat. " * 9)
     for source in (text, tmp_path / "other.txt"):
@@ -400,8 +507,8 @@ def test_validation_text_is_tokenised_with_what_the_training_text_taught(text, t
 
 
 def test_json_lines_are_documents(tmp_path, monkeypatch):
-    """In their order: one longer than a piece, one with a special token's name; one without text is none."""
-    monkeypatch.setattr(data, "PIECE_BYTES", 50)
+    """In order: one longer than a piece, one with a special token's name; an empty text is left out."""
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 50)
     texts = ["A café.", "the cat sat " * 20, "", f"{END_OF_TEXT} as text", "x" * 120]
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
     path = tmp_path / "a.jsonl"
@@ -413,19 +520,24 @@ def test_json_lines_are_documents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["{", "[]", '{"text": 1}', '{"story": "x"}', b"\xff"], ids=str)
-def test_a_bad_json_line_is_named(tmp_path, bad):
+@pytest.mark.parametrize("line", [1, 3])
+def test_a_bad_json_line_is_reported(tmp_path, bad, line):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n\n' + (bad if isinstance(bad, bytes) else bad.encode()))
-    with pytest.raises(UserError, match=rf'{path}: line 3: expected a JSON object with a "text"'):
+    path.write_bytes(b'{"text": "a"}\n\n' * (line // 2) + (bad if isinstance(bad, bytes) else bad.encode()))
+    with pytest.raises(UserError, match=rf'{path}: line {line}: expected a JSON object with a string under .* "text"'):
         prepare([str(path)], [], "bytes", None, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("a.jsonl", '{"story": "x"}\n{"text": "y"}\n'), ("a.json", '{"text": "y"}\n')]
-)
-def test_other_json_is_text(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert list(read(prepare([str(tmp_path / name)], [], "bytes", None, 0).train)) == [256, *text.encode()]
+def test_json_lines_without_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n \n")
+    for _ in range(2):
+        assert prepare([str(tmp_path / "a.jsonl")], [], "bytes", None, 0).train == []
+
+
+def test_other_json_is_text(tmp_path):
+    text = '{"text": "y"}\n'
+    (tmp_path / "a.json").write_text(text)
+    assert list(read(prepare([str(tmp_path / "a.json")], [], "bytes", None, 0).train)) == [256, *text.encode()]
 
 
 def no_work(monkeypatch):
@@ -486,52 +598,90 @@ def test_interrupted_tokenising_leaves_nothing(text, monkeypatch, cache):
     monkeypatch.setattr(data, "SHARD_TOKENS", 100)
     with monkeypatch.context() as patch:
 
-        def interrupt(path, tokens):
-            write_shard(path, tokens)
+        def interrupt(path, *arguments):
+            write_shard(path, *arguments)
             if path.name == "000003.bin":
                 raise KeyboardInterrupt
 
         patch.setattr(data, "write_shard", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare([str(text)], [], "bytes", None, 0.1)
-        assert list(cache.iterdir()) == []
+        assert names_in(cache) == {"tokenising.lock"}
     assert prepare([str(text)], [], "bytes", None, 0.1).train
 
 
-def test_two_processes_at_once(text, monkeypatch, cache):
-    """While one is at work, another does all of it: both get the same and nothing is left over."""
-    encode, others = data._encode, []
+def names_in(cache):
+    return {path.name.split("-")[0] for path in cache.iterdir()}
 
-    def meanwhile(*arguments):
-        monkeypatch.setattr(data, "_encode", encode)
-        others.append(prepare([str(text)], [], "bytes", None, 0.1))
-        return encode(*arguments)
 
-    monkeypatch.setattr(data, "_encode", meanwhile)
-    corpus = prepare([str(text)], [], "bytes", None, 0.1)
-    assert (corpus.train, corpus.val) == (others[0].train, others[0].val)
-    assert [path.name.split("-")[0] for path in cache.iterdir()] == ["tokens"]
+@pytest.fixture
+def stalled(tmp_path, cache):
+    """A process that has begun to tokenise `tmp_path / "fifo.txt"`, and waits for the rest of it."""
+    fifo = tmp_path / "fifo.txt"
+    fifo.write_text("the cat")
+    script = (
+        "import sys; from pathlib import Path; from llm_numba.data import corpus; "
+        "corpus.documents = lambda path: iter([iter(sys.stdin.readline, '')]); "
+        f"corpus.prepare([{str(fifo)!r}], [], 'bytes', None, 0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        while not list(cache.glob("unfinished-*/tokens")):
+            assert process.poll() is None
+        yield process
+        process.kill()
+
+
+def test_what_a_killed_process_left_is_removed(text, tmp_path, cache, stalled):
+    """At the next start, even if it has nothing to tokenise; but not while the process is alive."""
+    other = mock.patch.object(data, "_acquired", lambda lock: contextlib.nullcontext())  # it does not wait
+    with other:
+        prepare([str(text)], [], "bytes", None, 0.1)
+        assert names_in(cache) >= {"unfinished", "tokens"}
+    stalled.kill()
+    stalled.wait()
+    assert "unfinished" in names_in(cache)
+    prepare([str(text)], [], "bytes", None, 0.1)
+    assert names_in(cache) == {"tokens", "tokenising.lock", "checked"}
+
+
+def test_two_processes_at_once(tmp_path, monkeypatch, capfd, cache, stalled):
+    """The second waits, and takes the tokens of the first."""
+
+    acquire, calls = data.FileLock.acquire, []
+
+    def finish_the_other(lock, *arguments, **options):
+        calls.append(options)
+        if calls[-1] == {}:  # the one that waits
+            stalled.communicate(b"the cat\n")
+        return acquire(lock, *arguments, **options)
+
+    monkeypatch.setattr(data.FileLock, "acquire", finish_the_other)
+    no_work(monkeypatch)
+    corpus = prepare([str(tmp_path / "fifo.txt")], [], "bytes", None, 0)
+    assert corpus.encoding.decode(read(corpus.train)[1:]) == "the cat\n"
+    assert capfd.readouterr().err.startswith("waiting for another process")
+    assert names_in(cache) == {"tokens", "tokenising.lock", "checked"}
 
 
 @pytest.mark.parametrize("name", ["000000.bin", "corpus.json", "tokenizer.tiktoken"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}")])
-def test_a_damaged_cache_is_named(text, cache, name, damage):
+def test_a_damaged_cache_is_reported(text, cache, name, damage):
     prepare([str(text)], [], "bytes", None, 0.1)
-    (folder,) = cache.iterdir()
+    (folder,) = cache.glob("tokens-*")
     damage(folder / name)
     with pytest.raises(UserError, match=f"{folder}: .*damaged: delete the folder"):
         prepare([str(text)], [], "bytes", None, 0.1)
 
 
 def test_the_default_text(monkeypatch, tmp_path):
-    """The standard library stands in for a missing --data; the Python's version is part of what was tokenised."""
+    """Without --data: the standard library, tokenised again for another version of Python."""
     library = tmp_path / "library"
     library.mkdir()
     (library / "module.py").write_text("pass\n" * 20)
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(library))
     corpus = prepare([], [], "bytes", None, 0)
     assert corpus.encoding.decode(read(corpus.train)[1:]) == "pass\n" * 20
-    monkeypatch.setattr(corpus.platform, "python_version", lambda: "3.99")
+    monkeypatch.setattr(data.platform, "python_version", lambda: "3.99")
     no_work(monkeypatch)
     with pytest.raises(AssertionError, match="again"):
         prepare([], [], "bytes", None, 0)
@@ -555,7 +705,7 @@ def test_text_that_is_not_utf8(tmp_path, cache):
     for tokenizer in ("bytes", "bpe"):
         with pytest.raises(UserError, match="latin1.txt: not UTF-8 at byte 3"):
             prepare([str(tmp_path / "latin1.txt")], [], tokenizer, 257, 0)
-    assert list(cache.iterdir()) == []
+    assert names_in(cache) == {"tokenising.lock"}
 
 
 def test_prepare_shards(tmp_path, cache):
@@ -567,7 +717,6 @@ def test_prepare_shards(tmp_path, cache):
     corpus = prepare([str(a)], [str(b)], "bytes", None, 0.25)
     assert corpus[:2] == ([Span(a, 0, 30)], [Span(b, 0, 70)])
     assert corpus.encoding.n_vocab == corpus.vocab_size == 257
-    assert not cache.exists()
     for arguments in ([str(b)], []), ([str(a)], [str(b)]):
         with pytest.raises(UserError, match="b.bin: token 69 is 69"):
             prepare(*arguments, "none", 69, 0.25)
@@ -580,17 +729,52 @@ def test_shards_with_validation_text(tmp_path):
     assert list(read(corpus.val)) == [256, *b"text"]
 
 
+# --- vocabularies above 65,536
+
+
+def test_text_in_a_large_vocabulary(tmp_path):
+    """All pairs of bytes are tokens; their ids go up to 65,791."""
+    tokens = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
+    ranks = {token: id for id, token in enumerate(tokens)}
+    encoding = checked_encoding("pairs", ranks, {END_OF_TEXT: len(ranks)})
+    (tmp_path / "a.txt").write_text("東京タワー the cat " * 9)
+    corpus = prepare([str(tmp_path / "a.txt")], [], encoding, None, 0.2)
+    tokens = read(corpus.train + corpus.val)
+    assert corpus.vocab_size == 65_793 and tokens.dtype == np.uint32 and tokens[0] == tokens.max() == 65_792
+    assert encoding.decode(tokens[1:]) == (tmp_path / "a.txt").read_text()
+
+
+@pytest.mark.compiled
+def test_training_on_uint32_shards(tmp_path, capfd):
+    """Only rows of wte above 65,535 get large gradients; the run can be evaluated and resumed."""
+    ids = np.array([69_999, 65_536, 68_000, 67_001])
+    write_shard(tmp_path / "a.bin", ids[np.random.default_rng(0).integers(0, 4, 5000)], 70_000)
+    shard = ("--data", tmp_path / "a.bin")
+    sizes = ("--tokenizer", "none", "--vocab-size", 70_000)
+    run_here(*QUICK, *shard, *sizes, "--steps", 2, "--out", tmp_path / "run")
+    losses = losses_of(tmp_path / "run")
+    assert losses[0] == pytest.approx(np.log(70_000), abs=0.1) and losses[1] < losses[0]
+    tensors, _, _ = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    assert sorted(np.abs(tensors["m.wte"]).sum(1).argsort()[-4:]) == sorted(ids)
+    run_here("--resume", tmp_path / "run", "--steps", 3)
+    run_here(tmp_path / "run", *shard, program=evaluation)
+    write_shard(tmp_path / "b.bin", np.full(99, 70_000), 70_001)
+    line = refused(capfd, tmp_path / "run", "--data", tmp_path / "b.bin", program=evaluation)
+    assert "b.bin: token 0 is 70000, but the vocabulary has 70000" in line
+
+
 @pytest.mark.parametrize(
     ("train", "val", "tokenizer", "vocab_size", "message"),
     [
         ("a.bin", None, "bpe", 300, "--tokenizer bpe: .*shards"),
         ("a.txt", "a.bin", "bpe", 300, "--tokenizer bpe: .*shards"),
-        ("a.txt", None, "none", 300, "--tokenizer none: only for .bin shards"),
-        ("a.bin", "a.txt", "none", 300, "--tokenizer none: only for .bin shards"),
+        ("a.txt", None, "none", 300, "--tokenizer none: is for .bin shards only"),
+        ("a.bin", "a.txt", "none", 300, "--tokenizer none: is for .bin shards only"),
         ("a.bin", None, "none", None, "--tokenizer none: give --vocab-size"),
-        ("a.bin", None, "none", 65537, "--vocab-size 65537: .*65536"),
+        ("a.bin", None, "none", 2**31, "--vocab-size 2147483648: .*2147483520"),
         ("a.bin", None, "none", 0, "--vocab-size 0: "),
-        ("a.txt", None, "bpe", 65537, "--vocab-size 65537: .*65536"),
+        ("a.txt", None, "bpe", 2**31, "--vocab-size 2147483648: .*2147483520"),
+        ("a.txt", None, "bpe", 65537, "--vocab-size 65537: the text gives only"),
         ("a.txt", None, "bpe", 300, "--vocab-size 300: the text gives only"),
         ("a.txt", None, "bpe", None, "--vocab-size None"),
         ("a.txt", None, "words", None, "--tokenizer words: choose"),
@@ -608,7 +792,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, train, val, tokenizer, vocab_si
 
 
 def shards(folder, counts):
-    """Shards of `counts` tokens, all different, and their spans, which leave out the first two tokens of each."""
+    """Shards of `counts` tokens, all different, and their spans, which skip the first two tokens of each."""
     spans, first = [], 0
     for i, count in enumerate(counts):
         path = folder / f"{i}.bin"
@@ -619,7 +803,7 @@ def shards(folder, counts):
 
 
 def windows(spans, T):
-    """All windows in order, each as its T + 1 tokens: the loader's specification, written plainly."""
+    """All windows in order, each as its T + 1 tokens: the specification of the loader."""
     found = []
     for span in spans:
         tokens = open_shard(span.path)[span.start : span.stop].tolist()
@@ -628,7 +812,7 @@ def windows(spans, T):
 
 
 def deal(loader, batches):
-    """The next windows, each as its T + 1 tokens; checks that the targets are the inputs one further."""
+    """The next windows, each as its T + 1 tokens; checks that targets are inputs shifted by one."""
     dealt = []
     for _ in range(batches):
         tokens, targets = np.full((2, loader.B, loader.T), -1, np.int32)
@@ -669,7 +853,7 @@ def test_shuffled_windows_come_once_an_epoch(tmp_path, T):
     seed=st.integers(0, 2**64),
     shuffle=st.booleans(),
 )
-def test_every_epoch_is_complete_whatever_the_sizes(tmp_path_factory, counts, B, T, seed, shuffle):
+def test_every_epoch_is_complete(tmp_path_factory, counts, B, T, seed, shuffle):
     spans = shards(tmp_path_factory.getbasetemp(), counts)
     expected = windows(spans, T)
     if not expected:
@@ -699,8 +883,8 @@ def test_spans_are_shuffled_too(tmp_path):
     assert windows(spans, 4) != first != second
 
 
-def test_spans_have_orders_of_their_own(tmp_path):
-    """Two spans of one size, and the order of 50 spans itself: no two permutations are the same."""
+def test_each_span_has_its_own_order(tmp_path):
+    """Two spans of the same size get different permutations."""
     spans = shards(tmp_path, [201] * 2)
     dealt = deal(Loader(spans, 1, 4, 1, True), 100)
     assert [window[0] % 203 for window in dealt[:50]] != [window[0] % 203 for window in dealt[50:]]
@@ -709,7 +893,7 @@ def test_spans_have_orders_of_their_own(tmp_path):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("B", [1, 2, 4, 9, 20])
 def test_restored_exactly_at_every_position(tmp_path, shuffle, B):
-    """Through three epochs of 9 windows; a loader stopped anywhere goes on as if it had not been."""
+    """Through three epochs of 9 windows; a loader stopped anywhere continues as if it had not stopped."""
     spans = shards(tmp_path, COUNTS)
     loader = Loader(spans, B, 4, 5, shuffle)
     states, rows = [], []
@@ -758,8 +942,8 @@ def test_too_few_tokens(tmp_path, counts, longest):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_large_shard_is_not_read_whole(tmp_path, shuffle):
-    """400 MB of tokens; only the permutation of its 48828 windows (8 bytes each) may be in memory."""
+def test_a_large_shard_is_not_read_completely(tmp_path, shuffle):
+    """400 MB of tokens: only the permutation of 48828 windows (8 bytes each) may be in memory."""
     path = sparse_shard(tmp_path / "a.bin", 200_000_000)
     tokens, targets = np.empty((2, 8, 4096), np.int32)
 
@@ -771,8 +955,8 @@ def test_a_large_shard_is_not_read_whole(tmp_path, shuffle):
     assert peak_memory(some_batches) < 2e6
 
 
-def test_memory_is_that_of_the_current_span(tmp_path):
-    """Ten spans of 10^5 windows: one order of 0.8 MB (two while it is made), not ten."""
+def test_only_the_current_span_is_in_memory(tmp_path):
+    """Ten spans of 10^5 windows: one order of 0.8 MB (two while it is computed), not ten."""
     path = sparse_shard(tmp_path / "a.bin", 1_000_001)
     spans = [Span(path, i * 100_000, (i + 1) * 100_000 + 1) for i in range(10)]
     loader = Loader(spans, 1, 1, 0, True)

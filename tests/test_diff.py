@@ -4,7 +4,6 @@ Most tests compare two devices that both are NumPy in float32 (oracle.py), one o
 """
 
 import re
-
 from types import SimpleNamespace
 
 import numpy as np

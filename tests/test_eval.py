@@ -1,4 +1,4 @@
-"""Evaluation: against losses that PyTorch computes, one ending at a time, and on answers that are known."""
+"""Evaluation: against losses that PyTorch computes, one ending at a time, and on known answers."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def write_examples(path, examples):
 
 
 def some_examples(rng, count, words=6):
-    """Beginnings and endings of random lengths, as if written by someone without sense; no two endings are the same."""
+    """Contexts and endings of random words and lengths; no two endings are the same."""
 
     def text(most):
         return " ".join(rng.choice(WORDS, rng.integers(1, most + 1)))
@@ -117,7 +117,7 @@ def test_hellaswag_is_what_pytorch_says(tmp_path, capsys, rng, parameters, T, wo
 
     trained = evaluation.read(folder)
     read, note = hellaswag.read_examples(file, trained.encoding, T, 0, "--data")
-    assert (f"{cut} of 100 endings are" in note) if cut else note is None
+    assert (f"{cut} of 100 contexts with endings are longer than {T} tokens" in note) if cut else note is None
     assert (cut > 0) == (words > 1)
     for B in 1, 7, 100:
         found = hellaswag.losses_of(read, evaluation.on_device(trained, B, T, ops, "float32"), B, T)
@@ -197,7 +197,7 @@ def test_a_resumed_run_takes_it_up(trained, tmp_path, capfd, rng):
         run_here("--resume", out, *more)
         results.append(rows_of(out, "hellaswag_acc")[3:])
     assert results[0] == results[1] and [row["step"] for row in results[0]] == [302, 304]
-    assert "are, with their beginning, longer than 32 tokens" in (tmp_path / "a" / "train.log").read_text()
+    assert "contexts with endings are longer than 32 tokens" in (tmp_path / "a" / "train.log").read_text()
     found, _ = evaluate(tmp_path / "a", "--task", "hellaswag", "--data", file, capsys=capfd)
     assert (found["acc"], found["acc_norm"]) == (results[0][1]["hellaswag_acc"], results[0][1]["hellaswag_acc_norm"])
 
@@ -300,10 +300,10 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
     [
         ("nonsense", 'expected a JSON object with "ctx", "endings" and "label"'),
         (json.dumps({"ctx": "a", "endings": ["b"] * 4}), 'expected a JSON object with "ctx", "endings" and "label"'),
-        (json.dumps(GOOD | {"endings": ["b"] * 3}), "expected a text as ctx and 4 texts as endings"),
-        (json.dumps(GOOD | {"endings": "bcde"}), "expected a text as ctx and 4 texts as endings"),
-        (json.dumps(GOOD | {"ctx": ""}), "expected a text as ctx and 4 texts as endings"),
-        (json.dumps(GOOD | {"ctx": 1}), "expected a text as ctx and 4 texts as endings"),
+        (json.dumps(GOOD | {"endings": ["b"] * 3}), "expected a string as ctx and 4 strings as endings"),
+        (json.dumps(GOOD | {"endings": "bcde"}), "expected a string as ctx and 4 strings as endings"),
+        (json.dumps(GOOD | {"ctx": ""}), "expected a string as ctx and 4 strings as endings"),
+        (json.dumps(GOOD | {"ctx": 1}), "expected a string as ctx and 4 strings as endings"),
         (json.dumps(GOOD | {"label": 4}), "label is 4, expected 0 to 3"),
         (json.dumps(GOOD | {"label": "0"}), "label is '0', expected 0 to 3"),
         (b"\xff", 'expected a JSON object with "ctx", "endings" and "label"'),
@@ -321,13 +321,13 @@ def test_mistakes(folder, tmp_path, capfd, parameters, trained):
         return refused(capfd, *arguments, program=program)
 
     fetch_it = (
-        "hellaswag_val.jsonl: cannot be read (No such file or directory): fetch it with python -m llm_numba.data "
+        "hellaswag_val.jsonl: cannot be read (No such file or directory): download it with python -m llm_numba.data "
     )
     assert fetch_it in told(folder, "--task", "hellaswag")
     assert "--data nowhere: cannot be read (No such" in told(folder, "--task", "hellaswag", "--data", "nowhere")
     assert "takes one file" in told(folder, "--task", "hellaswag", "--data", "a", "b")
     (tmp_path / "empty").write_text("\n")
-    assert "holds no examples" in told(folder, "--task", "hellaswag", "--data", tmp_path / "empty")
+    assert "has no examples" in told(folder, "--task", "hellaswag", "--data", tmp_path / "empty")
     assert "--limit -1: must be at least 0" in told(folder, "--limit", -1)
     assert "the run's data is no longer what it was trained on: give some with --data" in told(folder)
     assert "3 tokens in a row, but one window needs 33" in told(folder, "--data", write_text(tmp_path / "t", "ab"))
@@ -335,7 +335,7 @@ def test_mistakes(folder, tmp_path, capfd, parameters, trained):
 
     none = write_checkpoint(tmp_path / "none", NANO, parameters, encoding=None)
     assert "--tokenizer none" in told(none, "--task", "hellaswag", "--data", "x")
-    assert "takes .bin shards only" in told(none, "--data", tmp_path / "t")
+    assert "needs .bin shards" in told(none, "--data", tmp_path / "t")
     broken = {**parameters, "lnfb": np.full_like(parameters["lnfb"], np.nan)}
     broken = write_checkpoint(tmp_path / "broken", NANO, broken)
     questions = trained / "right.jsonl"

@@ -1,5 +1,5 @@
-"""Hugging Face's folders, with transformers itself at the other end: it loads what we write, we load what it writes,
-and both compute the same logits and the same tokens."""
+"""Hugging Face's folders, against transformers: it loads what we write, we load what it writes, and both compute the
+same logits and the same tokens."""
 
 import argparse
 import inspect
@@ -16,23 +16,23 @@ from training import logits_of, new_run, random_parameters
 from llm_numba import export
 from llm_numba.data.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer
 from llm_numba.formats import huggingface
-from llm_numba.formats.pretrained import Weights, open_weights, set_parameters
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
+from llm_numba.training.weights import Weights, open_weights, set_parameters
 from llm_numba.util.cli import UserError
 
-torch = pytest.importorskip("torch", reason="transformers computes with PyTorch, which is not installed")
+torch = pytest.importorskip("torch", reason="transformers needs PyTorch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 pytestmark = pytest.mark.compiled
 SIZES = [  # context, V, L, NH, C: a head of 5 channels, one layer, a vocabulary that is padded and one that is not
-    GPT2Config(11, 97, 3, 3, 15),
-    GPT2Config(7, 259, 1, 1, 5),
-    GPT2Config(16, 128, 2, 4, 32),
+    GPT2(11, 97, 3, 3, 15),
+    GPT2(7, 259, 1, 1, 5),
+    GPT2(16, 128, 2, 4, 32),
 ]
 NAMES = ["three_layers", "one_layer", "not_padded"]
-TOLERANCE = 1e-4  # |ours - theirs| / |theirs|; float32 leaves 1e-6, and the next mistake is larger by far
+TOLERANCE = 1e-4  # |ours - theirs| / |theirs|; float32 reaches 1e-6
 TEXT = inspect.getsource(argparse)
 BPE = load_tokenizer("bpe", [TEXT, "naïve façade – 東京タワー 🙂\r\n" * 9], 700)
 BYTES = load_tokenizer("bytes", (), None)
@@ -54,7 +54,7 @@ def distance(ours, theirs):
 
 
 def our_logits(ops, weights, tokens):
-    run = new_run(ops, weights.config, *tokens.shape, "reuse")
+    run = new_run(ops, weights.model, *tokens.shape, "reuse")
     set_parameters(ops, run.arena, weights.parameters)
     return logits_of(run, (tokens, tokens))
 
@@ -64,19 +64,19 @@ def their_logits(network, tokens):
         return network.eval()(torch.tensor(tokens, dtype=torch.long)).logits.double().numpy()
 
 
-def random_tokens(config):
-    return np.random.default_rng(3).integers(0, config.vocab_size, (2, config.max_seq_len), dtype=np.int32)
+def random_tokens(model):
+    return np.random.default_rng(3).integers(0, model.vocab_size, (2, model.max_seq_len), dtype=np.int32)
 
 
-def random_weights(config, encoding=None, seed=0):
-    parameters = random_parameters(config, np.random.default_rng(seed))
-    return Weights(config, lambda: encoding, iter(parameters.items()))
+def random_weights(model, encoding=None, seed=0):
+    parameters = random_parameters(model, np.random.default_rng(seed))
+    return Weights(model, lambda: encoding, iter(parameters.items()))
 
 
-def random_network(config, **changes):
-    """One of theirs, its weights, biases and all, far from what a fresh one has."""
+def random_network(model, **changes):
+    """A network of transformers with random weights, norms and biases."""
     torch.manual_seed(1)
-    sizes = {theirs: getattr(config, ours) for ours, theirs in huggingface.SIZES.items()}
+    sizes = {theirs: getattr(model, ours) for ours, theirs in GPT2.huggingface.sizes.items()}
     network = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3, **changes)
     )
@@ -90,11 +90,11 @@ def random_network(config, **changes):
 # Logits
 
 
-@pytest.mark.parametrize("config", SIZES, ids=NAMES)
+@pytest.mark.parametrize("model", SIZES, ids=NAMES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_they_compute_our_logits(ops, tmp_path, config, dtype):
+def test_they_compute_our_logits(ops, tmp_path, model, dtype):
     export.write_folder(
-        tmp_path / "out", False, lambda folder: export.export(random_weights(config), "hf", dtype, folder)
+        tmp_path / "out", False, lambda folder: export.export(random_weights(model), "hf", dtype, folder)
     )
     network, told = transformers.GPT2LMHeadModel.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
@@ -102,42 +102,42 @@ def test_they_compute_our_logits(ops, tmp_path, config, dtype):
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    tokens = random_tokens(config)
-    weights = random_weights(config)
+    tokens = random_tokens(model)
+    weights = random_weights(model)
     if dtype == "bf16":
         rounded = [(name, torch.tensor(x).bfloat16().float().numpy()) for name, x in weights.parameters]
         weights = weights._replace(parameters=iter(rounded))
     assert distance(our_logits(ops, weights, tokens), their_logits(network, tokens)) < TOLERANCE
 
 
-@pytest.mark.parametrize("config", SIZES, ids=NAMES)
+@pytest.mark.parametrize("model", SIZES, ids=NAMES)
 @pytest.mark.parametrize("form", ["whole", "shards", "no_prefix", "fp16", "bf16", "old"])
-def test_we_compute_their_logits(ops, tmp_path, config, form):
-    network = random_network(config)
+def test_we_compute_their_logits(ops, tmp_path, model, form):
+    network = random_network(model)
     if form in ("fp16", "bf16"):
         network = network.to(torch.float16 if form == "fp16" else torch.bfloat16)
     saved = network.transformer if form == "no_prefix" else network
     saved.save_pretrained(tmp_path, **({"max_shard_size": 2000} if form == "shards" else {}))
     if form == "shards":
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    if form == "old":  # the tied classifier and the masks, as versions before 4 wrote them
+    if form == "old":  # the tied classifier and the masks, as saved by versions before 4
         tensors = load_file(tmp_path / "model.safetensors")
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-        for l in range(config.num_layers):
+        for l in range(model.num_layers):
             tensors[f"transformer.h.{l}.attn.bias"] = np.tril(np.ones((1, 1, 11, 11), bool))
             tensors[f"transformer.h.{l}.attn.masked_bias"] = np.array(-1e4, np.float32)
         save_file(tensors, tmp_path / "model.safetensors")
-    tokens = random_tokens(config)
+    tokens = random_tokens(model)
     weights = open_weights(str(tmp_path))
-    assert weights.config == config and weights.tokenizer() is None
+    assert weights.model == model and weights.tokenizer() is None
     assert distance(our_logits(ops, weights, tokens), their_logits(network.float(), tokens)) < TOLERANCE
 
 
-def test_what_is_written_is_read(tmp_path):
-    config = SIZES[0]
-    export.export(random_weights(config), "hf", "fp32", tmp_path)
+def test_round_trip(tmp_path):
+    model = SIZES[0]
+    export.export(random_weights(model), "hf", "fp32", tmp_path)
     for (name, x), (expected_name, expected) in zip(
-        open_weights(str(tmp_path)).parameters, random_weights(config).parameters, strict=True
+        open_weights(str(tmp_path)).parameters, random_weights(model).parameters, strict=True
     ):
         assert name == expected_name and x.dtype == np.float32 and np.array_equal(x, expected), name
 
@@ -147,8 +147,8 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def theirs_of(folder, encoding):
-    """Their tokenizer of our encoding: what both of their classes load."""
-    export.export(random_weights(GPT2Config(8, encoding.n_vocab, 1, 1, 4), encoding), "hf", "fp32", folder)
+    """Our encoding, loaded by both tokenizer classes of transformers."""
+    export.export(random_weights(GPT2(8, encoding.n_vocab, 1, 1, 4), encoding), "hf", "fp32", folder)
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     fast = transformers.GPT2TokenizerFast.from_pretrained(folder)
     assert len(auto) == len(fast) == encoding.n_vocab
@@ -182,15 +182,15 @@ def test_any_text_gives_the_same_tokens(both, text):
     assert auto(text)["input_ids"] == encoding.encode_ordinary(text)
 
 
-def test_the_end_of_a_text_is_special_there(both):
+def test_the_end_of_text_is_special(both):
     encoding, theirs = both
     for one in theirs:
         assert one(f"a{END_OF_TEXT}b")["input_ids"] == encoding.encode(f"a{END_OF_TEXT}b", allowed_special="all")
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "merges.txt", "their_save"])
-def test_their_tokenizer_gives_us_the_same_tokens(tmp_path, form):
-    """Learned by their own trainer, which numbers the special token first."""
+def test_their_tokenizer_gives_the_same_tokens(tmp_path, form):
+    """Trained by tokenizers, which gives the special token the first id."""
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -212,7 +212,7 @@ def test_their_tokenizer_gives_us_the_same_tokens(tmp_path, form):
         assert ours.encode_ordinary(text) == theirs.encode(text).ids
 
 
-def test_a_tokenizer_comes_back_as_it_went(tmp_path):
+def test_tokenizer_round_trip(tmp_path):
     huggingface.write_tokenizer(tmp_path, BPE, 8)
     again = huggingface.read_tokenizer(tmp_path)
     assert again._mergeable_ranks == BPE._mergeable_ranks and again._special_tokens == BPE._special_tokens
@@ -227,26 +227,26 @@ def with_tokens(*tokens, special=None, pattern=None):
 @pytest.mark.parametrize(
     "encoding, words",
     [
-        (with_tokens(b"abc"), ["token 256", "two tokens before it"]),
+        (with_tokens(b"abc"), ["token 256", "pair of earlier tokens"]),
         (with_tokens(b"abcd", b"ab", b"cd"), ["token 256"]),
-        (with_tokens(b"ab", pattern=r"\w+|\W"), ["cuts words otherwise"]),
+        (with_tokens(b"ab", pattern=r"\w+|\W"), ["splits words differently"]),
         (with_tokens(b"ab", special={END_OF_TEXT: 257, "ab": 258}), ["special token's text is a token"]),
     ],
 )
-def test_a_tokenizer_that_the_format_cannot_carry(tmp_path, encoding, words):
+def test_a_tokenizer_that_the_format_cannot_represent(tmp_path, encoding, words):
     with pytest.raises(UserError) as caught:
         theirs_of(tmp_path, encoding)
     message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in ["cannot carry", *words]), message
+    assert "\n" not in message and all(word in message for word in ["cannot represent", *words]), message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """One of theirs, whole, to be broken."""
+    """A valid folder, to be damaged."""
     random_network(SIZES[0]).save_pretrained(tmp_path)
     huggingface.write_tokenizer(tmp_path, BPE, 8)
     return tmp_path
@@ -308,7 +308,7 @@ WTE = "transformer.wte.weight"
         (config_with(n_head=4), ["config.json", "channels (15)", "num_heads (4)"]),
         (config_with(n_layer="3"), ["config.json", "n_layer", '"3"', "whole number"]),
         (config_with(n_layer=0), ["config.json", "num_layers is 0"]),
-        (config_with(n_layer=2), ["tensors that a GPT-2", 'such as "h.2.']),
+        (config_with(n_layer=2), ["has tensors that", 'such as "h.2.']),
         (config_with(n_layer=4), ["lacks tensors", "such as h.3."]),
         (config_with(n_layer=2**31 - 1), ["lacks tensors"]),
         (config_with(vocab_size=98), [WTE, "97 x 15", "98 x 15"]),
@@ -318,7 +318,7 @@ WTE = "transformer.wte.weight"
         (lambda f: (f / "config.json").write_text("[]"), ["config.json", "JSON object"]),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), ["config.json", "UTF-8"]),
         (tensors_with(lambda t: t.pop("transformer.ln_f.bias")), ["lacks tensors", "such as ln_f.bias"]),
-        (tensors_with(lambda t: t.update({"score.weight": t[WTE]})), ["has not", "score.weight"]),
+        (tensors_with(lambda t: t.update({"score.weight": t[WTE]})), ["has tensors that", "score.weight"]),
         (tensors_with(lambda t: t.update({"wte.weight": t[WTE]})), ["wte.weight", "twice"]),
         (tensors_with(lambda t: t.update({"lm_head.weight": t[WTE] + 1})), ["lm_head.weight differs"]),
         (
@@ -327,13 +327,13 @@ WTE = "transformer.wte.weight"
         ),
         (tensor_becomes(WTE, lambda x: x.astype(np.float64)), [WTE, "F64", "BF16"]),
         (only_a_pickle, ["pickle", "save_pretrained"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["holds no model.safetensors"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["has no model.safetensors"]),
         (a_shard_is_missing, ["model-00002-of"]),
         (index_points_elsewhere, ["model.safetensors.index.json", "weight_map"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"no"), ["model.safetensors", "truncated"]),
     ],
 )
-def test_a_model_that_is_refused(folder, break_it, words):
+def test_a_model_that_is_rejected(folder, break_it, words):
     if break_it is a_shard_is_missing:
         (folder / "model.safetensors").unlink()
     break_it(folder)
@@ -366,12 +366,12 @@ def tokenizer_with(part, **changes):
         (tokenizer_with("model", merges=None), ["tokenizer.json"]),
         (tokenizer_with("model", vocab={"a": 0}), ["byte"]),
         (tokenizer_with("", added_tokens=[]), ["tokenizer.json"]),
-        (tokenizer_with("", added_tokens=[{"id": 699, "content": END_OF_TEXT, "special": False}]), ["word of text"]),
+        (tokenizer_with("", added_tokens=[{"id": 699, "content": END_OF_TEXT, "special": False}]), ["is not special"]),
         (tokenizer_with("", added_tokens=[{"id": 700, "content": END_OF_TEXT, "special": True}]), ["gap"]),
         (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
     ],
 )
-def test_a_tokenizer_that_is_refused(folder, break_it, words):
+def test_a_tokenizer_that_is_rejected(folder, break_it, words):
     break_it(folder)
     with pytest.raises(UserError) as caught:
         open_weights(str(folder)).tokenizer()

@@ -1,4 +1,4 @@
-"""Every lesson runs, its notebook is the script's, its rungs are right, and its exercises tell right from wrong."""
+"""Every lesson runs, its notebook matches the script, its rungs are correct, and its exercises find wrong answers."""
 
 import importlib.util
 import os
@@ -13,11 +13,11 @@ from llm_numba.lessons import FOLDER, exercise, notebooks
 from llm_numba.lessons.ladder import ladders, rung_files
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 40  # of a processor, for a small lesson: 20 on two cores
-STUCK = 1200  # seconds by the clock
+SECONDS = 40  # CPU time of a lesson at small sizes: 20 s on two cores
+TIMEOUT = 1200  # wall-clock seconds
 LESSONS = [pytest.param(script, id=script.stem) for script in notebooks.scripts()]
 EXERCISES = sorted(file.stem for file in (FOLDER / "exercises").glob("*.py"))
-MOST_BYTES = 1_500_000  # of a notebook
+MOST_BYTES = 1_500_000  # per notebook
 pytestmark = pytest.mark.compiled
 
 
@@ -35,26 +35,26 @@ def test_runs_as_a_script(script, tmp_path):
     environment.pop("NUMBA_ENABLE_CUDASIM")
     before = psutil.Process().cpu_times()
     run = subprocess.run(
-        [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=STUCK
+        [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT
     )
     after = psutil.Process().cpu_times()
     assert run.returncode == 0, run.stderr
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    assert seconds < SECONDS, f"it took {seconds:.0f} s of a processor"
-    assert not list(tmp_path.iterdir()), "a lesson leaves nothing behind"
+    assert seconds < SECONDS, f"it took {seconds:.0f} s of CPU time"
+    assert not list(tmp_path.iterdir()), "a lesson must not leave files behind"
 
 
 @pytest.mark.parametrize("script", LESSONS)
-def test_notebook_is_the_scripts(script):
+def test_notebook_matches_the_script(script):
     assert notebooks.complaints(script) == []
     text = script.with_suffix(".ipynb").read_text()
     assert len(text) < MOST_BYTES
     for path in (str(ROOT), str(Path.home()) + "/", sys.prefix, "/tmp/", "site-packages"):
-        assert path not in text, f"the notebook says {path}, which is this machine's"
+        assert path not in text, f"the notebook contains {path}, a path of this machine"
 
 
 @pytest.mark.parametrize("file", rung_files(), ids=lambda file: file.stem)
-def test_rungs_end_with_the_models_own_op(file):
+def test_ladders_end_with_the_models_own_op(file):
     found = ladders(file)
     assert found, f"{file.name} has no Ladder"
     for ladder in found:
@@ -64,7 +64,7 @@ def test_rungs_end_with_the_models_own_op(file):
         assert bool(ladder.flops) != bool(ladder.nbytes)
         for rung in ladder.rungs[:-1]:
             cache = getattr(getattr(rung, "_cache", None), "_cache_path", None)
-            assert cache is None, f"{rung.__name__} is cached: the file is imported under more than one name"
+            assert cache is None, f"{rung.__name__} is cached, but the file is imported under more than one name"
 
 
 def answers(name):
@@ -75,28 +75,28 @@ def answers(name):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_exercise_knows_its_hole_and_its_solution(name, capsys):
+def test_exercise_rejects_the_stub_and_accepts_the_solution(name, capsys):
     assert not exercise.check(name)
-    assert "the hole is still there" in capsys.readouterr().out
+    assert "the function is unfinished" in capsys.readouterr().out
     assert exercise.check(name, answers(name).solution), capsys.readouterr().out
-    assert "right, at all" in capsys.readouterr().out
+    assert "correct at all" in capsys.readouterr().out
     exercise.show(name)
     assert exercise.show(name, answers(name).solution).accesses
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_exercise_says_what_is_wrong(name, capsys):
+def test_exercise_explains_wrong_answers(name, capsys):
     wrong = answers(name).WRONG
     assert len(wrong) >= 5
-    for function, words in wrong:
+    for function, phrases in wrong:
         assert not exercise.check(name, function), f"{function.__name__} is accepted"
-        said = capsys.readouterr().out
-        for word in words:
-            assert word in said, f"{function.__name__}: {said}"
+        printed = capsys.readouterr().out
+        for phrase in phrases:
+            assert phrase in printed, f"{function.__name__}: {printed}"
 
 
-def test_kernels_compile_for_a_card():
-    """The simulator knows no types: a kernel may run there and not compile. This needs no card."""
+def test_kernels_compile_for_a_gpu():
+    """The simulator ignores types, so a kernel may run there and not compile. Needs no GPU."""
     if importlib.util.find_spec("numba_cuda") is None:
         pytest.skip("numba-cuda is not installed")
     run = subprocess.run(

@@ -287,14 +287,14 @@ def test_the_limit_is_of_the_ladders_dtype(monkeypatch):
 
 
 def test_results(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- lessons -->\nold\n<!-- end of lessons -->\nafter\n")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    monkeypatch.setattr(results, "README", readme)
+    monkeypatch.setattr(results, "PAGE", page)
     monkeypatch.setattr(results, "all_ladders", lambda device: [ladder(right)] if device == "cpu" else [])
     path = results.write("cpu")
     assert json.loads(path.read_text())["ladders"]["twice"]["sizes"] == {"n": 9}
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "| twice, n = 9 | right |" in text
     assert results.write("cuda") is None
     assert results.slug("A B (c), 2 threads, 512-bit vectors") == "a-b-c-2-threads"

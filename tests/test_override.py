@@ -72,7 +72,7 @@ def comparisons(folder):
     return [(v, *map(float, rest)) for v, *rest in re.findall(pattern, (folder / "train.log").read_text())]
 
 
-def test_naive_ops_train_as_the_fast_ones(tmp_path, text, usual):
+def test_naive_ops_train_like_the_fast_ones(tmp_path, text, usual):
     values = [f"{op}={place}" for op, place in NAIVE_OPS.items()]
     run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", *values)
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(usual), rtol=2e-6)

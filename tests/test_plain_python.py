@@ -1,4 +1,4 @@
-"""Without its compiler the package computes the same: every op can be stepped through in a debugger."""
+"""Without the compiler the ops compute the same, so a debugger can step through them."""
 
 import os
 import subprocess
@@ -12,9 +12,9 @@ from llm_numba.ops import CONTRACT
 
 @pytest.mark.compiled
 def test_ops_in_plain_python():
-    """The ops' tests once more, as far as conftest.py finds them small enough, with the compiler switched off."""
+    """The small cases of the ops' tests (conftest.py selects them), with NUMBA_DISABLE_JIT=1."""
     here = Path(__file__).parent
-    files = [path for path in (here / f"test_{layer}.py" for layer in CONTRACT) if path.exists()]
+    files = [path for path in (here / f"test_{layer}.py" for layer in (*CONTRACT, "naive")) if path.exists()]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "--device", "cpu", "-q", "-p", "no:cacheprovider", *files],
         env=os.environ | {"NUMBA_DISABLE_JIT": "1"},

@@ -139,7 +139,7 @@ def test_the_documents_of_a_window(tmp_path, monkeypatch, cache, shard_tokens): 
     monkeypatch.setattr(data, "SHARD_TOKENS", shard_tokens)
     folder = documents(tmp_path / "text", [5, 100, 1, 1, 33, 260, 7])
     corpus = data.prepare([str(folder)], [], "bytes", None, 0.0)
-    stream, files = [], json.loads((corpus.train[0].path.parent / data.DOCUMENTS).read_text())["files"]
+    stream, files = [], json.loads((corpus.train[0].path.parent / data.INDEX).read_text())["files"]
     for file in files:  # in the order of the shards
         stream += [file] * (1 + len((tmp_path / file).read_bytes()))
     before = 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from llm_numba.models.config import PRESETS
+from llm_numba.models import presets
 from llm_numba.training import settings as module
 from llm_numba.training.settings import (
     FIELDS,
@@ -19,7 +19,7 @@ from llm_numba.training.settings import (
     check_lengths,
     from_record,
     parse,
-    preset_config,
+    preset_model,
     resume_with,
     to_record,
     tokenizer_kind,
@@ -92,8 +92,8 @@ def test_every_setting_is_described():
 
 
 def test_presets_have_known_defaults():
-    assert PRESET_DEFAULTS.keys() <= PRESETS.keys()
-    for preset in PRESETS:
+    assert PRESET_DEFAULTS.keys() <= presets().keys()
+    for preset in presets():
         assert PRESET_DEFAULTS.get(preset, {}).keys() <= FIELDS.keys()
         check(parse(["--preset", preset])[0])
 
@@ -140,7 +140,7 @@ def test_preset_defaults_give_way_to_flags(monkeypatch):
         ("--learning-rate fast", ["--learning-rate", "'fast'", "float"]),
         ("--batch-size", ["--batch-size", "expected one argument"]),
         ("--data", ["--data", "expected at least one"]),
-        ("--preset tny", ["--preset", "'tny'", *PRESETS]),
+        ("--preset tny", ["--preset", "'tny'", *presets()]),
         ("--schedule step", ["--schedule", "'step'", "cosine", "linear", "constant", "wsd"]),
         ("--device tpu", ["--device", "'tpu'", "auto", "cpu", "cuda", "cudasim"]),
         ("--dtype fp16", ["--dtype", "'fp16'", "fp32", "bf16"]),
@@ -178,8 +178,8 @@ def test_parse_errors(line, words):
         ("--keep 0", ["--keep 0", "at least 1"]),
         ("--vocab-size 300 --preset nano", ["--vocab-size 300", "bytes"]),
         ("--vocab-size 300 --tokenizer gpt2", ["--vocab-size 300", "gpt2", "bpe"]),
-        ("--vocab-size 256", ["--vocab-size 256", "bpe", "257 to 65536"]),
-        ("--vocab-size 65537 --tokenizer none", ["--vocab-size 65537", "none", "1 to 65536"]),
+        ("--vocab-size 256", ["--vocab-size 256", "bpe", "257 to 2147483520"]),
+        ("--vocab-size 2147483648 --tokenizer none", ["--vocab-size 2147483648", "none", "1 to 2147483520"]),
         ("--device cuda --no-jit", ["--no-jit", "--device cpu", "cudasim"]),
         ("--device cudasim --interpret gelu", ["--interpret", "--device cpu", "cudasim"]),
         ("--device cpu --dtype bf16", ["--dtype bf16", "float32", "--device cuda"]),
@@ -205,7 +205,7 @@ def test_check_errors(line, words):
         "--warmup 10",
         "--threads 1",
         "--vocab-size 257",
-        "--vocab-size 65536 --tokenizer none",
+        "--vocab-size 128256 --tokenizer none",
         "--final-fraction 1 --beta1 0 --epochs 0.01",
         "--interpret encoder attention_cached_forward",
     ],
@@ -219,7 +219,7 @@ def test_check_sees_a_choice_that_no_command_line_let_through():
 
 
 def test_auto_tokenizer():
-    kinds = {preset: tokenizer_kind(Settings(preset=preset)) for preset in PRESETS}
+    kinds = {preset: tokenizer_kind(Settings(preset=preset)) for preset in presets()}
     assert kinds == dict(nano="bytes", tiny="bpe", d12="gpt2", d24="gpt2", d36="gpt2", d48="gpt2")
     assert tokenizer_kind(Settings(preset="d12", tokenizer="bpe")) == "bpe"
     assert tokenizer_kind(Settings(preset="", init="x")) == "init"
@@ -254,7 +254,7 @@ def test_lengths_are_those_of_the_source(line, words):
 )
 def test_the_config_of_a_preset(line, vocab_size):
     settings = parse(line.split())[0]
-    assert preset_config(settings) == replace(PRESETS[settings.preset], vocab_size=vocab_size)
+    assert preset_model(settings) == replace(presets()[settings.preset], vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("argv", [[], EVERYTHING])

@@ -1,4 +1,4 @@
-"""Fifty kills, a damaged checkpoint, a second run in the folder, a closed pipe, a clock that jumps."""
+"""What a run survives: fifty kills, a damaged checkpoint, a second run, a reader that leaves, a clock that jumps."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numba
 import pytest
@@ -31,11 +30,11 @@ from programs import (
     write_text,
 )
 
-from llm_numba.data import corpus as data
 from llm_numba.data.shards import write_shard
 from llm_numba.training import checkpoint
+from llm_numba.util import cli
 
-pytestmark = [pytest.mark.compiled, pytest.mark.faults, pytest.mark.skipif(os.name == "nt", reason="needs POSIX")]
+pytestmark = [pytest.mark.compiled, pytest.mark.skipif(os.name == "nt", reason="needs POSIX")]
 KILLS = 50
 RUN = ("--device", "cpu", "--steps", 400, "--checkpoint-every", 3, "--val-every", 50, "--batch-size", 8)
 
@@ -47,7 +46,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory, text):
-    """A run of 6 steps with checkpoints at 2, 4 and 6; do not change it."""
+    """A run of 6 steps with a checkpoint at 2, 4 and 6, not to be changed."""
     folder = tmp_path_factory.mktemp("short") / "run"
     run_here(*QUICK, "--data", text, "--steps", 6, "--checkpoint-every", 2, "--out", folder)
     return folder
@@ -106,9 +105,9 @@ print(json.dumps({"finished": finished, "writing": writing, "reached": reached})
 
 
 def test_fifty_kills(text, tmp_path):
-    """SIGKILL at fifty moments between the start and the last step: the resumed run ends with the same bits as one that
-    was never killed. A process that has loaded everything forks each attempt. The ops are NumPy's, which start no
-    threads; the files are written by the same code. test_faults.py kills runs with compiled ops."""
+    """SIGKILL at fifty moments between loading and the last step; what is resumed ends with the bits of a run that was
+    never killed. A process forks each try when it has loaded everything, and the ops are NumPy's, which start no
+    threads: what could be lost is written by the same code. test_faults.py kills runs of compiled ops."""
     arguments = [*map(str, (*QUICK, "--data", text, *RUN))]
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), str(KILLS), json.dumps(arguments)],
@@ -116,46 +115,23 @@ def test_fifty_kills(text, tmp_path):
         text=True,
         env=environment(OPENBLAS_NUM_THREADS="1"),
     )
-    assert (process.returncode, process.stderr) == (0, "")  # no checkpoint was damaged: that is reported
-    result = json.loads(process.stdout)
-    assert len(result["reached"]) == KILLS and len(set(result["reached"])) > KILLS // 3  # not all were killed early
-    assert result["writing"] > 0, "no kill came while a checkpoint was being written"
-    assert result["finished"]
-    for folder in result["finished"]:
+    assert (process.returncode, process.stderr) == (0, "")  # no checkpoint was damaged, or it would be told
+    told = json.loads(process.stdout)
+    assert len(told["reached"]) == KILLS and len(set(told["reached"])) > KILLS // 3  # they did not all die early
+    assert told["writing"] > 0, "no kill came while a checkpoint was being written"
+    assert told["finished"]
+    for folder in told["finished"]:
         assert rows_of(folder, "step") == rows_of(tmp_path / "whole", "step")
         assert content_of(folder) == content_of(tmp_path / "whole")
 
 
-def test_files_of_a_killed_tokenisation_are_removed_later(text, tmp_path, monkeypatch):
-    """By the next process that tokenises, except those of a live process."""
-    large = tmp_path / "large.txt"
-    large.write_text(Path(text).read_text() * 500)
-    folder = tmp_path / "cache"
-    script = "import sys; from llm_numba import data; data.prepare([sys.argv[1]], [], 'bytes', None, 0.1)"
-    begin = [sys.executable, "-c", script, str(large)]
-    ours = environment(LLM_NUMBA_CACHE=str(folder))
-    with started(begin, tmp_path, env=ours) as killed, started(begin, tmp_path, env=ours) as living:
-        assert wait_until(lambda: len(list(folder.glob("unfinished-*/tokens"))) == 2, killed), killed.stderr.read()
-        killed.kill()
-        killed.wait()
-        living.send_signal(signal.SIGSTOP)
-        assert len(list(folder.glob("unfinished-*"))) == 2
-        monkeypatch.setenv("LLM_NUMBA_CACHE", str(folder))
-        data.prepare([text], [], "bytes", None, 0.1)
-        assert len(list(folder.glob("unfinished-*"))) == 1
-        living.send_signal(signal.SIGCONT)
-        assert living.wait() == 0, living.stderr.read()
-    assert list(folder.glob("unfinished-*")) == []
-    assert len(list(folder.glob("tokens-*"))) == 2
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Damaged and changed files
+# What is no longer what it was
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_checkpoint_is_skipped(copy, tmp_path, capfd, damage):
-    """However many there are; the run ends as if they did not exist."""
+def test_a_damaged_checkpoint_is_passed_over(copy, tmp_path, capfd, damage):
+    """As many as there are; the run ends as if they had not been."""
     expected = shutil.copytree(copy, tmp_path / "expected")
     run_here("--resume", checkpoint.checkpoint_path(expected, 2), "--steps", 8)
     capfd.readouterr()
@@ -173,7 +149,7 @@ def test_a_damaged_checkpoint_is_skipped(copy, tmp_path, capfd, damage):
     assert rows_of(copy, "step") == rows_of(expected, "step") and content_of(copy) == content_of(expected)
 
 
-def test_every_checkpoint_is_damaged(copy, capfd):
+def test_no_checkpoint_is_whole(copy, capfd):
     for step in 2, 4, 6:
         checkpoint.checkpoint_path(copy, step).write_bytes(b"")
     before = files_in(copy)
@@ -190,19 +166,19 @@ def shards_in(folder, count=2, tokens=1500):
 
 
 def test_a_shard_that_was_replaced(tmp_path, capfd):
-    """Between two starts: the error names it."""
+    """Between two starts: the line names it."""
     arguments = shards_in(tmp_path)
     run_here(*QUICK, *arguments, "--steps", 2, "--out", tmp_path / "run")
     write_shard(tmp_path / "1.bin", [5] * 1500)
     line = refused(capfd, "--resume", tmp_path / "run", "--steps", 4)
     assert f"{tmp_path / '1.bin'} changed" in line
-    shards_in(tmp_path)  # restored
+    shards_in(tmp_path)  # given back
     run_here("--resume", tmp_path / "run", "--steps", 4)
 
 
 @pytest.mark.parametrize("how", ["replaced", "cut off", "removed"])
 def test_a_shard_that_is_replaced_under_the_run(tmp_path, capfd, monkeypatch, how):
-    """A truncated memory map would kill the process with a bus error."""
+    """While it reads; cut off, a memory map would end the process without a word."""
     from llm_numba import train
 
     arguments = shards_in(tmp_path, 1)
@@ -220,16 +196,16 @@ def test_a_shard_that_is_replaced_under_the_run(tmp_path, capfd, monkeypatch, ho
 
     monkeypatch.setattr(train, "one_step", then)
     line = refused(capfd, *QUICK, *arguments, "--checkpoint-every", 1, "--steps", 9, "--out", tmp_path / "run")
-    assert "0.bin: was changed while the run was reading it" in line
+    assert "0.bin: changed while the run was reading it" in line
     assert steps_of(tmp_path / "run")[-1] == 3 and len(rows_of(tmp_path / "run")) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two runs, a closed pipe, a closed terminal, a clock that jumps
+# Two runs, a reader that leaves, a terminal that goes, a clock that jumps
 
 
 def test_two_runs_in_one_folder(text, tmp_path, capfd):
-    """The second fails and changes nothing; killing the first releases its lock."""
+    """The second is refused and changes nothing; once the first is killed, its lock is gone."""
     folder = tmp_path / "run"
     long = ("--data", text, *QUICK, "--steps", 3000, "--checkpoint-every", 5, "--out", folder)
     with started(command("train", *long), tmp_path) as process:
@@ -244,8 +220,8 @@ def test_two_runs_in_one_folder(text, tmp_path, capfd):
     run_here("--resume", folder, "--steps", steps_of(folder)[-1] + 1)
 
 
-def test_a_closed_pipe(text, short, tmp_path):
-    """`train | head -1`: the run stops with a checkpoint and no traceback, and resumes to the same bits."""
+def test_a_reader_that_leaves(text, short, tmp_path):
+    """`train | head -1`: the run stops with a checkpoint, without a traceback, and goes on to the same bits."""
     arguments = (*QUICK, "--data", text, "--steps", 6, "--checkpoint-every", 2, "--out", tmp_path / "run")
     with started(command("train", *arguments), tmp_path) as process:
         process.stdout.readline()
@@ -259,8 +235,18 @@ def test_a_closed_pipe(text, short, tmp_path):
     assert rows_of(tmp_path / "run", "step") == rows_of(short, "step")
 
 
+def test_no_output_at_all(text, tmp_path):
+    """`train >&-`"""
+    arguments = command("train", *QUICK, "--data", text, "--steps", 2, "--out", tmp_path / "run")
+    process = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *arguments], stderr=subprocess.PIPE, env=environment(), cwd=tmp_path
+    )
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert steps_of(tmp_path / "run") == [2]
+
+
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_terminal_that_is_closed(text, tmp_path, monkeypatch, capsys, nohup):
+def test_a_terminal_that_goes(text, tmp_path, monkeypatch, capsys, nohup):
     """SIGHUP stops the run with a checkpoint, unless it is ignored, as under nohup."""
     from llm_numba import train
 
@@ -281,7 +267,7 @@ def test_a_terminal_that_is_closed(text, tmp_path, monkeypatch, capsys, nohup):
 
 
 def test_a_clock_that_jumps(text, tmp_path, monkeypatch, capsys):
-    """Every reading of the clock is off by up to a year: times stay positive, and nothing else changes."""
+    """Back or ahead by up to a year at every look: times stay positive, and nothing else notices."""
     numbers, now = random.Random(0), time.time
     monkeypatch.setattr(time, "time", lambda: now() + numbers.uniform(-3e7, 3e7))
     monkeypatch.setattr(time, "time_ns", lambda: int(time.time() * 1e9))
@@ -294,12 +280,12 @@ def test_a_clock_that_jumps(text, tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Caches
+# Caches, and Ctrl-C at the start
 
 
 @pytest.mark.parametrize("suffix, damage", [("nbc", "cut"), ("nbc", "empty"), ("nbi", "garbage")])
 def test_damaged_compiled_functions(text, tmp_path, suffix, damage):
-    """One line says which folder to delete."""
+    """One line says which folder to delete; that then helps."""
     compiled = shutil.copytree(numba.config.CACHE_DIR, tmp_path / "compiled")
     for path in compiled.rglob(f"gelu*.{suffix}"):
         content = path.read_bytes()
@@ -331,3 +317,43 @@ def test_a_cache_on_a_disk_that_is_read_only(text, tmp_path):
     if process.returncode == 32:
         pytest.skip("cannot mount a file system here")
     assert "set LLM_NUMBA_CACHE to one you may write" in error_line(process.returncode, process.stderr)
+
+
+def test_ctrl_c_while_c_calls_python(text, tmp_path, monkeypatch, capsys):
+    """LLVM calls back while functions are compiled or loaded, and an exception would be lost there: the process ends at
+    once instead. A reader of text is interrupted by an exception, for what it has begun must go."""
+    from llm_numba import train
+
+    handlers = {}
+
+    def noting(name, function):
+        def call(*arguments):
+            handlers[name] = signal.getsignal(signal.SIGINT)
+            return function(*arguments)
+
+        return call
+
+    for name in "get_ops", "warm_up", "read_data", "one_step":
+        monkeypatch.setattr(train, name, noting(name, getattr(train, name)))
+    before = signal.getsignal(signal.SIGINT)
+    run_here(*QUICK, "--data", text, "--steps", 1, "--out", tmp_path / "run")
+    assert handlers["get_ops"] is handlers["warm_up"] is cli._leave
+    assert handlers["read_data"] is before and handlers["one_step"] not in (before, cli._leave)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_the_first_half_second(text, tmp_path):
+    """At moments from the first line of ours to the first step."""
+    arguments = command("train", *QUICK, "--data", text, "--steps", 100_000, "--out", "run")
+    for delay in (0, 0.05, 0.15, 0.25, 0.3, 0.35):
+        with started([*arguments[:1], "-X", "importtime", *arguments[1:]], tmp_path) as process:
+            for line in process.stderr:  # a line for each module that is loaded
+                if b"llm_numba.util.cli" in line:
+                    break
+            process.stderr.readline()  # the next module: by now it has said who takes a Ctrl-C
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            err = process.stderr.read().decode()
+            said = [line for line in err.splitlines() if not line.startswith("import time:")]
+            assert (process.wait(), said) == (130, ["stopped by Ctrl-C"]), f"after {delay} s"
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The tokenizers: what they give, that learning is deterministic, and that they survive being stored."""
+"""The tokenizers: their tokens, deterministic learning, and storing."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ BYTES = load_tokenizer("bytes", (), None)
 BPE = load_tokenizer("bpe", TEXTS, 290)
 
 
-def test_bytes_are_their_own_ids():
+def test_the_id_of_a_byte_is_its_value():
     assert BYTES.n_vocab == 257
     assert BYTES.eot_token == 256
     assert BYTES.encode_ordinary("aé\n") == list("aé\n".encode())
 
 
 @pytest.mark.parametrize("vocab_size", [257, 258, 290])
-def test_bpe_has_exactly_the_size_asked_for(vocab_size):
+def test_bpe_has_exactly_the_requested_size(vocab_size):
     encoding = load_tokenizer("bpe", TEXTS, vocab_size)
     assert encoding.n_vocab == vocab_size
     assert encoding.eot_token == vocab_size - 1
@@ -42,14 +42,14 @@ def test_bpe_merges_the_most_frequent_pair_first():
 
 
 def test_bpe_is_learned_with_gpt2s_pattern():
-    """GPT-4's, rustbpe's own, would make '.two' one word and cut the number after three digits."""
+    """GPT-4's pattern, rustbpe's default, would make '.two' one word and split the number after three digits."""
     merged = [token for token in load_tokenizer("bpe", ["one.two12345\n" * 9], 265)._mergeable_ranks if len(token) > 1]
     assert {b"one", b"two", b"12345"} < set(merged)
     assert all(token in b"one" or token in b"two" or token in b"12345" for token in merged)
 
 
 def test_bpe_learns_the_same_in_every_process():
-    """Neither the hash seed nor the number of threads matters. A real text has many ties to get wrong."""
+    """Neither the hash seed nor the number of threads matters. A real text has many ties between pairs."""
     script = (
         "import argparse, hashlib, inspect, textwrap\n"
         "from llm_numba.data.tokenizer import load_tokenizer, tokenizer_state\n"
@@ -75,8 +75,8 @@ def test_bpe_needs_room_for_the_bytes(vocab_size):
 
 
 @pytest.mark.parametrize(("texts", "most"), [([], 257), (["ab"], 258), (["abab ab"], 260)])
-def test_bpe_says_how_many_tokens_a_small_text_gives(texts, most):
-    """'abab ab' gives ab, abab and ' ab' beside the bytes and the end of text."""
+def test_bpe_reports_how_many_tokens_a_small_text_gives(texts, most):
+    """'abab ab' gives ab, abab and ' ab' besides the bytes and the end of text."""
     assert load_tokenizer("bpe", texts, most).n_vocab == most
     with pytest.raises(UserError, match=rf"--vocab-size {most + 1}: .* only {most} tokens"):
         load_tokenizer("bpe", texts, most + 1)
@@ -91,14 +91,14 @@ def test_gpt2():
     try:
         encoding = load_tokenizer("gpt2", (), None)
     except UserError:
-        pytest.skip("GPT-2's vocabulary is neither cached nor within reach")
+        pytest.skip("GPT-2's vocabulary is neither cached nor can it be downloaded")
     assert encoding.n_vocab == 50257
     assert encoding.eot_token == 50256
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
     assert encoding._pat_str == PATTERN
 
 
-def test_gpt2_out_of_reach(monkeypatch, tmp_path):
+def test_gpt2_without_a_network(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise requests.ConnectionError("no\nnetwork")
 
@@ -111,7 +111,7 @@ def test_gpt2_out_of_reach(monkeypatch, tmp_path):
 
 
 @given(st.text())
-def test_text_survives(text):
+def test_text_round_trip(text):
     for encoding in (BYTES, BPE):
         tokens = encoding.encode_ordinary(text)
         assert encoding.decode_bytes(tokens) == text.encode()
@@ -130,7 +130,7 @@ def test_state_round_trip(encoding):
     assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
 
 
-def test_ranks_are_tiktokens_own_format(tmp_path):
+def test_ranks_are_in_tiktokens_format(tmp_path):
     path = tmp_path / "bpe.tiktoken"
     path.write_bytes(tokenizer_state(BPE)[1])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -147,7 +147,7 @@ def test_damaged_state():
         "rank not a number": ranks + b"YWJj x\n",
         "a gap": b"".join(lines[:270] + lines[271:]),
         "an id twice": ranks + b"YWJjZGVm 270\n",
-        "cut off": ranks[:-20],
+        "truncated": ranks[:-20],
         "a byte missing": b"YWJjZGVm 0\n" + b"".join(lines[1:]),
         "a token twice": ranks + lines[0].replace(b" 0", b" 290"),
         "negative": ranks.replace(b" 270\n", b" -1\n"),
@@ -161,7 +161,7 @@ def test_damaged_state():
         "a float": {**state, "special_tokens": {END_OF_TEXT: 289.0}},
         "another special token": {**state, "special_tokens": {"<|end|>": 289}},
         "special tokens not a dict": {**state, "special_tokens": [1]},
-        "a pattern that is none": {**state, "pat_str": "("},
+        "an invalid pattern": {**state, "pat_str": "("},
         "a pattern of a wrong type": {**state, "pat_str": 3},
         "no name": {key: value for key, value in state.items() if key != "name"},
     }

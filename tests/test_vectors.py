@@ -1,4 +1,4 @@
-"""The register tile fits the vector registers of whatever machine it is on, and a narrower one computes the same."""
+"""The register tile fits the vector registers of the machine, and a narrower tile computes the same."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 
 
 def assembly(tmp_path, *machine, **changes):
-    """(vector bits, the lines from the first to the last multiply-add) of a product on the tile."""
+    """(vector bits, the lines from the first to the last multiply-add) of a product on the tile, in assembly."""
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent), **changes}
     command = [sys.executable, HERE / "tile_assembly.py", *machine]
     bits, *lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -35,7 +35,7 @@ def assembly(tmp_path, *machine, **changes):
     [("haswell", 256, 12, "ymm"), ("skylake-avx512", 512, 24, "zmm"), ("znver4", 512, 24, "zmm")],
 )
 def test_the_tile_stays_in_registers(tmp_path, cpu, bits, sums, register):
-    """One multiply-add for each register of the tile, all of the widest kind, and nothing goes to the stack between."""
+    """One multiply-add per register of the tile, all of full width, and no access to the stack."""
     found, loop = assembly(tmp_path, NUMBA_CPU_NAME=cpu)
     fused = [line for line in loop if "vfmadd" in line]
     assert found == bits and len(fused) == sums and all(register in line for line in fused)
@@ -43,8 +43,8 @@ def test_the_tile_stays_in_registers(tmp_path, cpu, bits, sums, register):
 
 
 @X86
-def test_the_tile_stays_in_arm_s_registers(tmp_path):
-    """The narrow tile, compiled for a processor with NEON: 24 registers of four numbers."""
+def test_the_tile_stays_in_arm_registers(tmp_path):
+    """The narrow tile, compiled for a processor with NEON: 24 registers of four floats."""
     _, loop = assembly(tmp_path, "aarch64-unknown-linux-gnu", "neoverse-n1", **AVX2)
     assert sum("fmla" in line for line in loop) == 24
     assert not any("[sp" in line for line in loop)
@@ -54,11 +54,11 @@ def test_the_tile_stays_in_arm_s_registers(tmp_path):
     "name, here, chosen",
     [
         (None, "+avx2,+avx512f", "+avx2,+avx512f,-prefer-256-bit"),
-        (None, "+neon", "+neon"),  # on which LLVM knows no such preference
+        (None, "+neon", "+neon"),  # LLVM has no such preference here
         ("haswell", "+avx2,+avx512f", ""),
     ],
 )
-def test_loops_may_use_whole_registers(monkeypatch, name, here, chosen):
+def test_loops_may_use_full_registers(monkeypatch, name, here, chosen):
     monkeypatch.setattr(vectors, "get_host_cpu_features", lambda: here)
     monkeypatch.setattr(vectors.config, "CPU_NAME", name)
     monkeypatch.setattr(vectors.config, "CPU_FEATURES", None)
@@ -68,7 +68,7 @@ def test_loops_may_use_whole_registers(monkeypatch, name, here, chosen):
 
 @pytest.mark.parametrize("R, C", [(1, 1), (3, 97), (16, 16), (33, 50), (96, 64), (97, 257)])
 def test_transpose(R, C):
-    """Views of larger arrays, so that a row's end is not the next one's start; beyond `to` nothing is touched."""
+    """On views of larger arrays, whose rows are not contiguous with each other; nothing outside of `to` changes."""
     rows = np.random.default_rng(0).standard_normal((R, C + 3), dtype=np.float32)[:, :C]
     whole = np.full((C + 1, R + 5), 7, np.float32)
     transpose(whole[:C, :R], rows)
@@ -78,7 +78,7 @@ def test_transpose(R, C):
 
 @X86
 def test_avx2_computes_the_same():
-    """The ops that are loops around the tile, by their own tests, with the tile that AVX2 gets."""
+    """The tests of the ops that use the tile, with the tile of AVX2."""
     folder = Path(numba.config.CACHE_DIR).parent / (Path(numba.config.CACHE_DIR).name + "-avx2")
     command = [sys.executable, "-m", "pytest", "--device", "cpu", "-q", "-p", "no:cacheprovider"]
     files = [HERE / f"test_{name}.py" for name in ("matmul", "attention")]

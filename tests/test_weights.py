@@ -1,5 +1,4 @@
-"""What a run starts from, and what it leaves for other programs: --init, export, the download, and files that are not
-what they say."""
+"""Weights to start from and weights for other programs: --init, export, downloads, and damaged files."""
 
 import json
 import os
@@ -38,9 +37,9 @@ from llm_numba.data import corpus as data
 from llm_numba.data.shards import open_shard
 from llm_numba.data.tokenizer import END_OF_TEXT, checked_encoding, load_tokenizer, tokenizer_from_state
 from llm_numba.formats import huggingface, llmc
-from llm_numba.formats.pretrained import Weights, open_weights
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.training import checkpoint
+from llm_numba.training.weights import Weights, open_weights
 from llm_numba.util.cli import UserError
 
 pytestmark = pytest.mark.compiled
@@ -55,7 +54,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, text):
-    """A run with a tokenizer of its own, that knows something: 30 steps."""
+    """A run of 30 steps, with its own tokenizer."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     run_here(*QUICK, "--tokenizer", "bpe", "--vocab-size", 290, "--data", text, "--steps", 30, "--out", folder)
     return folder
@@ -81,12 +80,12 @@ def sources(tmp_path_factory, trained):
 
 
 @pytest.mark.parametrize("form", ["run", "checkpoint", "hf", "llmc", "llmc_folder"])
-def test_a_run_goes_on_from_other_weights(trained, sources, text, tmp_path, form, capsys):
+def test_a_run_starts_from_other_weights(trained, sources, text, tmp_path, form, capsys):
     run_here("--init", sources[form], "--data", text, *START, "--steps", 2, "--out", tmp_path / "run")
     rows = rows_of(tmp_path / "run")
     before = rows_of(trained, "val_loss")[-1]["val_loss"]
     assert before < 5.2 < np.log(290) - 0.4
-    assert rows[0]["loss"] == pytest.approx(before, abs=0.15)  # of other batches of a text that is the same all over
+    assert rows[0]["loss"] == pytest.approx(before, abs=0.15)  # on other batches of similar text
     assert rows[0]["learning_rate"] == pytest.approx(3e-5)
     _, state, tokenizer = checkpoint.load(checkpoint.newest(tmp_path / "run"))
     assert state["config"] == checkpoint.load(checkpoint.newest(trained))[1]["config"]
@@ -115,13 +114,13 @@ def test_a_resumed_run_does_not_need_its_source(sources, text, tmp_path, capsys)
     assert content_of(stopped) == content_of(tmp_path / "whole")
 
 
-def test_plan_memory_takes_the_sizes_of_the_source(sources, capsys):
+def test_plan_memory_uses_the_sizes_of_the_source(sources, capsys):
     run_here("--init", sources["hf"], "--plan-memory")
     assert re.search(r"wte +384 x 16 ", capsys.readouterr().out)
 
 
-def test_a_text_is_tokenised_anew_for_another_tokenizer(text):
-    """Of the same size and name, and found in the same cache."""
+def test_text_is_tokenised_again_for_another_tokenizer(text):
+    """Of the same size and name, in the same cache."""
     contents = Path(text).read_text()
     for learned_from in contents, contents[::-1], contents:
         encoding = load_tokenizer("bpe", [learned_from], 290)
@@ -137,7 +136,7 @@ def test_the_next_free_folder(sources, text, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["init-000", "init-001"]
 
 
-def test_what_does_not_fit_is_told(sources, text, tmp_path, capfd):
+def test_settings_that_do_not_fit_the_weights(sources, text, tmp_path, capfd):
     shutil.copy(sources["llmc"], tmp_path / "model_alone.bin")
     shards = tmp_path / "shards.bin"
     header = np.zeros(256, "<i4")
@@ -167,23 +166,16 @@ def test_what_does_not_fit_is_told(sources, text, tmp_path, capfd):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_vocabulary_that_no_shard_holds(tmp_path, text, capfd):
-    config = GPT2Config(8, 65537, 1, 1, 2)
-    export.export(weights_of(config), "llmc", "fp32", tmp_path)
-    line = refused(capfd, "--init", tmp_path, "--data", text, "--tokenizer", "none", "--out", tmp_path / "run")
-    assert "65537 tokens" in line and "65536" in line
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # export
 
 
-def weights_of(config, encoding=None):
-    parameters = random_parameters(config, np.random.default_rng(0))
-    return Weights(config, lambda: encoding, iter(parameters.items()))
+def weights_of(model, encoding=None):
+    parameters = random_parameters(model, np.random.default_rng(0))
+    return Weights(model, lambda: encoding, iter(parameters.items()))
 
 
-def test_an_export_overwrites_nothing_that_it_was_not_told_to(trained, tmp_path, capfd):
+def test_an_export_overwrites_only_an_export(trained, tmp_path, capfd):
     arguments = (trained, "--format", "hf", "--out", tmp_path / "out")
     run_here(*arguments, program=export)
     before = files_in(tmp_path / "out")
@@ -205,8 +197,8 @@ def test_an_export_overwrites_nothing_that_it_was_not_told_to(trained, tmp_path,
 @posix
 @pytest.mark.parametrize("format", ["hf", "llmc"])
 @pytest.mark.parametrize("most", [100, 3000, 20_000])
-def test_a_full_disk_leaves_nothing_or_what_was_there(trained, tmp_path, format, most, capfd):
-    """The disk is full for files of more than `most` bytes: the tokenizer's or the model's."""
+def test_a_full_disk_leaves_the_folder_as_it_was(trained, tmp_path, format, most, capfd):
+    """Files cannot exceed `most` bytes: the tokenizer, or the model."""
     run_here(trained, "--format", "hf", "--out", tmp_path / "old", program=export)
     before = files_in(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -223,7 +215,7 @@ def test_a_full_disk_leaves_nothing_or_what_was_there(trained, tmp_path, format,
 
 
 @posix
-def test_an_export_that_cannot_take_its_place_gives_the_old_one_back(trained, tmp_path, monkeypatch):
+def test_an_interrupted_export_restores_the_old_one(trained, tmp_path, monkeypatch):
     run_here(trained, "--format", "hf", "--out", tmp_path / "old", program=export)
     before, rename = files_in(tmp_path), Path.rename
 
@@ -240,14 +232,12 @@ def test_an_export_that_cannot_take_its_place_gives_the_old_one_back(trained, tm
 
 def test_a_tokenizer_of_another_size_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="300 tokens, its tokenizer 257"):
-        export.export(
-            weights_of(GPT2Config(8, 300, 1, 1, 4), load_tokenizer("bytes", (), None)), "hf", "fp32", tmp_path
-        )
+        export.export(weights_of(GPT2(8, 300, 1, 1, 4), load_tokenizer("bytes", (), None)), "hf", "fp32", tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# llm.c's tokenizer, read and written here from what the format says
+# llm.c's tokenizer, read and written here independently
 
 
 def tokenizer_file(tokens, version=2, end=None):
@@ -279,7 +269,7 @@ def test_a_tokenizer_is_written_as_llmc_reads_it(tmp_path, encoding):
 
 
 def many_tokens():
-    """As many as GPT-2 has, in its order: the bytes from ! on first, the end of a text last."""
+    """As many as GPT-2 has, in its order: the bytes from ! on first, the end of text last."""
     order = [*range(33, 256), *range(33)]
     pairs = (bytes([a, b]) for a in range(97, 256) for b in range(256))
     longer = (bytes([a, b, 97]) for a in range(97, 256) for b in range(256))
@@ -309,19 +299,19 @@ END = END_OF_TEXT.encode()
     [
         (tokenizer_file([*BYTES, END], 1), ["version 1", "257", "50257"]),
         (tokenizer_file([*BYTES, END], 3), ["version 3", "1 or 2"]),
-        (tokenizer_file([*BYTES, END], 2, 257), ["token 257, but there are 257"]),
-        (tokenizer_file([*BYTES, END], 2, -1), ["token -1"]),
+        (tokenizer_file([*BYTES, END], 2, 257), ["end-of-text token is 257, but there are 257"]),
+        (tokenizer_file([*BYTES, END], 2, -1), ["token is -1"]),
         (tokenizer_file([*BYTES, b"a", END], 2, 257), ["twice"]),
         (tokenizer_file([*BYTES[1:], b"ab", END], 2, 256), ["byte"]),
         (tokenizer_file([*BYTES, b"", END], 2, 257), ["token 256 is empty"]),
-        (tokenizer_file([*BYTES, END], 2, 256)[:-1], ["token 256", "cut off"]),
+        (tokenizer_file([*BYTES, END], 2, 256)[:-1], ["token 256", "truncated"]),
         (tokenizer_file([*BYTES, END], 2, 256)[:-14], ["256 tokens", "header says 257"]),
-        (tokenizer_file([*BYTES, END], 2, 256) + b"\1a", ["2 bytes behind"]),
+        (tokenizer_file([*BYTES, END], 2, 256) + b"\1a", ["2 more bytes"]),
         (tokenizer_file([*BYTES, END], 2, 256)[:1000], ["1,000 bytes"]),
         (b"", ["0 bytes"]),
     ],
 )
-def test_a_tokenizer_file_that_is_refused(tmp_path, data, words):
+def test_a_tokenizer_file_that_is_rejected(tmp_path, data, words):
     (tmp_path / "t.bin").write_bytes(data)
     with pytest.raises(UserError) as caught:
         llmc.read_tokenizer(tmp_path / "t.bin")
@@ -333,11 +323,11 @@ def test_a_tokenizer_file_that_is_refused(tmp_path, data, words):
     "tokens, changes, words",
     [
         ([b"=" * 256], {}, ["255 bytes"]),
-        ([], {"pattern": r"\w+|\W"}, ["cutting words"]),
+        ([], {"pattern": r"\w+|\W"}, ["split words"]),
         ([], {"special": {END_OF_TEXT: 256, "<|pad|>": 257}}, [END_OF_TEXT, "only"]),
     ],
 )
-def test_a_tokenizer_that_llmcs_format_cannot_carry(tmp_path, tokens, changes, words):
+def test_a_tokenizer_that_llmcs_format_cannot_represent(tmp_path, tokens, changes, words):
     ranks = {token: id for id, token in enumerate([*BYTES, *tokens])}
     encoding = checked_encoding("bpe", ranks, **({"special": {END_OF_TEXT: len(ranks)}} | changes))
     with pytest.raises(UserError) as caught:
@@ -346,17 +336,17 @@ def test_a_tokenizer_that_llmcs_format_cannot_carry(tmp_path, tokens, changes, w
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The download, from a server that speaks as much of the hub's protocol as it takes
+# Downloads, from a server that implements the necessary part of the hub's protocol
 
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-WRITTEN = 10 * 2**20  # bytes that the library puts on the disk at a time
-CUT_AT = WRITTEN + 500_000  # bytes of the model after which the connection is cut once
+WRITTEN = 10 * 2**20  # bytes that the library writes at a time
+CUT_AT = WRITTEN + 500_000  # bytes of the model after which the connection is closed once
 
 
 @contextmanager
 def hub(folder):
-    """(its address, the requests it got): serves the folder's files as those of openai-community/gpt2."""
+    """(address, requests): a server with the folder's files as openai-community/gpt2."""
     requests, cut = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -412,8 +402,8 @@ def test_published_weights_are_downloaded_once(text, tmp_path, capsys):
     arguments = ("--data", text, *START, "--steps", 2)
     served = tmp_path / "served"
     served.mkdir()
-    config = GPT2Config(max_seq_len=200_000, vocab_size=257, num_layers=1, num_heads=1, channels=16)
-    export.export(weights_of(config, load_tokenizer("bytes", (), None)), "hf", "fp32", served)
+    model = GPT2(max_seq_len=200_000, vocab_size=257, num_layers=1, num_heads=1, channels=16)
+    export.export(weights_of(model, load_tokenizer("bytes", (), None)), "hf", "fp32", served)
     assert (served / "model.safetensors").stat().st_size > CUT_AT
     (served / "pytorch_model.bin").write_bytes(b"not needed")
     variables = dict(HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE=None, HF_HUB_CACHE=None)
@@ -422,7 +412,10 @@ def test_published_weights_are_downloaded_once(text, tmp_path, capsys):
         process = run("train", "--init", "gpt2", *arguments, "--plan-memory", cwd=tmp_path, env=online)
         assert process.returncode == 0, process.stderr
         fetched = {path.rpartition("/")[2] for _, path, _ in requests}
-        assert fetched == {"config.json", "tokenizer.json"}  # whether it fits is known before the weights come
+        assert fetched == {
+            "config.json",
+            "tokenizer.json",
+        }  # --plan-memory needs no weights
 
         process = run("train", "--init", "gpt2", *arguments, "--out", "online", cwd=tmp_path, env=online)
         assert process.returncode == 0, process.stderr
@@ -438,21 +431,21 @@ def test_published_weights_are_downloaded_once(text, tmp_path, capsys):
 
     process = run("train", "--init", "gpt2-xl", *arguments, cwd=tmp_path, env=offline)
     line = error_line(process.returncode, process.stderr)
-    assert "gpt2-xl: cannot be downloaded" in line and "try again" in line
+    assert "openai-community/gpt2-xl/" in line and "download failed" in line
 
 
-def test_without_the_library_its_command_is_told(monkeypatch):
+def test_without_the_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[download\]"'):
+    with pytest.raises(UserError, match=r'pip install -e ".\[download\]"'):
         open_weights("gpt2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are not what they say
+# Damaged and crafted files
 
 
-def only_told(read, path):
-    """Whatever is wrong with a file is a UserError of one line, and costs no more memory than the file explains."""
+def check_only_user_errors(read, path):
+    """Any error is a UserError of one line, and the memory used is in proportion to the file."""
     size = sum(p.stat().st_size for p in (path.iterdir() if path.is_dir() else [path]))
     tracemalloc.start()
     try:
@@ -474,11 +467,12 @@ JSON = st.recursive(
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
     max_leaves=6,
 )
+FIELDS = GPT2.huggingface
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def damaged(data, header, damage, cut):
-    """The bytes with int32s at the front replaced, others overwritten anywhere, and an end that is cut or added."""
+    """The data with int32s at the start replaced, bytes overwritten anywhere, and the end truncated or extended."""
     data = bytearray(data)
     for place, value in header.items():
         data[4 * place : 4 * place + 4] = struct.pack("<i", value)
@@ -491,11 +485,11 @@ def damaged(data, header, damage, cut):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """name -> the bytes of a small file that is as it should be."""
+    """name -> the bytes of a small valid file."""
     folder = tmp_path_factory.mktemp("whole")
-    export.export(weights_of(GPT2Config(9, 300, 2, 3, 15), BPE), "hf", "fp32", folder)
-    export.export(weights_of(GPT2Config(9, 300, 2, 3, 15), BPE), "llmc", "bf16", folder)
-    config, Vp, parameters = llmc.read_model(folder / "model.bin")
+    export.export(weights_of(GPT2(9, 300, 2, 3, 15), BPE), "hf", "fp32", folder)
+    export.export(weights_of(GPT2(9, 300, 2, 3, 15), BPE), "llmc", "bf16", folder)
+    model, Vp, parameters = llmc.read_model(folder / "model.bin")
     header = struct.pack("<4i", 20240327, 2, 2, 5).ljust(1024, b"\0")
     tokens = np.arange(20, dtype="<i4")
     rest = np.zeros(2 * 5 * 300 + 1 + sum(x.size for x in parameters.values()), "<f4")
@@ -507,7 +501,7 @@ def whole(tmp_path_factory):
 
 
 def read_state(path):
-    llmc.read_state(path, GPT2Config(9, 300, 2, 3, 15), 384)
+    llmc.read_state(path, GPT2(9, 300, 2, 3, 15), 384)
 
 
 def read_model(path):
@@ -535,34 +529,34 @@ READERS = {
 @pytest.mark.parametrize("name", ["model.bin", "gpt2_tokenizer.bin", "state.bin"])
 def test_damaged_files_of_llmc(whole, tmp_path, name, header, damage, cut):
     (tmp_path / name).write_bytes(damaged(whole[name], header, damage, cut))
-    only_told(READERS[name], tmp_path / name)
+    check_only_user_errors(READERS[name], tmp_path / name)
 
 
 @fuzz
 @given(damage=DAMAGE, front=DAMAGE, cut=CUT)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_damaged_files_of_hugging_face(whole, tmp_path, name, damage, front, cut):
-    data = damaged(whole[name][:3000], {}, front, 1.0) + whole[name][3000:]  # there its header is
+    data = damaged(whole[name][:3000], {}, front, 1.0) + whole[name][3000:]  # its header
     (tmp_path / "config.json").write_bytes(whole["config.json"])
     (tmp_path / name).write_bytes(damaged(data, {}, damage, cut))
-    only_told(READERS[name], tmp_path if name == "model.safetensors" else tmp_path / name)
+    check_only_user_errors(READERS[name], tmp_path if name == "model.safetensors" else tmp_path / name)
 
 
 @fuzz
-@example(key="n_layer", value=2**31 - 1)  # names for as many layers would fill the memory
+@example(key="n_layer", value=2**31 - 1)  # names for so many layers would not fit in memory
 @example(key="n_layer", value=10**400)  # no float is as large
-@given(key=st.sampled_from([*huggingface.SIZES.values(), *huggingface.ARCHITECTURE, "n_inner"]), value=JSON | INT)
+@given(key=st.sampled_from([*FIELDS.sizes.values(), *FIELDS.accepted, "n_inner"]), value=JSON | INT)
 def test_any_config(whole, tmp_path, key, value):
     config = json.loads(whole["config.json"]) | {key: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(whole["model.safetensors"])
-    only_told(read_folder, tmp_path)
+    check_only_user_errors(read_folder, tmp_path)
 
 
 @fuzz
 @given(st.data())
 def test_any_safetensors_header(whole, tmp_path, draws):
-    """Other shapes, dtypes, offsets and names than the tensors have."""
+    """Wrong shapes, dtypes, offsets and names."""
     size = struct.unpack_from("<Q", whole["model.safetensors"])[0]
     header = json.loads(whole["model.safetensors"][8 : 8 + size])
     for _ in range(draws.draw(st.integers(1, 3))):
@@ -578,7 +572,7 @@ def test_any_safetensors_header(whole, tmp_path, draws):
     (tmp_path / "model.safetensors").write_bytes(
         struct.pack("<Q", len(written)) + written + whole["model.safetensors"][8 + size :]
     )
-    only_told(read_folder, tmp_path)
+    check_only_user_errors(read_folder, tmp_path)
 
 
 @fuzz
@@ -589,7 +583,7 @@ def test_any_tokenizer(whole, tmp_path, part, key, value):
     names = [*sorted(changed), "another"]
     changed[names[key % len(names)]] = value
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    only_told(READERS["tokenizer.json"], tmp_path / "tokenizer.json")
+    check_only_user_errors(READERS["tokenizer.json"], tmp_path / "tokenizer.json")
 
 
 @fuzz
@@ -600,7 +594,7 @@ def test_any_of_the_other_files(whole, tmp_path, vocabulary, merges, index):
     known = json.loads(whole["tokenizer.json"])["model"]["vocab"]
     (tmp_path / "vocab.json").write_text(json.dumps(known | vocabulary if isinstance(vocabulary, dict) else vocabulary))
     (tmp_path / "merges.txt").write_text(merges)
-    only_told(huggingface.read_tokenizer, tmp_path)
+    check_only_user_errors(huggingface.read_tokenizer, tmp_path)
     (tmp_path / "config.json").write_bytes(whole["config.json"])
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    only_told(read_folder, tmp_path)
+    check_only_user_errors(read_folder, tmp_path)

@@ -1,6 +1,6 @@
-"""# Exercise: a step of AdamW
+"""# Exercise: an AdamW step
 
-For every parameter `i`, with its gradient `g = grads[i]`, in this order:
+For every parameter `i` with gradient `g = grads[i]`, compute in this order:
 
     m[i] = BETA1 * m[i] + (1 - BETA1) * g
     v[i] = BETA2 * v[i] + (1 - BETA2) * g**2
@@ -8,12 +8,12 @@ For every parameter `i`, with its gradient `g = grads[i]`, in this order:
     vhat = v[i] / (1 - BETA2**step)
     params[i] -= rate * (mhat / (sqrt(vhat) + EPS) + decay * params[i])
 
-where `decay` is WEIGHT_DECAY if `decays` of the parameter's run is 1, and 0 if it is 0: RUN parameters side by side
-are a run, so that parameter `i` belongs to run `i // RUN`. `rate` and `step` are numbers. The parameters are shared out
-among the cores. `math.sqrt` is there.
+RUN consecutive parameters form a run: parameter `i` belongs to run `i // RUN`. `decay` is WEIGHT_DECAY if `decays` of
+that run is 1, and 0 if it is 0. `rate` and `step` are scalars. `prange` distributes the parameters over the cores.
+`math.sqrt` is available.
 """
 
-import math  # noqa: F401  for you
+import math  # noqa: F401  for your code
 
 import numpy as np
 from numba import njit, prange
@@ -28,10 +28,10 @@ BETA1, BETA2, EPS, WEIGHT_DECAY = 0.9, 0.95, 1e-8, 0.1
 @njit(parallel=True)
 def adamw(params, grads, m, v, decays, rate, step):
     for i in prange(params.shape[0]):
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
-def oracle(params, grads, m, v, decays, rate, step):
+def expected(params, grads, m, v, decays, rate, step):
     m[...] = BETA1 * m + (1 - BETA1) * grads
     v[...] = BETA2 * v + (1 - BETA2) * grads**2
     mhat, vhat = m / (1 - BETA1**step), v / (1 - BETA2**step)
@@ -49,6 +49,8 @@ def inputs(rng, runs, step):
 
 EXERCISE = Exercise(
     "adamw",
-    Problem(oracle, inputs, ("params", "m", "v"), (dict(runs=1, step=1), dict(runs=3, step=1), dict(runs=97, step=5))),
+    Problem(
+        expected, inputs, ("params", "m", "v"), (dict(runs=1, step=1), dict(runs=3, step=1), dict(runs=97, step=5))
+    ),
     example=dict(runs=2, step=1),
 )

@@ -1,12 +1,13 @@
-"""# Exercise: the lookup, by indices of one flat array
+"""# Exercise: the embedding lookup, with indices into one flat array
 
-`memory` is all there is: a flat array of numbers, in which the table `wte` (Vp, C) begins at the index `wte_at`, and
-the table `wpe` (T, C) at `wpe_at`. Both lie row after row, a row being C numbers that stand side by side. `tokens`
-(B, T) says which row of `wte` each place of the text has. Write
+All data is in `memory`, a flat array of floats. The table `wte` (Vp, C) starts at index `wte_at`, and the table `wpe`
+(T, C) at `wpe_at`. Both are stored row by row, and each row is C contiguous elements. `tokens` (B, T) selects the row
+of `wte` for each position. Compute
 
     out[b, t, c] = wte[tokens[b, t], c] + wpe[t, c]
 
-for all b, t and c, and use no other array: no views, no reshape. You have to find the two indices into `memory`.
+for all b, t and c. Do not create other arrays: no views, no reshape. Your task is to find the two indices into
+`memory`.
 """
 
 import numpy as np
@@ -19,17 +20,17 @@ from llm_numba.lessons.problem import Problem, garbage, normal
 @njit
 def look_up(out, tokens, memory, wte_at, wpe_at):
     B, T, C = out.shape
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line with your code
 
 
-def oracle(out, tokens, memory, wte_at, wpe_at):
+def expected(out, tokens, memory, wte_at, wpe_at):
     T, C = out.shape[1:]
     wte = memory[wte_at:wpe_at].reshape(-1, C)
     out[...] = wte[tokens] + memory[wpe_at:].reshape(T, C)
 
 
 def inputs(rng, B, T, C, Vp):
-    wte_at = 5  # whatever stands before it
+    wte_at = 5  # other tensors come first
     wpe_at = wte_at + Vp * C
     tokens = rng.integers(0, Vp, (B, T), np.int32)
     tokens[-1, -1] = Vp - 1
@@ -41,7 +42,7 @@ def inputs(rng, B, T, C, Vp):
 EXERCISE = Exercise(
     "look_up",
     Problem(
-        oracle,
+        expected,
         inputs,
         ("out",),
         (

@@ -1,12 +1,12 @@
-"""# Exercise: where each tensor begins
+"""# Exercise: tensor offsets
 
-`sizes` (n,) says how many numbers each of n tensors has. They are to stand one after the other in one array, in this
-order. Write into `offsets` (n,) the index at which each one begins, and into `total[0]` how long the array must be.
+`sizes` (n,) holds the number of elements of n tensors. Place them one after the other in one array, in this order.
+Write the index where each tensor starts to `offsets` (n,), and the length of the array to `total[0]`.
 
-A tensor begins at a multiple of RUN = 64 numbers, and the whole array is a multiple of it too: where a tensor ends
-between two multiples, the numbers up to the next one stay empty. A tensor of exactly 64 numbers leaves nothing empty.
+Every tensor starts at a multiple of RUN = 64 elements, and the total length is a multiple of RUN too. If a tensor ends
+between two multiples, the elements up to the next multiple are padding. A tensor of exactly 64 elements needs none.
 
-It is plain Python: no Numba yet.
+This is plain Python, without Numba.
 """
 
 import numpy as np
@@ -18,12 +18,12 @@ RUN = 64
 
 
 def lay_out(offsets, total, sizes):
-    end = 0  # where the next tensor begins
-    raise NotImplementedError  # your code in the place of this line
+    end = 0  # where the next tensor starts
+    raise NotImplementedError  # replace this line with your code
     total[0] = end
 
 
-def oracle(offsets, total, sizes):
+def expected(offsets, total, sizes):
     runs = np.ceil(sizes / RUN).astype(np.int64)
     offsets[...] = RUN * (np.cumsum(runs) - runs)
     total[0] = RUN * runs.sum()
@@ -38,7 +38,7 @@ def inputs(rng, n):
 EXERCISE = Exercise(
     "lay_out",
     Problem(
-        oracle,
+        expected,
         inputs,
         ("offsets", "total"),
         (dict(n=1), dict(n=3), dict(n=97), dict(n=257)),

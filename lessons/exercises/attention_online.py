@@ -1,16 +1,16 @@
 """# Exercise: attention in one pass over the keys
 
-One head: `q`, `k`, `v` are (T, HS). Write into `out` (T, HS) what each query makes of the values of the keys that it
-may see, its own and those before it:
+One head: `q`, `k`, `v` are (T, HS). Each query attends to its own position and the ones before it. Write to `out`
+(T, HS)
 
     out[t] = sum over s <= t of softmax(scores)[s] * v[s],   scores[s] = sum(q[t] * k[s]) / sqrt(HS)
 
-without a row of scores: each score is made, used, and forgotten. While query t goes over the keys, it has `top`, the
-largest score so far, `total`, the sum of e**(score - top), and in out[t] the values weighed by e**(score - top). A new
-score updates all three; when it is larger than `top`, what was summed before shrinks. After the last key, out[t] is
-divided by `total`.
+without storing a row of scores: compute each score, use it, and discard it. While query t goes over the keys, it keeps
+`top`, the largest score so far, `total`, the sum of e**(score - top), and in out[t] the sum of e**(score - top) * v. A
+new score updates all three. If it is larger than `top`, rescale the sums so far. After the last key, divide out[t] by
+`total`.
 
-The queries are shared out among the cores: query t may write to out[t] only. The scores are in the hundreds.
+`prange` distributes the queries over the cores: query t may only write out[t]. Scores are in the hundreds.
 """
 
 import math
@@ -33,10 +33,10 @@ def attend(out, q, k, v):
         top, total = LOWEST, ZERO
         for i in range(HS):
             out[t, i] = ZERO
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
-def exact(out, q, k, v):
+def expected(out, q, k, v):
     out[...] = oracle.softmax(oracle.scores(q, k))[0] @ v
 
 
@@ -50,7 +50,7 @@ def inputs(rng, T, HS):
 EXERCISE = Exercise(
     "attend",
     Problem(
-        oracle,
+        expected,
         inputs,
         ("out",),
         (dict(T=3, HS=4), dict(T=1, HS=1), dict(T=17, HS=3), dict(T=5, HS=97)),

@@ -1,18 +1,18 @@
-"""# Exercise: a bias and GELU, in one pass
+"""# Exercise: bias and GELU in one pass
 
-`inp` has R rows of C numbers, `bias` C numbers. Write
+`inp` has R rows of C elements, and `bias` has C elements. Compute
 
     out[row, c] = gelu(inp[row, c] + bias[c])
 
-The function `gelu` below is there; you write how the threads share out the work. The kernel gets both arrays flat:
-number `i` of `inp` and `out` is that of row `i // C` and column `i % C`. However many numbers there are, the grid has
-only BLOCKS blocks of THREADS threads, so that a thread has to go on to another number when it is done with one:
+The function `gelu` below is given; your task is to distribute the work over the threads. The kernel receives flat
+arrays: element `i` of `inp` and `out` is in row `i // C` and column `i % C`. The grid always has BLOCKS blocks of
+THREADS threads, however many elements there are, so a thread must process several of them. Write a grid-stride loop:
 
-1. Thread `cuda.grid(1)` begins at the number of its own place in the grid.
-2. It goes on by as many as there are threads in the grid, `cuda.gridsize(1)`, as long as there are numbers left.
+1. Thread `cuda.grid(1)` starts at the element with that index.
+2. It advances by the number of threads in the grid, `cuda.gridsize(1)`, until no elements are left.
 
-At each step the threads of a warp then have neighbours. The sum of input and bias is never written to memory: this is
-what fusing the two saves.
+At each step the threads of a warp then access consecutive elements. The sum of input and bias is never written to
+memory: that is what the fusion saves.
 """
 
 import math
@@ -36,17 +36,17 @@ def gelu(x):
 @cuda.jit
 def bias_gelu(out, inp, bias):
     n, C = inp.shape[0], bias.shape[0]
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line with your code
 
 
-def exact(out, inp, bias):
+def expected(out, inp, bias):
     oracle.gelu_forward(out, inp + bias)
 
 
 EXERCISE = Exercise(
     "bias_gelu",
     Problem(
-        oracle,
+        expected,
         lambda rng, R, C: dict(out=garbage(R, C), inp=normal(rng, R, C), bias=normal(rng, C)),
         ("out",),
         (dict(R=1, C=1), dict(R=97, C=3), dict(R=3, C=97), dict(R=1, C=257)),

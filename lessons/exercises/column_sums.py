@@ -1,17 +1,18 @@
-"""# Exercise: the sums of the columns, by a block of rows and columns of threads
+"""# Exercise: column sums, with a two-dimensional block
 
-A bias gets the same gradient from every row: `dbias[c]` is the sum over r of `dout[r, c]`, of R rows and C channels.
-It *accumulates*: what stands in `dbias` already is to be added to.
+Every row contributes to a bias gradient: `dbias[c]` is the sum over r of `dout[r, c]`, for R rows and C channels.
+`dbias` *accumulates*: add to the values that it already holds.
 
-A block has SLICES x COLUMNS threads and owns COLUMNS channels. `x` is the thread's place in a row of them, which lies
-side by side in memory and is a warp; `y`, from 0 to SLICES - 1, is its slice.
+A block has SLICES x COLUMNS threads and owns COLUMNS channels. `x` is the thread's column; the threads with the same
+`y` form a warp and access consecutive elements. `y`, from 0 to SLICES - 1, is the thread's slice.
 
-1. Thread (x, y) adds up its channel of every SLICES-th row, from row y on: of 4 slices, slice 1 takes rows 1, 5, 9, ...
-2. It puts its sum into `shared[y, x]`.
-3. When all have done that, the threads of slice 0 add up their channel's slices, and add the total to `dbias`.
+1. Thread (x, y) sums its channel over every SLICES-th row, starting at row y: with 4 slices, slice 1 takes rows 1, 5,
+   9, ...
+2. It writes its sum to `shared[y, x]`.
+3. When all threads have done so, the threads of slice 0 sum their channel over the slices and add the total to `dbias`.
 
-C need not be a multiple of COLUMNS, nor R one of SLICES. The threads beyond the last channel have no work, but every
-thread of a block must come to every barrier.
+C need not be a multiple of COLUMNS, nor R of SLICES. Threads beyond the last channel have no work, but every thread of
+a block must reach every barrier.
 """
 
 from numba import cuda
@@ -30,17 +31,17 @@ def column_sums(dbias, dout):
     R, C = dout.shape
     shared = cuda.shared.array((SLICES, COLUMNS), float32)
     total = float32(0)
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line with your code
 
 
-def oracle(dbias, dout):
+def expected(dbias, dout):
     dbias += dout.sum(axis=0)
 
 
 EXERCISE = Exercise(
     "column_sums",
     Problem(
-        oracle,
+        expected,
         lambda rng, R, C: dict(dbias=normal(rng, C), dout=normal(rng, R, C)),
         ("dbias",),
         (dict(R=1, C=1), dict(R=7, C=97), dict(R=97, C=3), dict(R=3, C=257)),

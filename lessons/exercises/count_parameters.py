@@ -1,33 +1,33 @@
-"""# Exercise: how many parameters has a GPT-2?
+"""# Exercise: count the parameters of a GPT-2
 
-A row of `sizes` (n, 4) is a model: its context maxT, its vocabulary V, its layers L, and its channels C. Write the
-number of its parameters into `total` (n,). These are its tensors, in which OC x C is a matrix of that shape:
+Each row of `sizes` (n, 4) is a model: context length maxT, vocabulary size V, layers L and channels C. Write the number
+of its parameters to `total` (n,). The tensors are:
 
 - `wte` Vp x C, where Vp is V rounded up to a multiple of 128, and `wpe` maxT x C;
-- in every layer: two LayerNorms, each a weight and a bias of C numbers; four matrices, `qkvw` 3C x C, `attprojw` C x C,
-  `fcw` 4C x C and `fcprojw` C x 4C, each with a bias of as many numbers as its first size says;
-- at the end one more LayerNorm. The output uses `wte` again, and costs nothing.
+- in every layer: two LayerNorms, each with a weight and a bias of C elements; and four matrices, `qkvw` 3C x C,
+  `attprojw` C x C, `fcw` 4C x C and `fcprojw` C x 4C, each with a bias whose length is the matrix's first dimension;
+- at the end one more LayerNorm. The output layer reuses `wte` and adds nothing.
 
-It is plain Python, and the tensors' padding in the arena does not count.
+This is plain Python. Do not count the padding between tensors in the arena.
 """
 
 import math
 
 import numpy as np
+from llm_numba.models.config import GPT2Config
 
 from llm_numba.arena import parameter_specs
 from llm_numba.lessons.exercise import Exercise
 from llm_numba.lessons.problem import Problem
-from llm_numba.models.config import GPT2Config
 
 
 def count_parameters(total, sizes):
     for i in range(sizes.shape[0]):
         maxT, V, L, C = sizes[i, 0], sizes[i, 1], sizes[i, 2], sizes[i, 3]
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
-def oracle(total, sizes):
+def expected(total, sizes):
     for i, (maxT, V, L, C) in enumerate(sizes.tolist()):
         specs = parameter_specs(GPT2Config(maxT, V, L, 1, C))
         total[i] = sum(math.prod(spec.shape) * (L if spec.per_layer else 1) for spec in specs)
@@ -41,7 +41,7 @@ def inputs(rng, n, V):
 EXERCISE = Exercise(
     "count_parameters",
     Problem(
-        oracle,
+        expected,
         inputs,
         ("total",),
         (dict(n=1, V=1), dict(n=3, V=97), dict(n=97, V=257)),

@@ -1,14 +1,14 @@
-"""# Exercise: the embedding's gradient, each number with an owner
+"""# Exercise: the embedding gradient, with one owner per element
 
-Row i of `dout` (n, C) is the gradient of what stood in row `tokens[i]` of the embedding. Add it there:
-`dwte[tokens[i], c] += dout[i, c]` for all i and c. `dwte` is (V, C), `tokens` (n,) has numbers from 0 to V - 1, some of
-them many times, others never. What stands in `dwte` already is added to.
+Row i of `dout` (n, C) is the gradient of the embedding row that token i looked up. Add it to that row:
+`dwte[tokens[i], c] += dout[i, c]` for all i and c. `dwte` is (V, C). `tokens` (n,) holds values from 0 to V - 1; some
+appear many times, others never. `dwte` accumulates: add to the values that it already holds.
 
-Share the work out among the cores with `prange`, so that each number of `dwte` is written by one iteration only, and
+Distribute the work over the cores with `prange`, so that each element of `dwte` is written by only one iteration, and
 its terms are added in the order of i.
 
-The lesson's v2 does this channel by channel, and fetches a line of memory for each number. Do better: an iteration owns
-BLOCK channels that lie side by side. C need not be a multiple of BLOCK.
+The lesson's v2 does this channel by channel, and fetches a cache line for each element. Do better: let an iteration own
+BLOCK consecutive channels. C need not be a multiple of BLOCK.
 """
 
 import numpy as np
@@ -25,17 +25,17 @@ def embedding_gradient(dwte, dout, tokens):
     n, C = dout.shape
     for block in prange((C + BLOCK - 1) // BLOCK):
         first, last = block * BLOCK, min(block * BLOCK + BLOCK, C)
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
-def oracle(dwte, dout, tokens):
+def expected(dwte, dout, tokens):
     np.add.at(dwte, tokens, dout)
 
 
 EXERCISE = Exercise(
     "embedding_gradient",
     Problem(
-        oracle,
+        expected,
         lambda rng, n, C, V: dict(
             dwte=normal(rng, V, C), dout=normal(rng, n, C), tokens=rng.integers(0, V, n).astype(np.int32)
         ),

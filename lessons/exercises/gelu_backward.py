@@ -1,17 +1,17 @@
-"""# Exercise: the gradient of GELU
+"""# Exercise: the GELU gradient
 
-R rows of C numbers. For each number `x` of `inp`, with
+The arrays have R rows of C elements. For each element `x` of `inp`, with
 
     u = SCALE * (x + CUBIC * x**3)
     t = tanh(u)
-    slope = SCALE * (1 + 3 * CUBIC * x**2)          the derivative of u by x
+    slope = SCALE * (1 + 3 * CUBIC * x**2)          the derivative du/dx
 
 write (`=`, not `+=`)
 
     dinp = dout * (0.5 * (1 + t) + 0.5 * x * (1 - t**2) * slope)
 
-Rows are shared out among the cores; write the loop over the numbers of a row. `math.tanh` is there, and the constants
-in float32. Read each number of `inp` and of `dout` once, and write each of `dinp` once.
+`prange` distributes the rows over the cores; write the loop over the elements of a row. `math.tanh` is available, and
+the constants are defined in float32. Read each element of `inp` and `dout` once, and write each element of `dinp` once.
 """
 
 import math
@@ -31,7 +31,7 @@ SCALE, CUBIC = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
 def gelu_backward(dinp, inp, dout):
     R, C = inp.shape
     for row in prange(R):
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
 def inputs(rng, R, C):

@@ -1,16 +1,16 @@
-"""# Exercise: the gradient of layer normalisation by its input
+"""# Exercise: the LayerNorm gradient with respect to its input
 
-R rows of C channels. For each row you have `mean` and `rstd`, and with
+There are R rows of C channels. `mean` and `rstd` hold one element per row. With
 
     norm[c] = (inp[row, c] - mean[row]) * rstd[row]
     dnorm[c] = weight[c] * dout[row, c]
 
-`dinp` is to be increased (`+=`) by
+add to `dinp` (`+=`)
 
     rstd[row] * (dnorm[c] - average(dnorm) - norm[c] * average(dnorm * norm))
 
-where both averages are over the C channels of the row. Rows are shared out among the cores; write the body of the loop.
-`ZERO` is 0 in float32; write to no other array than `dinp`.
+where both averages are over the C channels of the row. `prange` distributes the rows over the cores; write the body of
+the loop. `ZERO` is 0 in float32. Write to no array but `dinp`.
 """
 
 import numpy as np
@@ -27,10 +27,10 @@ ZERO = np.float32(0)
 def add_dinp(dinp, dout, inp, weight, mean, rstd):
     R, C = inp.shape
     for row in prange(R):
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
-def exact(dinp, dout, inp, weight, mean, rstd):
+def expected(dinp, dout, inp, weight, mean, rstd):
     dx, dy, x, means, rstds = dinp[None], dout[None], inp[None], mean[None], rstd[None]  # a batch of one
     dweight, dbias = np.zeros_like(weight), np.zeros_like(weight)
     oracle.layernorm_backward(dx, dweight, dbias, dy, x, weight, means, rstds, None, True)
@@ -44,6 +44,6 @@ def inputs(rng, R, C):
 
 EXERCISE = Exercise(
     "add_dinp",
-    Problem(oracle, inputs, ("dinp",), (dict(R=1, C=1), dict(R=3, C=5), dict(R=2, C=257), dict(R=97, C=3))),
+    Problem(expected, inputs, ("dinp",), (dict(R=1, C=1), dict(R=3, C=5), dict(R=2, C=257), dict(R=97, C=3))),
     example=dict(R=2, C=4),
 )

@@ -1,14 +1,14 @@
-"""# Exercise: the mean of each row, by a block of threads
+"""# Exercise: the mean of each row, with one block per row
 
-`inp` has R rows of C numbers each. Write the mean of each row into `mean` (R,). Block r of the grid owns row r, and has
+`inp` has R rows of C elements. Write the mean of each row to `mean` (R,). Block r of the grid owns row r and has
 THREADS threads.
 
-1. A thread adds up every THREADS-th number of the row, from its own on: thread 3 those at 3, 3 + THREADS, ... What the
-   threads of a warp read at a time then lies side by side.
-2. It puts its sum into `shared`, which all threads of its block see.
-3. When all have done that, one thread adds up what is in `shared`, and writes the mean.
+1. Each thread sums every THREADS-th element of the row, starting at its own index: thread 3 takes elements 3,
+   3 + THREADS, ... At each step the threads of a warp then read consecutive elements.
+2. It writes its sum to `shared`, which all threads of its block can read.
+3. When all threads have done so, one thread sums the elements of `shared` and writes the mean.
 
-How many numbers a row has need not be a multiple of THREADS, and may be less.
+C need not be a multiple of THREADS, and may be less than THREADS.
 """
 
 from numba import cuda
@@ -26,17 +26,17 @@ def row_mean(mean, inp):
     C = inp.shape[1]
     shared = cuda.shared.array(THREADS, float32)
     total = float32(0)
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line with your code
 
 
-def oracle(mean, inp):
+def expected(mean, inp):
     mean[...] = inp.mean(axis=1)
 
 
 EXERCISE = Exercise(
     "row_mean",
     Problem(
-        oracle,
+        expected,
         lambda rng, R, C: dict(mean=garbage(R), inp=normal(rng, R, C)),
         ("mean",),
         (dict(R=1, C=1), dict(R=3, C=97), dict(R=2, C=257), dict(R=1, C=3)),

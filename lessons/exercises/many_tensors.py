@@ -1,11 +1,11 @@
 """# Exercise: many small tensors in one launch
 
-`flat` holds N tensors one behind the other: tensor i stands in `flat[offsets[i]]` up to, and without,
-`flat[offsets[i + 1]]`. Multiply all numbers of tensor i by `scales[i]`, in place.
+`flat` holds N tensors one after the other: tensor i is `flat[offsets[i] : offsets[i + 1]]`. Multiply every element of
+tensor i by `scales[i]`, in place.
 
-N launches, one a tensor, would cost more than the work. So there is one launch of N blocks: block i owns tensor i. Its
-THREADS threads take the tensor's numbers in turn: thread 3 the one at 3, the one at 3 + THREADS, and so on, counted
-from the tensor's beginning. A tensor may be longer than a block has threads, or shorter.
+N launches, one per tensor, would cost more than the work itself. Instead there is one launch of N blocks, and block i
+owns tensor i. Its threads take every THREADS-th element: thread 3 takes elements 3, 3 + THREADS, and so on, counted
+from the start of the tensor. A tensor may have more or fewer elements than the block has threads.
 """
 
 import numpy as np
@@ -20,10 +20,10 @@ THREADS = 32
 @cuda.jit
 def scale_all(flat, offsets, scales):
     tensor, thread = cuda.blockIdx.x, cuda.threadIdx.x
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line with your code
 
 
-def oracle(flat, offsets, scales):
+def expected(flat, offsets, scales):
     for i, scale in enumerate(scales):
         flat[offsets[i] : offsets[i + 1]] *= scale
 
@@ -38,7 +38,7 @@ def inputs(rng, N, n):
 EXERCISE = Exercise(
     "scale_all",
     Problem(
-        oracle,
+        expected,
         inputs,
         ("flat",),
         (dict(N=1, n=1), dict(N=3, n=97), dict(N=2, n=257), dict(N=5, n=3)),

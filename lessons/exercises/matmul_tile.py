@@ -1,16 +1,16 @@
-"""# Exercise: a product of matrices by tiles in shared memory
+"""# Exercise: a matrix product with tiles in shared memory
 
 `out[r, o]` is the sum over c of `inp[r, c] * weight[o, c]`. `out` has shape (R, OC), `inp` (R, C), `weight` (OC, C).
 
-A block has TILE x TILE threads and owns a tile of `out`: rows from `r0` on, columns from `o0` on. Thread (y, x) owns
-one result of it, in row `r0 + y` and column `o0 + x`. The block walks along c in steps of TILE:
+A block has TILE x TILE threads and owns a tile of `out`: the rows from `r0` and the columns from `o0`. Thread (y, x)
+owns the element in row `r0 + y` and column `o0 + x`. The block walks along c in steps of TILE:
 
-1. Thread (y, x) brings one number of `inp` to `inp_tile[y, x]` and one of `weight` to `weight_tile[y, x]`, such that
-   the threads with neighbouring x read neighbouring numbers. What lies outside of a matrix is to be a zero.
-2. When all have done that, each thread adds TILE products to its sum, from shared memory only.
-3. When all have done *that*, the tiles may be filled again.
+1. Thread (y, x) copies one element of `inp` to `inp_tile[y, x]` and one of `weight` to `weight_tile[y, x]`, such that
+   threads with consecutive x read consecutive elements. Fill the parts of a tile outside the matrix with zeros.
+2. When all threads have done so, each thread adds TILE products to its sum, reading only shared memory.
+3. When all threads have done *that*, the tiles may be overwritten.
 
-At the end each thread writes its result, if `out` has such an element. R, C and OC may be anything, and less than TILE.
+At the end each thread writes its element, if it is inside `out`. R, C and OC may be any size, also less than TILE.
 """
 
 from numba import cuda
@@ -20,7 +20,7 @@ from llm_numba.lessons.exercise import Exercise
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 TILE = 8
-PITCH = TILE + 1  # a number to spare in each row, so that those of a column lie in different banks
+PITCH = TILE + 1  # one element of padding per row, so that the elements of a column lie in different banks
 
 
 @cuda.jit
@@ -32,10 +32,10 @@ def matmul_tile(out, inp, weight):
     inp_tile = cuda.shared.array((TILE, PITCH), float32)
     weight_tile = cuda.shared.array((TILE, PITCH), float32)
     total = float32(0)
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line with your code
 
 
-def oracle(out, inp, weight):
+def expected(out, inp, weight):
     out[...] = inp @ weight.T
 
 
@@ -47,7 +47,7 @@ def launch(kernel, out, inp, weight):
 EXERCISE = Exercise(
     "matmul_tile",
     Problem(
-        oracle,
+        expected,
         lambda rng, R, C, OC: dict(out=garbage(R, OC), inp=normal(rng, R, C), weight=normal(rng, OC, C)),
         ("out",),
         (

@@ -1,12 +1,12 @@
-"""# Exercise: backwards through a softmax
+"""# Exercise: softmax backward
 
-A softmax made each row of `p` (R, C) from a row of scores. From behind comes `dp` (R, C), the gradient of the loss with
-respect to `p`. Write the gradient with respect to the scores into `dscores` (R, C): for each row
+Each row of `p` (R, C) is the softmax of a row of scores. `dp` (R, C) is the gradient of the loss with respect to `p`.
+Write the gradient with respect to the scores to `dscores` (R, C). For each row
 
     dscores = p * (dp - sum(p * dp))
 
-where the sum goes over the row. The rows are shared out among the cores by `prange`: each iteration may write only what
-no other touches. `p` and `dp` are read, and stay as they are.
+where the sum is over the row. `prange` distributes the rows over the cores: each iteration may only write elements that
+no other iteration accesses. Do not change `p` and `dp`.
 """
 
 import numpy as np
@@ -22,10 +22,10 @@ ZERO = np.float32(0)
 def softmax_backward(dscores, dp, p):
     R, C = p.shape
     for r in prange(R):
-        raise NotImplementedError  # your code in the place of this line
+        raise NotImplementedError  # replace this line with your code
 
 
-def oracle(dscores, dp, p):
+def expected(dscores, dp, p):
     dscores[...] = p * (dp - (p * dp).sum(axis=1, keepdims=True))
 
 
@@ -36,6 +36,6 @@ def inputs(rng, R, C):
 
 EXERCISE = Exercise(
     "softmax_backward",
-    Problem(oracle, inputs, ("dscores",), (dict(R=3, C=5), dict(R=2, C=97), dict(R=1, C=257), dict(R=3, C=1))),
+    Problem(expected, inputs, ("dscores",), (dict(R=3, C=5), dict(R=2, C=97), dict(R=1, C=257), dict(R=3, C=1))),
     example=dict(R=2, C=4),
 )

@@ -1,6 +1,6 @@
-"""What lesson 09 measures of a whole training step: its ops, one by one, here or on a card.
+"""The measurements of lesson 09: a whole training step, op by op, on the CPU or on a GPU.
 
-On a card it is a program of its own, as a lesson's process runs kernels in the simulator:
+On a GPU this file runs as a separate program, because a lesson's process runs kernels in the simulator:
 NUMBA_ENABLE_CUDASIM=0 python lessons/rungs/_whole_step.py cuda d12 4 1024 bf16
 """
 
@@ -15,21 +15,21 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-
-from llm_numba.bench.measuring import by_the_clock, measure
-from llm_numba.bench.races import new_steps
 from llm_numba.models.config import preset
+
+from llm_numba.bench.measuring import measure, wall_time
+from llm_numba.bench.races import new_steps
 from llm_numba.ops import WRITES, get_ops
 from llm_numba.train import flops_per_token
 
-# what an op both reads and writes: its bytes count twice
+# arrays that an op reads and writes; their bytes count twice
 UPDATED = {
     "layernorm_backward": ("dinp",),
     "encoder_backward": ("dwte", "dwpe"),
     "fused_classifier": ("logits",),
     "adamw_update": ("params", "master", "m", "v"),
 }
-# how an op uses memory: the pattern of `peak_bandwidth` that is nearest; all others copy
+# the closest access pattern of `peak_bandwidth`; "copy" for all other ops
 PATTERNS = {
     "global_norm_squared": "read",
     "gelu_backward": "add",
@@ -42,7 +42,7 @@ PATTERNS = {
 
 
 class Call(NamedTuple):
-    """One call of an op within a step; start: seconds since the step began."""
+    """One call of an op in a step; start: seconds since the start of the step."""
 
     op: str
     start: float
@@ -56,30 +56,30 @@ def arguments_of(op):
 
 
 def flops_of(name, given):
-    """Those of the products; what the other ops compute is little beside what they move."""
+    """FLOPs of matmuls and attention; the other ops are memory-bound and count as 0."""
     shape = lambda key: given[key].shape  # noqa: E731
     if name.startswith("matmul"):
         OC, C = shape("weight")
         return (2 if name.endswith("forward") else 4) * math.prod(shape("inp")[:-1]) * OC * C
     if name.startswith("attention"):
-        B, T, C = shape("out")  # half of T * T, as nobody looks ahead
+        B, T, C = shape("out")  # causal: half of T * T
         return (2 if name.endswith("forward") else 4) * B * T * T * C
     return 0
 
 
 def bytes_of(name, given):
-    """What the op has to read and to write at least once."""
+    """The minimum bytes: each input read once, each output written once."""
     if name == "residual_backward" and given["dinp"] is given["dout"]:
         return 0
     arrays = {key: x.size * x.dtype.itemsize for key, x in given.items() if hasattr(x, "dtype") and key != "scratch"}
-    if name.startswith("encoder"):  # of the tables only the rows that are asked for
+    if name.startswith("encoder"):  # only the rows of the tables that are used
         rows = arrays["out" if name.endswith("forward") else "dout"]
         arrays |= {key: min(size, rows) for key, size in arrays.items() if key in ("wte", "wpe", "dwte", "dwpe")}
     return sum(size * (2 if key in UPDATED.get(name, ()) else 1) for key, size in arrays.items())
 
 
 def watched(ops, calls, timed):
-    """The same ops, each of which puts a Call into `calls`. timed: timed(run) -> seconds."""
+    """The same ops, each appending a Call to `calls`. timed: timed(run) -> seconds."""
 
     def watch(name):
         op, names = getattr(ops, name), arguments_of(getattr(ops, name))
@@ -96,28 +96,28 @@ def watched(ops, calls, timed):
 
 
 def measure_step(device, name, B, T, dtype="fp32", seconds=2.0):
-    """A step of a preset: its seconds, as a run has it and, on a card, with "no graph"; the calls of one step, the
-    fastest of some, as other programs can only slow it down; and what it computes."""
+    """Measure a step of a preset: its seconds, on a GPU with and without a graph; the calls of the fastest of several
+    steps; its FLOPs."""
     ops, config = get_ops(device, dtype), preset(name)
     if device == "cpu":
         ops.set_threads(0)
     whole = new_steps(ops, config, B, T, dtype, device == "cuda")
     found = {}
     for column, step in whole.items():
-        for _ in range(2):  # compiled, and recorded
+        for _ in range(2):  # compile, then capture
             step()
         found[column] = median(measure(step, seconds))
     del whole
     calls = []
-    # a card's own clock where there is one, which starts each op with none of its data in the L2 cache
-    step = new_steps(watched(ops, calls, ops.timed if device == "cuda" else by_the_clock), config, B, T, dtype)["ours"]
+    # on a GPU, GPU time with a cold L2 cache
+    step = new_steps(watched(ops, calls, ops.timed if device == "cuda" else wall_time), config, B, T, dtype)["ours"]
     tries = []
     for _ in range(2 if device == "cuda" else 6):
         calls.clear()
         begin = time.perf_counter()
         step()
         tries.append([call._replace(start=call.start - begin) for call in calls])
-    fastest = min(tries[1:], key=lambda one: sum(call.seconds for call in one))  # the first one warms up
+    fastest = min(tries[1:], key=lambda one: sum(call.seconds for call in one))  # the first is a warm-up
     return {
         "device": device,
         "sizes": f"{name}, {B} x {T} tokens, {dtype}",
@@ -128,14 +128,14 @@ def measure_step(device, name, B, T, dtype="fp32", seconds=2.0):
 
 
 def dry_run(name, B, T, dtype="float32", plan="reuse"):
-    """The calls of a step of a preset without their seconds: nothing is computed, and no memory is taken."""
+    """The calls of a step of a preset, without times: nothing is computed or allocated."""
     from llm_numba.arena import Arena, training_groups
     from llm_numba.train import Settings, update
 
     ops, config, calls = get_ops("cpu"), preset(name), []
 
     def view(memory, offset, shape, dtype):
-        return np.broadcast_to(np.zeros(1, dtype), shape)  # one number that stands for all
+        return np.broadcast_to(np.zeros(1, dtype), shape)  # a single element, broadcast
 
     nothing = SimpleNamespace(
         **{**vars(ops), "allocate": lambda nbytes: None, "view": view, "to_device": lambda tensor, host: None}
@@ -146,7 +146,7 @@ def dry_run(name, B, T, dtype="float32", plan="reuse"):
 
 
 def kernels_of(config, B, T):
-    """The name, blocks and threads of each kernel that a step launches on a card, in order; none of them is run."""
+    """(name, blocks, threads) of each kernel that a step launches on a GPU, in order; none of them runs."""
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
     from numba.cuda.simulator.kernel import FakeCUDAKernel
 
@@ -170,7 +170,7 @@ def kernels_of(config, B, T):
 
 
 def queue(seconds, launch):
-    """When each kernel starts and ends that takes so many seconds, where Python takes `launch` to ask for one."""
+    """(start, end) of each kernel, given its seconds and the seconds that Python needs per launch."""
     start, end, free = np.empty(len(seconds)), np.empty(len(seconds)), 0.0
     for i, taken in enumerate(seconds):
         start[i] = max(free, (i + 1) * launch)
@@ -179,7 +179,7 @@ def queue(seconds, launch):
 
 
 def add_up(calls):
-    """op -> (calls, seconds, flops, bytes), the op that takes longest first."""
+    """op -> (calls, seconds, flops, bytes), slowest op first."""
     found = {}
     for call in calls:
         found.setdefault(call.op, np.zeros(4))
@@ -188,12 +188,12 @@ def add_up(calls):
 
 
 def least_seconds(op, flops, nbytes, peaks):
-    """What the machine needs for that at least: the longer of computing and moving."""
+    """The minimum time on this machine: the longer of computing and moving."""
     return max(flops / peaks["flops"], nbytes / peaks[PATTERNS.get(op, "copy")])
 
 
 def main():
-    """The card's side: what `measure_step` finds, with the card's limits, as JSON."""
+    """Print the result of `measure_step` and the GPU's limits as JSON."""
     from llm_numba.arena import DTYPES
     from llm_numba.bench.machine import describe_machine
 

@@ -17,7 +17,7 @@ ZERO = np.float32(0)
 def adamw_update_v1(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """The formula in NumPy: a pass for each operator."""
+    """The formula in NumPy: one pass per operator."""
     if grad_scale[0] < 0:
         return
     t = int(step[0])
@@ -33,7 +33,7 @@ def adamw_update_v1(
 def adamw_update_v2(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """One loop. Python's numbers are float64, and so is all that meets them."""
+    """One loop. Python's floats are float64, so everything computed with them is float64."""
     if grad_scale[0] < 0:
         return
     m_correction, v_correction = 1 / (1 - beta1 ** step[0]), 1 / (1 - beta2 ** step[0])
@@ -49,7 +49,7 @@ def adamw_update_v2(
 def adamw_update_v3(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """Float32 only, and what is the same for all parameters, or for all of a run, is computed before the loop."""
+    """float32 only; values that all parameters of a run share are computed before the inner loop."""
     if grad_scale[0] < ZERO:
         return
     rate, scale, epsilon = learning_rate[0], grad_scale[0], np.float32(eps)
@@ -68,7 +68,7 @@ def adamw_update_v3(
 
 
 def inputs(rng, n):
-    """n parameters, and zeros after them up to whole runs, as in the model's memory."""
+    """n parameters, padded with zeros to whole runs, as in the model's memory."""
     size = -(-n // RUN) * RUN
     given = {name: np.zeros(size, np.float32) for name in ("params", "grads", "m", "v")}
     for x in given.values():

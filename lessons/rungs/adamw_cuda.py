@@ -12,7 +12,7 @@ from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, normal
 
-THREADS = sized(256, 32)  # of a block: on a card, in the simulator
+THREADS = sized(256, 32)  # per block: on a GPU, in the simulator
 ZERO, ONE = float32(0), float32(1)
 
 
@@ -35,7 +35,7 @@ def mean_square_kernel(v, grads, beta2, grad_scale):
 
 @cuda.jit
 def move_kernel(params, m, v, decays, learning_rate, log_beta1, log_beta2, eps, weight_decay, step, grad_scale):
-    """params against the mean, in the root of the mean square. correction(t, log(beta)) is 1 / (1 - beta**t)."""
+    """Update params from m and v. correction(t, log(beta)) = 1 / (1 - beta**t)."""
     i = cuda.grid(1)
     if i < params.shape[0] and grad_scale[0] >= ZERO:
         mhat, vhat = m[i] * correction(step[0], log_beta1), v[i] * correction(step[0], log_beta2)
@@ -47,7 +47,7 @@ def move_kernel(params, m, v, decays, learning_rate, log_beta1, log_beta2, eps, 
 def adamw_update_v1(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """A kernel for each line of the formula."""
+    """One kernel per line of the formula."""
     blocks = blocks_for(params.size, THREADS)
     mean_kernel[blocks, THREADS, stream()](m, grads, float32(beta1), grad_scale)
     mean_square_kernel[blocks, THREADS, stream()](v, grads, float32(beta2), grad_scale)
@@ -61,7 +61,7 @@ def adamw_update_v1(
 def adamw_kernel(
     params, grads, m, v, decays, learning_rate, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, step, grad_scale
 ):
-    """A thread owns a parameter and all that belongs to it."""
+    """A thread owns a parameter with its gradient, m and v."""
     i = cuda.grid(1)
     if i < params.shape[0] and grad_scale[0] >= ZERO:
         gradient, weight = grads[i] * grad_scale[0], params[i]
@@ -77,7 +77,7 @@ def adamw_kernel(
 def adamw_update_v2(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """One kernel: what the next line needs still is in a register."""
+    """One kernel: intermediate results stay in registers."""
     adamw_kernel[blocks_for(params.size, THREADS), THREADS, stream()](
         params, grads, m, v, decays, learning_rate, float32(beta1), float32(beta2), float32(math.log(beta1)),
         float32(math.log(beta2)), float32(eps), float32(weight_decay), step, grad_scale,
@@ -85,7 +85,7 @@ def adamw_update_v2(
 
 
 def inputs(rng, n):
-    """n parameters, and zeros after them up to whole runs, as in the model's memory."""
+    """n parameters, padded with zeros to whole runs, as in the model's memory."""
     size = -(-n // RUN) * RUN
     given = {name: np.zeros(size, np.float32) for name in ("params", "grads", "m", "v")}
     for x in given.values():

@@ -1,4 +1,4 @@
-"""The rungs of lesson 05 on a CPU: attention, forward and backward."""
+"""The rungs of lesson 05 on a CPU: attention, forward and backward, with as many kv heads as query heads."""
 
 import math
 
@@ -6,100 +6,54 @@ import numpy as np
 from numba import njit, prange
 
 from llm_numba import lessons, oracle
-from llm_numba.cpu.attention import attention_backward, attention_forward, attention_scratch_size
+from llm_numba.cpu import naive
+from llm_numba.cpu.attention import (
+    attention_backward,
+    attention_backward_scratch,
+    attention_forward,
+    attention_forward_scratch,
+)
 from llm_numba.cpu.jit import dot, exp, largest, sum_of
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
-CONTRACT = {"contract"}  # a product and a sum may become one instruction
-SHARED_OUT = dict(parallel=not lessons.FAST)  # the tests save the time to compile it: `prange` is then a `range`
-KEYS = 128  # that a query looks at before it rescales
-
-
-@njit
-def head_of(rows, part, C, n, num_heads):
-    """A view of (T, HS): head n of C channels in all, in part 0, 1, ... of the rows (B, T, parts * C)."""
-    b, h, HS = n // num_heads, n % num_heads, C // num_heads
-    return rows[b, :, part * C + h * HS : part * C + h * HS + HS]
-
-
-@njit
-def queries_keys_values(qkv, n, num_heads):
-    """Head n's three parts (T, HS) of qkv (B, T, 3*C), or of its gradient."""
-    C = qkv.shape[2] // 3
-    return (
-        head_of(qkv, 0, C, n, num_heads),
-        head_of(qkv, 1, C, n, num_heads),
-        head_of(qkv, 2, C, n, num_heads),
-    )
+CONTRACT = {"contract"}  # LLVM may fuse a multiply and an add
+SHARED_OUT = dict(parallel=not lessons.FAST)  # tests save the compile time: `prange` is then a `range`
+KEYS = 128  # between two rescalings of a query's sums
 
 
 @njit
 def matrix_of(scratch, n, T):
-    """The n-th (T, T) matrix of scratch."""
+    """The n-th (T, T) matrix in scratch."""
     return scratch[n * T * T : (n + 1) * T * T].reshape(T, T)
 
 
-@njit(fastmath=CONTRACT, error_model="numpy")
-def forward_head_v1(n, out, att, qkv, num_heads, scratch):
-    """Head n: y (T, HS) =, lse (T,) =, weights (T, T) = <- q, k, v (T, HS)."""
-    q, k, v = queries_keys_values(qkv, n, num_heads)
-    y, lse = head_of(out, 0, out.shape[2], n, num_heads), att[n // num_heads, n % num_heads]
-    T, HS = q.shape
-    weights = matrix_of(scratch, n, T)
-    scale = ONE / np.float32(math.sqrt(HS))
-    for t in range(T):
-        for s in range(t + 1):
-            score = ZERO
-            for i in range(HS):
-                score += q[t, i] * k[s, i]
-            weights[t, s] = score * scale
-    for t in range(T):
-        top = LOWEST
-        for s in range(t + 1):
-            top = max(top, weights[t, s])
-        total = ZERO
-        for s in range(t + 1):
-            weights[t, s] = math.exp(weights[t, s] - top)
-            total += weights[t, s]
-        for s in range(t + 1):
-            weights[t, s] /= total
-        lse[t] = top + math.log(total)
-    for t in range(T):
-        for i in range(HS):
-            total = ZERO
-            for s in range(t + 1):
-                total += weights[t, s] * v[s, i]
-            y[t, i] = total
-
-
-@njit(**SHARED_OUT)
-def attention_forward_v1(out, att, qkv, num_heads, scratch):
-    """The formula: all scores, all weights, all outputs. Scratch: B*NH*T*T, the matrices of all heads."""
-    for n in prange(out.shape[0] * num_heads):
-        forward_head_v1(n, out, att, qkv, num_heads, scratch)
+def attention_forward_v1(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """The formula: all scores of a head, all weights, all outputs."""
+    naive.attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch)
 
 
 @njit
 def row_of(rows, part, C, n, num_heads, t):
-    """The HS numbers of token t for head n; Numba sees here, and not in `head_of`, that they are neighbours."""
+    """The HS elements of token t for head n. Numba sees that they are contiguous, which it does not see for a row of a
+    slice such as rows[b, :, first:last]."""
     first = part * C + n % num_heads * (C // num_heads)
     return rows[n // num_heads, t, first : first + C // num_heads]
 
 
 @njit
 def add_scaled(sums, x, numbers):
-    """sums += x * numbers, both (HS,)."""
+    """sums (HS,) += x * numbers (HS,)."""
     for i in range(sums.shape[0]):
         sums[i] += x * numbers[i]
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
-def forward_head_v2(n, out, att, qkv, num_heads, scratch):
-    """The same; each innermost loop goes along a row of memory, and its sums may be taken in any order."""
+def forward_head_v2(n, out, lse_of_all, qkv, num_heads, scratch):
+    """The same, but each innermost loop runs along a row of memory, and LLVM may reorder its sums."""
     B, T, C = out.shape
-    lse, weights = att[n // num_heads, n % num_heads], matrix_of(scratch, n, T)
+    lse, weights = lse_of_all[n // num_heads, n % num_heads], matrix_of(scratch, n, T)
     scale = ONE / np.float32(math.sqrt(C // num_heads))
     for t in range(T):
         q = row_of(qkv, 0, C, n, num_heads, t)
@@ -122,18 +76,18 @@ def forward_head_v2(n, out, att, qkv, num_heads, scratch):
 
 
 @njit(**SHARED_OUT)
-def attention_forward_v2(out, att, qkv, num_heads, scratch):
-    """Vector code: the innermost loops go along the rows of memory. Scratch: B*NH*T*T."""
+def attention_forward_v2(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """Vectorised: the innermost loops run along rows of memory. Scratch: B*NH*T*T, a matrix for every head."""
     for n in prange(out.shape[0] * num_heads):
-        forward_head_v2(n, out, att, qkv, num_heads, scratch)
+        forward_head_v2(n, out, lse, qkv, num_heads, scratch)
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
-def forward_head_v3(n, out, att, qkv, num_heads, scratch):
-    """The same without a matrix: a query goes over KEYS keys at a time, and keeps the largest score, the sum of the
-    weights and the weighed values; the sums are rescaled when a larger score appears."""
+def forward_head_v3(n, out, lse_of_all, qkv, num_heads, scratch):
+    """The same without a matrix: a query takes KEYS keys at a time and keeps the largest score, the sum of the weights
+    and the weighted sum of the values. When a larger score appears, both sums are rescaled."""
     B, T, C = out.shape
-    lse = att[n // num_heads, n % num_heads]
+    lse = lse_of_all[n // num_heads, n % num_heads]
     scale = ONE / np.float32(math.sqrt(C // num_heads))
     weights = np.empty(KEYS, np.float32)
     for t in range(T):
@@ -159,15 +113,15 @@ def forward_head_v3(n, out, att, qkv, num_heads, scratch):
 
 
 @njit(**SHARED_OUT)
-def attention_forward_v3(out, att, qkv, num_heads, scratch):
-    """The online softmax: of T*T weights a head, KEYS are in existence at a time. Scratch: none."""
+def attention_forward_v3(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """The online softmax: KEYS of a head's T*T weights exist at a time. Scratch: none."""
     for n in prange(out.shape[0] * num_heads):
-        forward_head_v3(n, out, att, qkv, num_heads, scratch)
+        forward_head_v3(n, out, lse, qkv, num_heads, scratch)
 
 
 @njit
 def clear(dqkv, n, num_heads):
-    """Head n's part of dqkv = 0."""
+    """dqkv = 0 for head n."""
     B, T, C = dqkv.shape
     for t in range(T):
         for part in range(3):
@@ -175,10 +129,11 @@ def clear(dqkv, n, num_heads):
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
-def backward_head_v1(n, dqkv, dout, out, att, qkv, num_heads, scratch):
-    """All weights p (T, T) from lse, all gradients of the scores, then the three products."""
+def backward_head_v1(n, dqkv, dout, out, lse_of_all, qkv, num_heads, scratch):
+    """All weights p (T, T) from lse, the gradients of all scores, then the three products."""
     B, T, C = out.shape
-    lse, p, dscores = att[n // num_heads, n % num_heads], matrix_of(scratch, 2 * n, T), matrix_of(scratch, 2 * n + 1, T)
+    lse = lse_of_all[n // num_heads, n % num_heads]
+    p, dscores = matrix_of(scratch, 2 * n, T), matrix_of(scratch, 2 * n + 1, T)
     scale = ONE / np.float32(math.sqrt(C // num_heads))
     for t in range(T):
         q, dy = row_of(qkv, 0, C, n, num_heads, t), row_of(dout, 0, C, n, num_heads, t)
@@ -200,17 +155,17 @@ def backward_head_v1(n, dqkv, dout, out, att, qkv, num_heads, scratch):
 
 
 @njit(**SHARED_OUT)
-def attention_backward_v1(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """All weights and all scores' gradients first, then the three products. Scratch: 2*B*NH*T*T."""
+def attention_backward_v1(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """All weights and the gradients of all scores, then the three products. Scratch: 2*B*NH*T*T."""
     for n in prange(out.shape[0] * num_heads):
-        backward_head_v1(n, dqkv, dout, out, att, qkv, num_heads, scratch)
+        backward_head_v1(n, dqkv, dout, out, lse, qkv, num_heads, scratch)
 
 
 @njit(fastmath=CONTRACT, error_model="numpy")
-def backward_head_v2(n, dqkv, dout, out, att, qkv, num_heads, scratch):
-    """The same, a query and KEYS keys at a time: their weights are made again, used for all three, and forgotten."""
+def backward_head_v2(n, dqkv, dout, out, lse_of_all, qkv, num_heads, scratch):
+    """The same for one query and KEYS keys at a time: the weights are recomputed, used three times and dropped."""
     B, T, C = out.shape
-    lse = att[n // num_heads, n % num_heads]
+    lse = lse_of_all[n // num_heads, n % num_heads]
     scale = ONE / np.float32(math.sqrt(C // num_heads))
     p, dscores = np.empty(KEYS, np.float32), np.empty(KEYS, np.float32)
     clear(dqkv, n, num_heads)
@@ -233,31 +188,28 @@ def backward_head_v2(n, dqkv, dout, out, att, qkv, num_heads, scratch):
 
 
 @njit(**SHARED_OUT)
-def attention_backward_v2(dqkv, dout, out, att, qkv, num_heads, scratch):
-    """No matrix: from q, k and one number a query each weight is made again where it is needed. Scratch: none."""
+def attention_backward_v2(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """No matrix: each weight is recomputed from q, k and lse where it is needed. Scratch: none."""
     for n in prange(out.shape[0] * num_heads):
-        backward_head_v2(n, dqkv, dout, out, att, qkv, num_heads, scratch)
-
-
-def scratch_for(B, T, C, NH):
-    """For the first rungs more than the model has: two (T, T) matrices of every head."""
-    return garbage(max(attention_scratch_size(B, T, C, NH), 2 * B * NH * T * T))
+        backward_head_v2(n, dqkv, dout, out, lse, qkv, num_heads, scratch)
 
 
 def forward_inputs(rng, B, T, C, NH):
-    return dict(
-        out=garbage(B, T, C), att=garbage(B, NH, T), qkv=2 * normal(rng, B, T, 3 * C), num_heads=NH,
-        scratch=scratch_for(B, T, C, NH),
-    )  # fmt: skip
+    arguments = dict(
+        out=garbage(B, T, C), lse=garbage(B, NH, T), qkv=2 * normal(rng, B, T, 3 * C), num_heads=NH, num_kv_heads=NH
+    )
+    rungs = B * NH * T * T  # for the matrix of every head
+    return arguments | dict(scratch=garbage(max(rungs, attention_forward_scratch(**arguments))))
 
 
 def backward_inputs(rng, B, T, C, NH):
-    qkv, out, att = 2 * normal(rng, B, T, 3 * C), garbage(B, T, C), garbage(B, NH, T)
-    oracle.attention_forward(out, att, qkv, NH, None)
-    return dict(
-        dqkv=garbage(B, T, 3 * C), dout=normal(rng, B, T, C), out=out, att=att, qkv=qkv, num_heads=NH,
-        scratch=scratch_for(B, T, C, NH),
-    )  # fmt: skip
+    qkv, out, lse = 2 * normal(rng, B, T, 3 * C), garbage(B, T, C), garbage(B, NH, T)
+    oracle.attention_forward(out, lse, qkv, NH, NH, None)
+    arguments = dict(
+        dqkv=garbage(B, T, 3 * C), dout=normal(rng, B, T, C), out=out, lse=lse, qkv=qkv, num_heads=NH, num_kv_heads=NH
+    )
+    rungs = 2 * B * NH * T * T  # for two matrices of every head
+    return arguments | dict(scratch=garbage(max(rungs, attention_backward_scratch(**arguments))))
 
 
 SIZES = (
@@ -268,7 +220,7 @@ TIMED, QUICK = dict(B=1, T=1024, C=768, NH=12), dict(B=1, T=64, C=48, NH=3)
 
 FORWARD = Ladder(
     "attention_forward",
-    Problem(oracle.attention_forward, forward_inputs, ("out", "att"), SIZES),
+    Problem(oracle.attention_forward, forward_inputs, ("out", "lse"), SIZES),
     (attention_forward_v1, attention_forward_v2, attention_forward_v3, attention_forward),
     timed=TIMED,
     quick=QUICK,

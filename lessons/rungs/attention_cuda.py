@@ -13,13 +13,13 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, LOWEST = float32(0), float32(1), float32(-np.inf)
-THREADS = sized(64, 32)  # of a block: on a card, in the simulator
+THREADS = sized(64, 32)  # per block: on a GPU, in the simulator
 KEYS = sized(32, 8)  # rows of k and v in shared memory
 
 
 @cuda.jit
 def scores_kernel(weights, qkv, HS, scale):
-    """weights[b, h, t, s] = the score of query t with key s; a thread a key, and a block for THREADS of them."""
+    """weights[b, h, t, s] = score of query t and key s. One thread per key, THREADS keys per block."""
     s, t, n = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
     NH, C = weights.shape[1], qkv.shape[2] // 3
     b, h = n // NH, n % NH
@@ -32,7 +32,7 @@ def scores_kernel(weights, qkv, HS, scale):
 
 @cuda.jit
 def softmax_kernel(lse, weights):
-    """weights[b, h, t, :t + 1] = their softmax; a thread a row."""
+    """weights[b, h, t, :t + 1] = softmax of the scores. One thread per row."""
     t, h, b = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
     if t < weights.shape[2]:
         top, total = LOWEST, ZERO
@@ -47,7 +47,7 @@ def softmax_kernel(lse, weights):
 
 @cuda.jit
 def values_kernel(out, weights, qkv, HS):
-    """out = the values, weighed; a thread a channel of a query."""
+    """out = weighted sum of the values. One thread per channel of a query."""
     i, t, b = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
     C = out.shape[2]
     if i < C:
@@ -58,7 +58,7 @@ def values_kernel(out, weights, qkv, HS):
 
 
 def attention_forward_v1(out, lse, qkv, num_heads, num_kv_heads, scratch):
-    """Three kernels, which hand each other the (T, T) matrices of all heads. Scratch: B*NH*T*T."""
+    """Three kernels that communicate through the (T, T) matrices of all heads. Scratch: B*NH*T*T."""
     B, T, C = out.shape
     HS = C // num_heads
     weights = scratch[: B * num_heads * T * T].reshape(B, num_heads, T, T)
@@ -78,7 +78,7 @@ def attention_forward_v1_scratch(out, lse, qkv, num_heads, num_kv_heads):
 def make_kernel_v2(HS):
     @cuda.jit
     def kernel_v2(out, lse, qkv, scale):
-        """A thread owns a query, which goes once over the keys and values: the online softmax. No matrix."""
+        """A thread owns a query and passes once over the keys and values: the online softmax. No matrix."""
         t, h, b = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z
         T, C = out.shape[1], out.shape[2]
         q, y = cuda.local.array(HS, float32), cuda.local.array(HS, float32)
@@ -105,7 +105,7 @@ def make_kernel_v2(HS):
 
 
 def attention_forward_v2(out, lse, qkv, num_heads, num_kv_heads, scratch):
-    """One kernel; the matrix is never there."""
+    """One kernel; the matrix is never stored."""
     B, T, C = out.shape
     HS = C // num_heads
     grid = blocks_for(T, THREADS), num_heads, B
@@ -116,7 +116,7 @@ def attention_forward_v2(out, lse, qkv, num_heads, num_kv_heads, scratch):
 def make_kernel_v3(HS):
     @cuda.jit
     def kernel_v3(out, lse, qkv, scale):
-        """The same, with KEYS keys and values at a time in shared memory, fetched once for all queries of the block."""
+        """As v2, with tiles of KEYS keys and values in shared memory, loaded once for all queries of the block."""
         t, h, b, thread = cuda.grid(1), cuda.blockIdx.y, cuda.blockIdx.z, cuda.threadIdx.x
         T, C = out.shape[1], out.shape[2]
         k = cuda.shared.array((KEYS, HS), float32)
@@ -132,7 +132,7 @@ def make_kernel_v3(HS):
                 if s0 + s < T:
                     k[s, c] = qkv[b, s0 + s, C + h * HS + c]
                     v[s, c] = qkv[b, s0 + s, 2 * C + h * HS + c]
-            cuda.syncthreads()  # all keys are there
+            cuda.syncthreads()  # the tile is complete
             for s in range(min(KEYS, T - s0)):
                 if s0 + s <= t:
                     score = ZERO
@@ -144,7 +144,7 @@ def make_kernel_v3(HS):
                     total = total * shrink + weight
                     for c in range(HS):
                         y[c] = y[c] * shrink + weight * v[s, c]
-            cuda.syncthreads()  # nobody needs them any more
+            cuda.syncthreads()  # all threads are done with the tile
         if t < T:
             for c in range(HS):
                 out[b, t, h * HS + c] = y[c] / total
@@ -168,7 +168,7 @@ def forward_inputs(rng, B, T, C, NH):
     return given | dict(scratch=garbage(attention_forward_v1_scratch(**given)))
 
 
-# A simulated thread is slow, and there are T * T / 2 scores: 97 is the width of a head, 257 the number of heads.
+# The simulator is slow and there are T * T / 2 scores, so the head size is 97 and the number of heads 257.
 FEW = (dict(B=1, T=1, C=97, NH=1), dict(B=1, T=9, C=3, NH=1), dict(B=1, T=3, C=2, NH=2))
 MANY = (dict(B=1, T=1, C=257, NH=257), dict(B=1, T=33, C=4, NH=1), dict(B=1, T=3, C=97, NH=1), *FEW)
 TIMED, QUICK = dict(B=4, T=1024, C=768, NH=12), dict(B=1, T=4, C=8, NH=2)

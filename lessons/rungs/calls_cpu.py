@@ -1,4 +1,4 @@
-"""The rungs of lesson 09 on a CPU: the same copy in many calls, and in one."""
+"""The rungs of lesson 09 on a CPU: the same copy in many calls and in one."""
 
 from numba import njit
 
@@ -14,18 +14,18 @@ def copy_row(dx, dy):
 
 
 def residual_backward_v1(dinp, dout):
-    """A compiled call for each row, which Python cuts out of both tensors just then."""
+    """One compiled call per row; Python slices both rows out of their tensors each time."""
     B, T, _ = dout.shape
     for b in range(B):
         for t in range(T):
             copy_row(dinp[b, t], dout[b, t])
 
 
-kept = {}  # the tensors that were seen last, and their rows
+kept = {}  # the last tensors, and their rows
 
 
 def rows_of(dinp, dout):
-    """Pairs of rows, cut once for these two tensors."""
+    """Pairs of rows, sliced once for these two tensors."""
     if kept.get("dinp") is not dinp or kept.get("dout") is not dout:
         B, T, _ = dout.shape
         kept.update(dinp=dinp, dout=dout, rows=[(dinp[b, t], dout[b, t]) for b in range(B) for t in range(T)])
@@ -33,14 +33,14 @@ def rows_of(dinp, dout):
 
 
 def residual_backward_v2(dinp, dout):
-    """The same calls, but the views are made once: the arena never moves, so they stay right."""
+    """The same calls, but the views are created once: the arena never moves, so they stay valid."""
     for dx, dy in rows_of(dinp, dout):
         copy_row(dx, dy)
 
 
 @njit
 def residual_backward_v3(dinp, dout):
-    """One call: Python hands over the whole, and the loop over the rows is compiled too."""
+    """One call: the loop over the rows is compiled too."""
     B, T, C = dout.shape
     for b in range(B):
         for t in range(T):

@@ -13,17 +13,17 @@ from llm_numba.lessons.problem import Problem, garbage, normal
 
 HALF, ONE, SCALE, CUBIC = np.float32(0.5), np.float32(1), np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
 MINUS_TWO = np.float32(-2)
-PIECE = 4096  # numbers: 16 KiB, so that a piece and its temporaries fit into the cache of a core
+PIECE = 4096  # elements: 16 KiB, so that a piece and its temporaries fit in the cache of a core
 
 
 def gelu_forward_v1(out, inp):
-    """NumPy: each operator reads whole arrays and writes another one."""
+    """NumPy: each operator reads whole arrays and writes another."""
     u = SCALE * (inp + CUBIC * inp * inp * inp)
     np.multiply(HALF * inp, ONE + np.tanh(u), out=out)
 
 
 def gelu_forward_v2(out, inp):
-    """The same operators, on a piece at a time: what one of them writes, the next one finds in the cache."""
+    """The same operators, one piece at a time: each operator finds its input in the cache."""
     x, y = inp.reshape(-1), out.reshape(-1)
     for first in range(0, x.size, PIECE):
         piece = x[first : first + PIECE]
@@ -33,8 +33,7 @@ def gelu_forward_v2(out, inp):
 
 @njit
 def gelu_forward_v3(out, inp):
-    """One loop: what lies between reading a number and writing one stays in registers. tanh is a call, number by
-    number."""
+    """One loop: intermediate results stay in registers. tanh is a function call for each element."""
     x, y = inp.reshape(-1), out.reshape(-1)
     for i in range(x.shape[0]):
         u = SCALE * (x[i] + CUBIC * x[i] * x[i] * x[i])
@@ -43,7 +42,7 @@ def gelu_forward_v3(out, inp):
 
 @njit(fastmath={"contract"}, error_model="numpy")
 def gelu_forward_v4(out, inp):
-    """No call: an exponential of plain arithmetic, so that a vector instruction does 8 or 16 numbers at a time."""
+    """No function call: exp is plain arithmetic, so a vector instruction processes 8 or 16 elements."""
     x, y = inp.reshape(-1), out.reshape(-1)
     for i in range(x.shape[0]):
         u = SCALE * (x[i] + CUBIC * x[i] * x[i] * x[i])

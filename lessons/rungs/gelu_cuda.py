@@ -10,10 +10,10 @@ from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
-THREADS = sized(256, 32)  # of a block: on a card, in the simulator
-EACH = 8  # numbers of a thread, where it owns several
+THREADS = sized(256, 32)  # per block: on a GPU, in the simulator
+EACH = 8  # elements per thread in v1 and v3
 ONE, SCALE, CUBIC = float32(1), float32(math.sqrt(2 / math.pi)), float32(0.044715)
-MINUS_TWO, HIGHEST = float32(-2), float32(88)  # e**88 is near the largest float32
+MINUS_TWO, HIGHEST = float32(-2), float32(88)  # e**88 is close to the largest float32
 
 
 @cuda.jit(device=True)
@@ -24,7 +24,7 @@ def gelu(x):
 
 @cuda.jit
 def kernel_v1(out, inp):
-    """A thread owns EACH neighbours: what a CPU's core would like to have."""
+    """A thread owns EACH consecutive elements, which would suit a CPU core."""
     first = cuda.grid(1) * EACH
     for i in range(first, min(first + EACH, inp.shape[0])):
         out[i] = gelu(inp[i])
@@ -36,7 +36,7 @@ def gelu_forward_v1(out, inp):
 
 @cuda.jit
 def kernel_v2(out, inp):
-    """A thread owns one number: neighbours of a warp have neighbours in memory."""
+    """A thread owns one element: a warp accesses consecutive elements."""
     i = cuda.grid(1)
     if i < inp.shape[0]:
         out[i] = gelu(inp[i])
@@ -48,7 +48,7 @@ def gelu_forward_v2(out, inp):
 
 @cuda.jit
 def kernel_v3(out, inp):
-    """A thread owns EACH numbers, THREADS apart, and asks for all of them before it waits for the first."""
+    """A thread owns EACH elements, THREADS apart, and issues all loads before it uses the first."""
     first = cuda.blockIdx.x * THREADS * EACH + cuda.threadIdx.x
     x = cuda.local.array(EACH, float32)
     for k in range(EACH):

@@ -10,7 +10,7 @@ from llm_numba.lessons.problem import Problem, garbage, normal
 
 @cuda.jit
 def copy_tensor(out, inp):
-    """A thread owns a number."""
+    """A thread owns an element."""
     i = cuda.grid(1)
     if i < out.shape[0]:
         out[i] = inp[i]
@@ -21,16 +21,16 @@ def launch_copy(out, inp):
 
 
 def copy_v1(out, inp):
-    """A launch for each tensor, which Python cuts out of both arrays just then."""
+    """One launch per tensor; Python slices it out of both arrays each time."""
     for i in range(out.shape[0]):
         launch_copy(out[i], inp[i])
 
 
-kept = {}  # the arrays that were seen last, the tensors in them, and the recorded launches
+kept = {}  # the last arrays, their tensors, and the captured graph
 
 
 def prepare(out, inp):
-    """kept = what belongs to these two arrays."""
+    """Update `kept` for these two arrays."""
     if kept.get("out") is not out or kept.get("inp") is not inp:
         pairs = [(out[i], inp[i]) for i in range(out.shape[0])]
         kept.update(out=out, inp=inp, pairs=pairs, replay=capture(launch_all))
@@ -42,13 +42,13 @@ def launch_all():
 
 
 def copy_v2(out, inp):
-    """The same launches, but the views are made once: the arena never moves, so they stay right."""
+    """The same launches, but the views are created once: the arena never moves, so they stay valid."""
     prepare(out, inp)
     launch_all()
 
 
 def copy_v3(out, inp):
-    """The same launches, recorded as a graph: Python asks for all of them with one call."""
+    """The same launches, captured as a graph and replayed by one call."""
     prepare(out, inp)
     kept["replay"]()
 

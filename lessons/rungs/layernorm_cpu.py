@@ -6,17 +6,17 @@ import numpy as np
 from numba import njit, prange
 
 from llm_numba import oracle
-from llm_numba.cpu.layernorm import layernorm_backward, layernorm_forward, layernorm_scratch_size
+from llm_numba.cpu.layernorm import layernorm_backward, layernorm_backward_scratch, layernorm_forward
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, EPSILON = np.float32(0), np.float32(1), np.float32(1e-5)
-BLOCK = 64  # channels that one iteration of the backward's second loop owns
+BLOCK = 64  # channels per iteration of the backward's second loop
 
 
 @njit
 def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
-    """The formula, a loop for each sum. 0.0 and 1e-5 are float64, and so is all that meets them."""
+    """The formula, with one loop per sum. 0.0 and 1e-5 are float64, so everything computed with them is float64."""
     B, T, C = inp.shape
     for b in range(B):
         for t in range(T):
@@ -37,7 +37,7 @@ def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
 
 @njit
 def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
-    """Nothing but float32: a vector register holds twice as many, and nothing is converted."""
+    """float32 only: a vector register holds twice as many elements, and nothing is converted."""
     B, T, C = inp.shape
     for b in range(B):
         for t in range(T):
@@ -59,7 +59,7 @@ def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def layernorm_forward_v3(out, mean, rstd, inp, weight, bias):
-    """The same lines; but a sum may be taken in any order, so that a vector register holds 8 or 16 sums at a time."""
+    """Sums may be reordered, so that a vector register holds 8 or 16 partial sums."""
     B, T, C = inp.shape
     for b in range(B):
         for t in range(T):
@@ -81,7 +81,7 @@ def layernorm_forward_v3(out, mean, rstd, inp, weight, bias):
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 def layernorm_forward_v4(out, mean, rstd, inp, weight, bias):
-    """The rows are shared out among the cores: each row has one owner, so nobody waits and nothing races."""
+    """The rows are distributed over the cores: each row has one owner, so nothing waits and nothing races."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -103,7 +103,7 @@ def layernorm_forward_v4(out, mean, rstd, inp, weight, bias):
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def layernorm_backward_v1(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Row after row: two averages, then the row's own gradient and its share of the parameters'."""
+    """Row by row: two averages, then the row's gradient and its contribution to dweight and dbias."""
     B, T, C = inp.shape
     if not accumulate:
         dweight[:] = ZERO
@@ -128,7 +128,7 @@ def layernorm_backward_v1(dinp, dweight, dbias, dout, inp, weight, mean, rstd, s
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 def layernorm_backward_v2(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Every sum has one owner: dinp's rows in one parallel loop, the channels of dweight and dbias in another."""
+    """Every sum has one owner: a parallel loop over the rows of dinp, another over the channels of dweight."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -156,7 +156,7 @@ def layernorm_backward_v2(dinp, dweight, dbias, dout, inp, weight, mean, rstd, s
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 def layernorm_backward_v3(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """The second loop's owners have BLOCK channels each, which lie side by side: a row of them is a few cache lines."""
+    """In the second loop each owner has BLOCK consecutive channels, which are a few cache lines per row."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -188,7 +188,7 @@ def layernorm_backward_v3(dinp, dweight, dbias, dout, inp, weight, mean, rstd, s
 
 @njit(parallel=True)
 def layernorm_backward_racing(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
-    """Not a rung, but a mistake: the first rung's loop over the rows, shared out among the cores as it is."""
+    """Not a rung but a mistake: the first rung's loop over the rows, made parallel without any other change."""
     B, T, C = inp.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -214,11 +214,12 @@ def forward_inputs(rng, B, T, C):
 def backward_inputs(rng, B, T, C):
     inp, mean, rstd = normal(rng, B, T, C) + 1, garbage(B, T), garbage(B, T)
     oracle.layernorm_forward(garbage(B, T, C), mean, rstd, inp, ONE, ZERO)
-    return dict(
+    arguments = dict(
         dinp=normal(rng, B, T, C), dweight=normal(rng, C), dbias=normal(rng, C),
         dout=normal(rng, B, T, C), inp=inp, weight=normal(rng, C), mean=mean, rstd=rstd,
-        scratch=garbage(layernorm_scratch_size(C)), accumulate=True,
     )  # fmt: skip
+    scratch = garbage(layernorm_backward_scratch(**arguments, accumulate=True))
+    return arguments | dict(scratch=scratch, accumulate=True)
 
 
 SIZES = (dict(B=1, T=1, C=1), dict(B=1, T=3, C=97), dict(B=3, T=1, C=3), dict(B=2, T=97, C=257), dict(B=1, T=257, C=97))

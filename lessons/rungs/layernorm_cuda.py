@@ -12,12 +12,12 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, EPSILON = float32(0), float32(1), float32(1e-5)
-THREADS = sized(128, 32)  # of a block: on a card, in the simulator
+THREADS = sized(128, 32)  # per block: on a GPU, in the simulator
 
 
 @cuda.jit
 def kernel_v1(out, mean, rstd, inp, weight, bias):
-    """Thread i of the grid owns row i: the CPU's loops, and many threads that run them."""
+    """Thread i of the grid owns row i and runs the CPU's loops."""
     row = cuda.grid(1)
     C = inp.shape[1]
     if row < inp.shape[0]:
@@ -45,7 +45,7 @@ def layernorm_forward_v1(out, mean, rstd, inp, weight, bias):
 
 @cuda.jit(device=True)
 def sum_of_block(number, shared):
-    """The sum of every thread's number, to each of them: half of the threads add the other half's, then a quarter."""
+    """Sum over the block, returned to every thread: half of the threads add the other half's values, then a quarter."""
     thread = cuda.threadIdx.x
     shared[thread] = number
     cuda.syncthreads()
@@ -62,7 +62,7 @@ def sum_of_block(number, shared):
 
 @cuda.jit
 def kernel_v2(out, mean, rstd, inp, weight, bias):
-    """A block owns a row: its threads take the channels in turn, so that what a warp reads lies side by side."""
+    """A block owns a row; consecutive threads read consecutive channels, so the reads are coalesced."""
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     C = inp.shape[1]
     shared = cuda.shared.array(THREADS, float32)
@@ -91,12 +91,12 @@ def layernorm_forward_v2(out, mean, rstd, inp, weight, bias):
 
 @functools.cache
 def make_kernel_v3(C):
-    """The kernel for rows of C channels: how many registers a thread needs for its share must be known beforehand."""
+    """Make the kernel for C channels: the number of registers per thread must be known at compile time."""
     each = blocks_for(C, THREADS)
 
     @cuda.jit
     def kernel_v3(out, mean, rstd, inp, weight, bias):
-        """The row is read once and then stays in the threads' registers."""
+        """The row is read once and stays in registers."""
         row, thread = cuda.blockIdx.x, cuda.threadIdx.x
         shared = cuda.shared.array(THREADS, float32)
         x = cuda.local.array(each, float32)

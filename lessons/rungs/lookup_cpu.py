@@ -11,7 +11,7 @@ from llm_numba.lessons.problem import Problem, garbage, normal
 
 @njit
 def encoder_forward_v1(out, tokens, wte, wpe):
-    """Channel after channel: from one number to the next it is C numbers in memory, or a whole table."""
+    """Channel by channel: consecutive accesses are at least C elements apart in memory."""
     B, T, C = out.shape
     for c in range(C):
         for b in range(B):
@@ -21,7 +21,7 @@ def encoder_forward_v1(out, tokens, wte, wpe):
 
 @njit
 def encoder_forward_v2(out, tokens, wte, wpe):
-    """The same lines with the loops turned round: the numbers of a row come one after the other, as in memory."""
+    """The loops are swapped: the elements of a row are accessed in memory order."""
     B, T, C = out.shape
     for b in range(B):
         for t in range(T):
@@ -31,7 +31,7 @@ def encoder_forward_v2(out, tokens, wte, wpe):
 
 @njit(parallel=True)
 def encoder_forward_v3(out, tokens, wte, wpe):
-    """The rows are shared out among the cores: each row of out has one owner."""
+    """The rows are distributed over the cores: each row of out has one owner."""
     B, T, C = out.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -40,7 +40,7 @@ def encoder_forward_v3(out, tokens, wte, wpe):
 
 
 def numpy_encoder_forward(out, tokens, wte, wpe):
-    """As one would write it in NumPy; wte[tokens] is a copy of all the rows, made first."""
+    """The NumPy version; wte[tokens] first copies all the rows."""
     np.add(wte[tokens], wpe[: tokens.shape[1]], out=out)
 
 

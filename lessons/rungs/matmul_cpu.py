@@ -4,40 +4,30 @@ import numpy as np
 from numba import njit, prange
 
 from llm_numba import oracle
-from llm_numba.cpu.matmul import matmul_forward, matmul_scratch_size
+from llm_numba.cpu import naive
+from llm_numba.cpu.matmul import matmul_forward, matmul_forward_scratch
 from llm_numba.cpu.tile import MR, NR, add_scaled, stack_array
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO = np.float32(0)
-CONTRACT = {"contract"}  # a multiplication and an addition may become one instruction
-KB = 384  # terms of the sums that are taken at a time
-OB = 96  # rows of the weights that are gone through at a time
+CONTRACT = {"contract"}  # LLVM may fuse a multiply and an add
+KB = 384  # terms of the sums in a block
+OB = 96  # rows of the weights in a block
 new_row = stack_array(1, NR)
 new_tile = stack_array(MR, NR)
 new_sums = stack_array(OB, NR)
 
 
 def operands(out, inp, weight, bias):
-    """The rows of all texts under one another, and a bias in any case."""
+    """The operands as matrices, all B*T rows in one, and zeros for a missing bias."""
     OC, C = weight.shape
     return out.reshape(-1, OC), inp.reshape(-1, C), weight, np.zeros(OC, np.float32) if bias is None else bias
 
 
 def matmul_forward_v1(out, inp, weight, bias, scratch):
-    three_loops(*operands(out, inp, weight, bias))
-
-
-@njit(fastmath=CONTRACT)
-def three_loops(out, inp, weight, bias):
     """The formula: for each output a sum over the channels."""
-    R, C = inp.shape
-    for r in range(R):
-        for o in range(weight.shape[0]):
-            total = ZERO
-            for c in range(C):
-                total += inp[r, c] * weight[o, c]
-            out[r, o] = total + bias[o]
+    naive.matmul_forward(out, inp, weight, bias, scratch)
 
 
 def matmul_forward_v2(out, inp, weight, bias, scratch):
@@ -58,7 +48,7 @@ def transpose(columns, inp):
 
 @njit(fastmath=CONTRACT)
 def sums_side_by_side(out, columns, weight, bias):
-    """For each output channel the sums of all rows grow together, a term at a time."""
+    """For each output channel, the sums of all rows grow together, one term at a time."""
     C, R = columns.shape
     sums = np.empty(R, np.float32)
     for o in range(weight.shape[0]):
@@ -88,7 +78,7 @@ def packed(inp, scratch):
 
 @njit
 def pack(panels, inp):
-    """What is beyond the last row of inp stays as it is: its sums are never looked at."""
+    """The panel beyond the last row of inp keeps its old content; nobody reads the sums made from it."""
     for r in range(inp.shape[0]):
         panel, i = panels[r // NR], r % NR
         for c in range(inp.shape[1]):
@@ -97,7 +87,7 @@ def pack(panels, inp):
 
 @njit(fastmath=CONTRACT)
 def sums_in_registers(out, panels, weight, bias):
-    """NR sums at a time, which never leave the registers before they are whole."""
+    """NR sums at a time; they stay in registers until they are complete."""
     R, C = out.shape[0], weight.shape[1]
     tile = new_row()
     for o in range(weight.shape[0]):
@@ -117,7 +107,7 @@ def matmul_forward_v4(out, inp, weight, bias, scratch):
 
 @njit(inline="always", fastmath=CONTRACT)
 def multiply(tile, weight, panel):
-    """tile (MR, NR) = weight (at most MR, K) times panel (K, NR); rows that weight has not are copies of its last."""
+    """tile (MR, NR) = weight (at most MR, K) times panel (K, NR); missing rows of weight repeat its last row."""
     last = np.uintp(weight.shape[0] - 1)
     for m in range(MR):
         for i in range(NR):
@@ -129,7 +119,7 @@ def multiply(tile, weight, panel):
 
 @njit(fastmath=CONTRACT)
 def tiles_in_registers(out, panels, weight, bias):
-    """MR rows of NR sums: what is loaded from a panel serves MR times, what is loaded from the weights NR times."""
+    """MR rows of NR sums: an element loaded from a panel is used MR times, one loaded from the weights NR times."""
     R, O = out.shape
     tile = new_tile()
     for o in range(0, O, MR):
@@ -147,7 +137,7 @@ def matmul_forward_v5(out, inp, weight, bias, scratch):
 
 @njit(fastmath=CONTRACT)
 def block_of_outputs(out, panels, weight, bias):
-    """out (R, at most OB) from as many rows of the weights: these and the panel's part stay in the cache meanwhile."""
+    """out (R, at most OB) from as many rows of the weights; these and the block of the panel stay in the cache."""
     R, O = out.shape
     C = weight.shape[1]
     tile, sums = new_tile(), new_sums()
@@ -179,7 +169,7 @@ def matmul_forward_v6(out, inp, weight, bias, scratch):
 
 @njit(parallel=True)
 def all_blocks_at_once(out, panels, weight, bias):
-    """A core owns a block of the outputs."""
+    """Each core owns blocks of output channels."""
     for block in prange((weight.shape[0] + OB - 1) // OB):
         first, last = block * OB, block * OB + OB
         block_of_outputs(out[:, first:last], panels, weight[first:last], bias[first:last])
@@ -191,10 +181,8 @@ def numpy_blas(out, inp, weight, bias, scratch):
 
 
 def inputs(rng, R, C, OC, bias):
-    return dict(
-        out=garbage(1, R, OC), inp=normal(rng, 1, R, C), weight=normal(rng, OC, C), bias=normal(rng, OC),
-        scratch=garbage(matmul_scratch_size(R, C, OC)),
-    )  # fmt: skip
+    arguments = dict(out=garbage(1, R, OC), inp=normal(rng, 1, R, C), weight=normal(rng, OC, C), bias=normal(rng, OC))
+    return arguments | dict(scratch=garbage(matmul_forward_scratch(**arguments)))
 
 
 FORWARD = Ladder(

@@ -11,30 +11,30 @@ from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO = float32(0)
 WARP = 32
-TILE = sized(16, 8)  # v3, v4: the side of a block's tile of results, and the terms of a step; 8 in the simulator
-SIDE = sized(16, 8)  # v5, v6: the side of a block of threads
-OWN = 4  # the side of a thread's own piece of results
+TILE = sized(16, 8)  # v3, v4: side of a block's tile of results, and terms per step; 8 in the simulator
+SIDE = sized(16, 8)  # v5, v6: side of a block of threads
+OWN = 4  # side of a thread's tile of results
 BLOCK = SIDE * SIDE
-BIG = SIDE * OWN  # the side of the block's tile of results
-DEPTH = 8  # the terms of a step
-PITCH = BIG + 4  # numbers from a channel of a tile to the next
+BIG = SIDE * OWN  # side of the block's tile of results
+DEPTH = 8  # terms per step
+PITCH = BIG + 4  # elements from one channel of a tile to the next
 
 
 def launch(kernel, grid, block, out, inp, weight, bias):
-    """Start a kernel on out (R, OC), inp (R, C); without a bias, weight only stands where an array must."""
+    """Launch a kernel on out (R, OC) and inp (R, C). Without a bias, weight fills the array argument."""
     OC, C = weight.shape
     given = (weight.reshape(-1), False) if bias is None else (bias, True)
     kernel[grid, block, stream()](out.reshape(-1, OC), inp.reshape(-1, C), weight, *given)
 
 
 def shape(out, weight):
-    """(R, OC): how many rows and columns of results there are."""
+    """(R, OC), the shape of the results."""
     return out.size // weight.shape[0], weight.shape[0]
 
 
 @cuda.jit
 def kernel_v1(out, inp, weight, bias, with_bias):
-    """A thread owns a result; neighbouring threads own results one below the other."""
+    """A thread owns a result; consecutive threads own results in consecutive rows."""
     r, o = cuda.grid(2)
     if r < out.shape[0] and o < out.shape[1]:
         total = ZERO
@@ -50,7 +50,7 @@ def matmul_forward_v1(out, inp, weight, bias, scratch):
 
 @cuda.jit
 def kernel_v2(out, inp, weight, bias, with_bias):
-    """A warp owns 32 results of a row; for each of them its threads share out the terms, and walk along c together."""
+    """A warp owns 32 results of a row. For each of them its threads split the terms and walk along c together."""
     r, o0, lane = cuda.blockIdx.x, cuda.blockIdx.y * WARP, cuda.threadIdx.x
     OC, C = weight.shape
     partial = cuda.shared.array((WARP, WARP), float32)
@@ -74,11 +74,11 @@ def matmul_forward_v2(out, inp, weight, bias, scratch):
 
 
 def tile_kernel(pitch):
-    """The kernel of v3 and v4; pitch: how far apart the rows of a tile lie in shared memory."""
+    """The kernel of v3 and v4; pitch: elements from one row of a tile to the next in shared memory."""
 
     @cuda.jit
     def kernel(out, inp, weight, bias, with_bias):
-        """A block owns a tile of results. It brings a tile of inp and one of weight to shared memory, and uses both."""
+        """A block owns a tile of results. It loads tiles of inp and weight into shared memory and multiplies them."""
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         r0, o0 = cuda.blockIdx.y * TILE, cuda.blockIdx.x * TILE
         R, C = inp.shape
@@ -87,11 +87,11 @@ def tile_kernel(pitch):
         weight_tile = cuda.shared.array((TILE, pitch), float32)
         total = ZERO
         for c0 in range(0, C, TILE):
-            # bring: neighbouring threads, neighbouring channels
+            # load: consecutive threads read consecutive channels
             inp_tile[y, x] = inp[r0 + y, c0 + x] if r0 + y < R and c0 + x < C else ZERO
             weight_tile[y, x] = weight[o0 + y, c0 + x] if o0 + y < OC and c0 + x < C else ZERO
             cuda.syncthreads()
-            # use: thread (y, x) owns the result of row y and column x
+            # multiply: thread (y, x) owns the result in row y and column x
             for k in range(TILE):
                 total += inp_tile[y, k] * weight_tile[x, k]
             cuda.syncthreads()
@@ -116,7 +116,7 @@ def matmul_forward_v4(out, inp, weight, bias, scratch):
 
 @cuda.jit(device=True)
 def bring(tile, matrix, row, c0):
-    """BIG rows of the matrix from row on, DEPTH channels of each from c0 on, to tile[k, row]; zeros outside."""
+    """Load BIG rows from `row` on, DEPTH channels from c0 on, into tile[k, row]; zeros outside."""
     for i in range(BIG * DEPTH // BLOCK):
         number = cuda.threadIdx.y * SIDE + cuda.threadIdx.x + i * BLOCK
         r, k = number // DEPTH, number % DEPTH
@@ -126,7 +126,7 @@ def bring(tile, matrix, row, c0):
 
 @cuda.jit
 def kernel_v5(out, inp, weight, bias, with_bias):
-    """A thread owns 4 x 4 results, SIDE apart, which it keeps in registers: 8 reads of shared memory make 16 terms."""
+    """A thread owns 4 x 4 results, SIDE apart, in registers: 8 reads of shared memory feed 16 multiply-adds."""
     x, y = cuda.threadIdx.x, cuda.threadIdx.y
     r0, o0 = cuda.blockIdx.y * BIG, cuda.blockIdx.x * BIG
     inp_tile = cuda.shared.array((DEPTH, PITCH), float32)
@@ -165,7 +165,7 @@ if SIMULATED:
     import numpy as np
 
     def load_float4(tile, row, column):
-        """For the simulator, so that the four numbers are recorded as the one read of 16 bytes that they are."""
+        """For the simulator, which then records one 16-byte read."""
         return np.frombuffer(tile.view("V16")[row, column // 4].tobytes(), float32)
 
 else:
@@ -174,7 +174,7 @@ else:
 
 @cuda.jit
 def kernel_v6(out, inp, weight, bias, with_bias):
-    """As v5, but a thread's 4 x 4 results are neighbours, so that it reads the four numbers of a side at once."""
+    """As v5, but a thread's 4 x 4 results are adjacent, so that it reads four elements at once."""
     x, y = cuda.threadIdx.x * OWN, cuda.threadIdx.y * OWN
     r0, o0 = cuda.blockIdx.y * BIG, cuda.blockIdx.x * BIG
     inp_tile = cuda.shared.array((DEPTH, PITCH), float32, 16)

@@ -9,22 +9,22 @@ from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, NOTHING = float32(0), uint32(0)
 WARP = 32
-PIECE_M, PIECE_N, PIECE_K = 16, 8, 16  # what the instruction multiplies: (16 x 16) times (16 x 8)
-MANY_M, MANY_N = 2, 4  # v2: pieces of results that a warp owns, one below the other and side by side
+PIECE_M, PIECE_N, PIECE_K = 16, 8, 16  # the shape of the instruction: (16 x 16) times (16 x 8)
+MANY_M, MANY_N = 2, 4  # v2: tiles of results per warp, vertically and horizontally
 
 if SIMULATED:
     import numpy as np
 
-    A, B = np.empty((16, 16), float32), np.empty((16, 8), float32)  # a warp's, put together from its threads' shares
+    A, B = np.empty((16, 16), float32), np.empty((16, 8), float32)  # the operands of a warp
 
     def halves(both):
         return to_float(uint16(both & 0xFFFF)), to_float(uint16(both >> 16))
 
     @device
     def mma(sums, a, b0, b1):
-        """The tensor core's instruction, as plain Python: sums + A B, of which each thread has its share.
+        """The tensor core instruction in plain Python: sums + A B, distributed over the threads of a warp.
 
-        A and B are put together from the threads' registers, and thread (g, q) gets its four results.
+        A and B are assembled from the threads' registers, and thread (g, q) gets its four results.
         """
         g, q = cuda.threadIdx.x // 4, cuda.threadIdx.x % 4
         A[g, 2 * q : 2 * q + 2] = halves(a[0])
@@ -33,7 +33,7 @@ if SIMULATED:
         A[g + 8, 2 * q + 8 : 2 * q + 10] = halves(a[3])
         B[2 * q : 2 * q + 2, g] = halves(b0)
         B[2 * q + 8 : 2 * q + 10, g] = halves(b1)
-        cuda.syncthreads()  # a warp works in step by itself; the simulator's threads do not
+        cuda.syncthreads()  # mma synchronises a warp; the simulator needs a barrier
         new = A[[g, g, g + 8, g + 8]] @ B[:, [2 * q, 2 * q + 1]]
         cuda.syncthreads()
         return sums[0] + new[0, 0], sums[1] + new[1, 1], sums[2] + new[2, 0], sums[3] + new[3, 1]
@@ -44,7 +44,7 @@ else:
 
 @device
 def pair(x, row, k):
-    """Two neighbouring bf16 in one register, the first in its lower half; zeros outside of x."""
+    """Two consecutive bf16 in one register, the first in the lower half; zeros outside x."""
     low = uint32(x[row, k]) if row < x.shape[0] and k < x.shape[1] else NOTHING
     high = uint32(x[row, k + 1]) if row < x.shape[0] and k + 1 < x.shape[1] else NOTHING
     return uint32(uint32(high << uint32(16)) | low)
@@ -58,7 +58,7 @@ def store(out, row, column, number):
 
 @cuda.jit
 def kernel_v1(out, a, b):
-    """A warp owns 16 x 8 results. Each thread fetches its share of the operands, and the tensor core multiplies."""
+    """A warp owns 16 x 8 results. Each thread loads its fragments of the operands, and the tensor core multiplies."""
     g, q = cuda.threadIdx.x // 4, cuda.threadIdx.x % 4
     m, n = cuda.blockIdx.x * PIECE_M + g, cuda.blockIdx.y * PIECE_N + g
     sums = (ZERO, ZERO, ZERO, ZERO)
@@ -79,7 +79,7 @@ def multiply_v1(out, a, b, scratch):
 
 @cuda.jit
 def kernel_v2(out, a, b):
-    """A warp owns 2 x 4 pieces of results: a share of an operand, once fetched, serves four products, or two."""
+    """A warp owns 2 x 4 tiles of results: each loaded fragment is used in four or two products."""
     g, q = cuda.threadIdx.x // 4, cuda.threadIdx.x % 4
     m0, n0 = cuda.blockIdx.x * PIECE_M * MANY_M, cuda.blockIdx.y * PIECE_N * MANY_N
     sums = cuda.local.array((MANY_M, MANY_N, 4), float32)

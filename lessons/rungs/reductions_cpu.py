@@ -5,11 +5,11 @@ from numba import njit, prange
 
 from llm_numba import oracle
 from llm_numba.cpu.encoder import encoder_backward
-from llm_numba.cpu.global_norm import global_norm_scratch_size, global_norm_squared
+from llm_numba.cpu.global_norm import global_norm_squared, global_norm_squared_scratch
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
-BLOCK = 16384  # numbers that one task sums
+BLOCK = 16384  # elements per task
 
 
 @njit
@@ -23,7 +23,7 @@ def global_norm_squared_v1(out, grads, scratch):
 
 @njit(parallel=True)
 def global_norm_squared_racing(out, grads, scratch):
-    """Not a rung: all cores read and write out[0]."""
+    """Not a rung but a mistake: all cores read and write out[0]."""
     out[0] = 0.0
     for i in prange(grads.shape[0]):
         out[0] += np.float64(grads[i]) * np.float64(grads[i])
@@ -31,7 +31,7 @@ def global_norm_squared_racing(out, grads, scratch):
 
 @njit(parallel=True)
 def global_norm_squared_v2(out, grads, scratch):
-    """A sum for each thread, which Numba makes of a variable that a parallel loop only adds to."""
+    """One sum per thread: Numba does that for a variable that a parallel loop only adds to."""
     total = 0.0
     for i in prange(grads.shape[0]):
         total += np.float64(grads[i]) * np.float64(grads[i])
@@ -40,7 +40,7 @@ def global_norm_squared_v2(out, grads, scratch):
 
 @njit(parallel=True)
 def global_norm_squared_v3(out, grads, scratch):
-    """A sum for each block of BLOCK numbers, whoever computes it; then the blocks' sums in order."""
+    """One sum per block of BLOCK elements, whichever thread computes it; then the blocks' sums in order."""
     n = grads.shape[0]
     blocks = (n + BLOCK - 1) // BLOCK
     sums = scratch[: 2 * blocks].view(np.float64)
@@ -57,7 +57,7 @@ def global_norm_squared_v3(out, grads, scratch):
 
 @njit
 def encoder_backward_v1(dwte, dwpe, dout, tokens):
-    """Row after row."""
+    """Row by row."""
     B, T, C = dout.shape
     for b in range(B):
         for t in range(T):
@@ -68,7 +68,7 @@ def encoder_backward_v1(dwte, dwpe, dout, tokens):
 
 @njit(parallel=True)
 def encoder_backward_racing(dwte, dwpe, dout, tokens):
-    """Not a rung: the positions are shared out, but a token may stand at several."""
+    """Not a rung but a mistake: the loop over positions is parallel, but a token can occur at several."""
     B, T, C = dout.shape
     for t in prange(T):
         for b in range(B):
@@ -79,7 +79,7 @@ def encoder_backward_racing(dwte, dwpe, dout, tokens):
 
 @njit(parallel=True)
 def encoder_backward_v2(dwte, dwpe, dout, tokens):
-    """A channel of all tokens and positions has one owner, who goes through the rows in order."""
+    """Each channel of all tokens and positions has one owner, which processes the rows in order."""
     B, T, C = dout.shape
     for c in prange(C):
         for b in range(B):
@@ -89,11 +89,12 @@ def encoder_backward_v2(dwte, dwpe, dout, tokens):
 
 
 def norm_inputs(rng, n):
-    return dict(out=np.full(1, np.nan), grads=normal(rng, n), scratch=garbage(global_norm_scratch_size(n)))
+    arguments = dict(out=np.full(1, np.nan), grads=normal(rng, n))
+    return arguments | dict(scratch=garbage(global_norm_squared_scratch(**arguments)))
 
 
 def encoder_inputs(rng, B, T, C, Vp):
-    """Tokens with low numbers are the common ones, as in a tokenizer's vocabulary."""
+    """Low token ids are frequent, as in a tokenizer's vocabulary."""
     return dict(
         dwte=normal(rng, Vp, C), dwpe=normal(rng, T, C), dout=normal(rng, B, T, C),
         tokens=(Vp * rng.random((B, T)) ** 3).astype(np.int32),

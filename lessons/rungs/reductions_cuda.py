@@ -11,10 +11,10 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 float64 = np.float64
-THREADS = sized(256, 64)  # of a block: on a card, in the simulator; a power of two
-EACH = sized(64, 4)  # numbers that a thread sums
+THREADS = sized(256, 64)  # per block: on a GPU, in the simulator; a power of two
+EACH = sized(64, 4)  # elements per thread
 BLOCK = EACH * THREADS
-CHANNELS = 32  # of a block of the encoder's kernels
+CHANNELS = 32  # per block of the encoder's kernels
 
 
 @cuda.jit
@@ -24,7 +24,7 @@ def clear_kernel(out):
 
 @cuda.jit
 def norm_kernel_v1(out, grads):
-    """A thread owns a number, and adds its square to the one result."""
+    """A thread owns an element and adds its square to the result."""
     i = cuda.grid(1)
     if i < grads.shape[0]:
         number = float64(grads[i])
@@ -38,7 +38,7 @@ def global_norm_squared_v1(out, grads, scratch):
 
 @cuda.jit(device=True)
 def sum_of_thread(grads):
-    """The squares of EACH numbers, THREADS apart, so that a warp's are side by side."""
+    """The sum of EACH squares; the elements are THREADS apart, so that a warp's reads are coalesced."""
     first = cuda.blockIdx.x * BLOCK + cuda.threadIdx.x
     total = float64(0)
     for i in range(first, min(first + BLOCK, grads.shape[0]), THREADS):
@@ -49,7 +49,7 @@ def sum_of_thread(grads):
 
 @cuda.jit
 def norm_kernel_v2(out, grads):
-    """A thread first adds up what it can alone, in a register."""
+    """A thread first adds up its elements in a register."""
     cuda.atomic.add(out, 0, sum_of_thread(grads))
 
 
@@ -60,7 +60,7 @@ def global_norm_squared_v2(out, grads, scratch):
 
 @cuda.jit
 def norm_kernel_v3(out, grads):
-    """A tree: neighbours add up, then neighbouring pairs, then fours; one thread of the block goes to the result."""
+    """A tree: adjacent threads add, then adjacent pairs, then fours; one thread per block updates the result."""
     thread = cuda.threadIdx.x
     shared = cuda.shared.array(THREADS, float64)
     shared[thread] = sum_of_thread(grads)
@@ -82,7 +82,7 @@ def global_norm_squared_v3(out, grads, scratch):
 
 @cuda.jit(device=True)
 def sum_of_block(number, shared):
-    """The sum over the block, to its thread 0: the first half of the threads adds the second half's, and so on."""
+    """The sum over the block, for thread 0: the first half of the threads adds the second half's sums, and so on."""
     thread = cuda.threadIdx.x
     shared[thread] = number
     cuda.syncthreads()
@@ -97,7 +97,7 @@ def sum_of_block(number, shared):
 
 @cuda.jit
 def norm_kernel_v4(out, grads):
-    """The tree folded: the threads that still work stay side by side."""
+    """The tree folded in half: the active threads stay next to each other."""
     shared = cuda.shared.array(THREADS, float64)
     total = sum_of_block(sum_of_thread(grads), shared)
     if cuda.threadIdx.x == 0:
@@ -111,7 +111,7 @@ def global_norm_squared_v4(out, grads, scratch):
 
 @cuda.jit
 def norm_kernel_v5(sums, grads):
-    """Each block writes its sum to a place of its own."""
+    """Each block writes its sum to an element of its own."""
     shared = cuda.shared.array(THREADS, float64)
     total = sum_of_block(sum_of_thread(grads), shared)
     if cuda.threadIdx.x == 0:
@@ -120,7 +120,7 @@ def norm_kernel_v5(sums, grads):
 
 @cuda.jit
 def sum_kernel(out, sums):
-    """One block adds up what the blocks have left."""
+    """One block adds up the blocks' sums."""
     shared = cuda.shared.array(THREADS, float64)
     total = float64(0)
     for i in range(cuda.threadIdx.x, sums.shape[0], THREADS):
@@ -139,7 +139,7 @@ def global_norm_squared_v5(out, grads, scratch):
 
 @cuda.jit
 def encoder_kernel_v1(dwte, dwpe, dout, tokens):
-    """A thread owns a number of dout, and adds it where it belongs."""
+    """A thread owns an element of dout and adds it to dwte and dwpe."""
     b, t = cuda.blockIdx.x, cuda.blockIdx.y
     c = cuda.blockIdx.z * CHANNELS + cuda.threadIdx.x
     if c < dout.shape[2]:
@@ -154,7 +154,7 @@ def encoder_backward_v1(dwte, dwpe, dout, tokens):
 
 @cuda.jit
 def encoder_kernel_v2(dwte, dwpe, dout, tokens):
-    """A thread owns a channel, and goes through all rows in order."""
+    """A thread owns a channel and processes all rows in order."""
     c = cuda.grid(1)
     if c < dout.shape[2]:
         for b in range(dout.shape[0]):
@@ -170,7 +170,7 @@ def encoder_backward_v2(dwte, dwpe, dout, tokens):
 
 @cuda.jit
 def dwte_kernel_v3(dwte, dout, tokens):
-    """A block owns CHANNELS numbers of one token's row of dwte, and looks for the token everywhere."""
+    """A block owns CHANNELS elements of one token's row of dwte and searches all positions for the token."""
     token, c = cuda.blockIdx.x, cuda.blockIdx.y * CHANNELS + cuda.threadIdx.x
     if c < dwte.shape[1]:
         total, found = float32(0), False
@@ -185,7 +185,7 @@ def dwte_kernel_v3(dwte, dout, tokens):
 
 @cuda.jit
 def dwpe_kernel_v3(dwpe, dout):
-    """A thread owns a number of dwpe, and adds up its B rows."""
+    """A thread owns an element of dwpe and adds up its B rows."""
     t, c = cuda.blockIdx.x, cuda.blockIdx.y * CHANNELS + cuda.threadIdx.x
     if c < dout.shape[2]:
         total = float32(0)
@@ -207,7 +207,7 @@ def norm_inputs(rng, n):
 
 
 def encoder_inputs(rng, B, T, C, Vp):
-    """Tokens with low numbers are the common ones, as in a tokenizer's vocabulary."""
+    """Low token ids are frequent, as in a tokenizer's vocabulary."""
     return dict(
         dwte=normal(rng, Vp, C), dwpe=normal(rng, T, C), dout=normal(rng, B, T, C),
         tokens=(Vp * rng.random((B, T)) ** 3).astype(np.int32),

@@ -1,4 +1,4 @@
-"""The rungs of lesson 06 on a CPU: two activations are added, and the sum is normalised."""
+"""The rungs of lesson 06 on a CPU: add two activations and normalise the sum."""
 
 import numpy as np
 from numba import njit, prange
@@ -10,7 +10,7 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, EPSILON = np.float32(0), np.float32(1), np.float32(1e-5)
-SUMS = dict(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")  # a sum may be taken in any order
+SUMS = dict(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")  # sums may be reordered
 
 
 @njit(**SUMS)
@@ -57,7 +57,7 @@ def scale_and_shift(out, x, mean, rstd, weight, bias):
 
 
 def residual_layernorm_forward_v1(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """A pass over the whole array for each line of the formula."""
+    """One pass over the whole array per line of the formula."""
     rows = residual.reshape(-1, weight.size)
     add(rows, inp1.reshape(rows.shape), inp2.reshape(rows.shape))
     means(mean.reshape(-1), rows)
@@ -66,7 +66,7 @@ def residual_layernorm_forward_v1(residual, out, mean, rstd, inp1, inp2, weight,
 
 
 def residual_layernorm_forward_v2(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """Two passes: the sum, and the model's layernorm, which takes a row after the other."""
+    """Two passes: the sum, then the model's layernorm, row by row."""
     rows = residual.reshape(-1, weight.size)
     add(rows, inp1.reshape(rows.shape), inp2.reshape(rows.shape))
     layernorm_forward(out, mean, rstd, residual, weight, bias)
@@ -74,7 +74,7 @@ def residual_layernorm_forward_v2(residual, out, mean, rstd, inp1, inp2, weight,
 
 @njit(parallel=True)
 def one_pass(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """Row after row: add, and normalise while the row is still in the cache."""
+    """Row by row: add, and normalise while the row is still in the cache."""
     for i in prange(residual.shape[0]):
         x = residual[i]
         for c in range(x.shape[0]):
@@ -88,7 +88,7 @@ def one_pass(residual, out, mean, rstd, inp1, inp2, weight, bias):
 
 
 def residual_layernorm_forward_v3(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """One pass: a row is added and normalised before the next one is touched."""
+    """One pass: a row is added and normalised before the next row."""
     rows = residual.reshape(-1, weight.size)
     one_pass(
         rows, out.reshape(rows.shape), mean.reshape(-1), rstd.reshape(-1),

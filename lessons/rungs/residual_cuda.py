@@ -1,4 +1,4 @@
-"""The rungs of lesson 06 on a GPU: two activations are added, and the sum is normalised."""
+"""The rungs of lesson 06 on a GPU: add two activations and normalise the sum."""
 
 import functools
 import math
@@ -12,13 +12,13 @@ from llm_numba.cuda.residual import residual_layernorm_forward
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
-THREADS = sized(128, 32)  # of a block: on a card, in the simulator
+THREADS = sized(128, 32)  # per block: on a GPU, in the simulator
 ZERO, ONE, EPSILON = float32(0), float32(1), float32(1e-5)
 
 
 @cuda.jit
 def add_kernel(residual, inp1, inp2):
-    """A thread owns a number."""
+    """A thread owns an element."""
     i = cuda.grid(1)
     if i < residual.shape[0]:
         residual[i] = inp1[i] + inp2[i]
@@ -26,7 +26,7 @@ def add_kernel(residual, inp1, inp2):
 
 @cuda.jit
 def normalise_kernel(out, mean, rstd, x, weight, bias):
-    """A block owns a row, and reads it from global memory as often as the formula names it."""
+    """A block owns a row and reads it from global memory as often as the formula mentions it."""
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     C = x.shape[1]
     shared = cuda.shared.array(THREADS, float32)
@@ -67,12 +67,12 @@ def residual_layernorm_forward_v2(residual, out, mean, rstd, inp1, inp2, weight,
 
 @functools.cache
 def make_kernel_v3(C):
-    """The kernel for rows of C channels, of which a thread keeps each THREADS-th."""
+    """Make the kernel for C channels; a thread keeps every THREADS-th channel of its row."""
     each = blocks_for(C, THREADS)
 
     @cuda.jit
     def kernel_v3(residual, out, mean, rstd, inp1, inp2, weight, bias):
-        """The sum is written, as the next block wants it, but never read: it still is in the registers."""
+        """The sum is written for the next addition but never read: it stays in registers."""
         row, thread = cuda.blockIdx.x, cuda.threadIdx.x
         shared = cuda.shared.array(THREADS, float32)
         x = cuda.local.array(each, float32)

@@ -16,14 +16,14 @@ ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
 def softmax_overflowing(x):
-    """Not a rung, but a mistake: the formula as it stands in books, in NumPy, for a row x."""
+    """Not a rung but a mistake: the textbook formula in NumPy, for a row x. It overflows."""
     e = np.exp(x)
     return e / e.sum()
 
 
 @njit(error_model="numpy")
 def fused_classifier_v1(logits, losses, targets, dloss, vocab_size, write_dlogits):
-    """Three layers, one after the other: all probabilities into memory of their own, all losses, all gradients."""
+    """Three layers: all probabilities, stored in an array, then all losses, then all gradients."""
     B, T, Vp = logits.shape
     V = vocab_size
     probabilities = np.empty((B, T, V), np.float32)
@@ -50,7 +50,7 @@ def fused_classifier_v1(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 @njit(fastmath=ANY_ORDER, error_model="numpy")
 def softmax_row(probabilities, x, target):
-    """probabilities (V,) = softmax(x (V,)); returns the loss. `exp` is a polynomial, free of branches."""
+    """probabilities (V,) = softmax(x (V,)); returns the loss. `exp` is a polynomial without branches."""
     top = x[0]
     for v in range(x.shape[0]):
         top = max(top, x[v])
@@ -66,7 +66,7 @@ def softmax_row(probabilities, x, target):
 
 @njit
 def fused_classifier_v2(logits, losses, targets, dloss, vocab_size, write_dlogits):
-    """The same three layers, with an e**x of additions, multiplications and shifts, for 8 or 16 numbers at once."""
+    """The same three layers, with an e**x of additions, multiplications and shifts, for 8 or 16 elements at once."""
     B, T, Vp = logits.shape
     V = vocab_size
     probabilities = np.empty((B, T, V), np.float32)
@@ -85,7 +85,7 @@ def fused_classifier_v2(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 @njit(fastmath=ANY_ORDER, error_model="numpy")
 def classify_row(x, target, dloss, write_dlogits):
-    """Returns the row's loss; where write_dlogits, x (V,) becomes its gradient: each e**x is computed twice."""
+    """Returns the row's loss; if write_dlogits, x (V,) = its gradient. Each e**x is computed twice."""
     top = x[0]
     for v in range(x.shape[0]):
         top = max(top, x[v])
@@ -103,7 +103,7 @@ def classify_row(x, target, dloss, write_dlogits):
 
 @njit
 def fused_classifier_v3(logits, losses, targets, dloss, vocab_size, write_dlogits):
-    """All of it for one row before the next: the row stays in the cache, and there is no array of probabilities."""
+    """Everything for one row before the next: the row stays in the cache, and no probabilities are stored."""
     B, T, Vp = logits.shape
     for b in range(B):
         for t in range(T):
@@ -114,7 +114,7 @@ def fused_classifier_v3(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 @njit(parallel=True)
 def fused_classifier_v4(logits, losses, targets, dloss, vocab_size, write_dlogits):
-    """The rows are shared out among the cores; a row has one owner, so nothing races."""
+    """The rows are distributed over the cores; each row has one owner, so nothing races."""
     B, T, Vp = logits.shape
     for row in prange(B * T):
         b, t = row // T, row % T
@@ -124,7 +124,7 @@ def fused_classifier_v4(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 
 def inputs(rng, B, T, V, Vp):
-    """Logits up to some hundreds: their e**x is no number of float32."""
+    """Logits of up to a few hundred: their exponentials overflow float32."""
     return dict(
         logits=100 * normal(rng, B, T, Vp), losses=garbage(B, T),
         targets=rng.integers(V, size=(B, T), dtype=np.int32), dloss=1 / (B * T), vocab_size=V, write_dlogits=True,

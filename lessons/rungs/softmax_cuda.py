@@ -12,12 +12,12 @@ from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
 ZERO, ONE, LOWEST = float32(0), float32(1), float32(-np.inf)
-THREADS = sized(256, 32)  # of a block: on a card, in the simulator
+THREADS = sized(256, 32)  # per block: on a GPU, in the simulator
 
 
 @cuda.jit
 def kernel_v1(logits, losses, targets, dloss, V, write_dlogits):
-    """Thread i of the grid owns row i: three loops over it, as on the CPU."""
+    """Thread i of the grid owns row i, with three loops over it, as on the CPU."""
     row = cuda.grid(1)
     if row < logits.shape[0]:
         top = LOWEST
@@ -44,7 +44,7 @@ def fused_classifier_v1(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 @cuda.jit(device=True)
 def max_of_block(number, shared):
-    """The largest of the threads' numbers, to each of them; in halves, as `sum_of_block`."""
+    """The maximum over the block, returned to every thread; a tree like `sum_of_block`."""
     thread = cuda.threadIdx.x
     shared[thread] = number
     cuda.syncthreads()
@@ -61,7 +61,7 @@ def max_of_block(number, shared):
 
 @cuda.jit(device=True)
 def sum_of_block(number, shared):
-    """The sum of the threads' numbers, to each of them: half of the threads add the other half's, then a quarter."""
+    """The sum over the block, returned to every thread: half of the threads add the others' values, then a quarter."""
     thread = cuda.threadIdx.x
     shared[thread] = number
     cuda.syncthreads()
@@ -78,7 +78,7 @@ def sum_of_block(number, shared):
 
 @cuda.jit(device=True)
 def write_gradient(row, target, V, top, total, dloss):
-    """row (Vp,) = (softmax - onehot) * dloss, by all threads of a block; V and beyond become zero."""
+    """row (Vp,) = (softmax - onehot) * dloss, by all threads of a block; padding from V on = 0."""
     for v in range(cuda.threadIdx.x, row.shape[0], THREADS):
         p = math.exp(row[v] - top) / total if v < V else ZERO
         hit = ONE if v == target else ZERO
@@ -87,7 +87,7 @@ def write_gradient(row, target, V, top, total, dloss):
 
 @cuda.jit
 def kernel_v2(logits, losses, targets, dloss, V, write_dlogits):
-    """A block owns a row: neighbouring threads read neighbouring logits. The same three loops."""
+    """A block owns a row; consecutive threads read consecutive logits. The same three loops."""
     i, thread = cuda.blockIdx.x, cuda.threadIdx.x
     row, target = logits[i], targets[i]
     shared = cuda.shared.array(THREADS, float32)
@@ -101,7 +101,7 @@ def kernel_v2(logits, losses, targets, dloss, V, write_dlogits):
     total = sum_of_block(total, shared)
     if thread == 0:
         losses[i] = math.log(total) + (top - row[target])
-    cuda.syncthreads()  # the target's logit has been read before anybody writes there
+    cuda.syncthreads()  # the target's logit must be read before it is overwritten
     if write_dlogits:
         write_gradient(row, target, V, top, total, dloss)
 
@@ -116,8 +116,8 @@ def fused_classifier_v2(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 @cuda.jit
 def kernel_v3(logits, losses, targets, dloss, V, write_dlogits):
-    """The online softmax: the largest logit and the sum from one reading; what was summed shrinks when a larger
-    logit appears."""
+    """The online softmax: one pass finds the largest logit and the sum; the sum is rescaled when a larger logit
+    appears."""
     i, thread = cuda.blockIdx.x, cuda.threadIdx.x
     row, target = logits[i], targets[i]
     shared = cuda.shared.array(THREADS, float32)
@@ -144,7 +144,7 @@ def fused_classifier_v3(logits, losses, targets, dloss, vocab_size, write_dlogit
 
 
 def inputs(rng, B, T, V, Vp):
-    """Logits up to some hundreds: their e**x is no number of float32."""
+    """Logits of up to a few hundred: their exponentials overflow float32."""
     return dict(
         logits=100 * normal(rng, B, T, Vp), losses=garbage(B, T),
         targets=rng.integers(V, size=(B, T), dtype=np.int32), dloss=1 / (B * T), vocab_size=V, write_dlogits=True,

@@ -1,24 +1,30 @@
-"""What the benchmark ran on, in one line."""
+"""Describe the machine and the installed versions, in one line each."""
 
 import platform
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite.binding as llvm
 
-ASKED = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"  # of nvidia-smi --help-query-gpu
-SAID = "{}, driver {}, multiprocessors at {} of at most {}, memory at {}, power limit {}"
+QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"  # see nvidia-smi --help-query-gpu
+DESCRIPTION = "{}, driver {}, SM clock {} (max {}), memory clock {}, power limit {}"
 
 
 def describe_machine(device: str, threads: int, ops) -> str:
-    """The processor, or the card as it is now: to be asked when it has just worked."""
+    """The CPU, or the GPU with its current clocks: call it right after the GPU has been busy."""
     if device == "cpu":
         features = llvm.get_host_cpu_features()
         widths = {"avx512f": 512, "avx2": 256, "sse2": 128, "neon": 128}
         bits = next((bits for feature, bits in widths.items() if features.get(feature)), 0)
         return f"{cpu_model()} ({llvm.get_host_cpu_name()}), {threads} threads, {bits}-bit vectors"
-    return (card_now() if device == "cuda" else None) or ops.describe_device()
+    return (describe_gpu() if device == "cuda" else None) or ops.describe_device()
+
+
+def describe_versions(device: str) -> str:
+    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
 def cpu_model() -> str:
@@ -29,14 +35,14 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def card_now() -> str | None:
-    """The card's name, driver and clocks, by nvidia-smi; None where that has no answer."""
+def describe_gpu() -> str | None:
+    """The GPU's name, driver and clocks from nvidia-smi; None if it gives no usable answer."""
     from numba import cuda
 
-    command = ["nvidia-smi", f"--id={cuda.get_current_device().uuid}", f"--query-gpu={ASKED}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--id={cuda.get_current_device().uuid}", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     fields = [field.strip() for field in done.stdout.strip().split(",")]
-    return SAID.format(*fields) if done.returncode == 0 and len(fields) == len(ASKED.split(",")) else None
+    return DESCRIPTION.format(*fields) if done.returncode == 0 and len(fields) == len(QUERY.split(",")) else None

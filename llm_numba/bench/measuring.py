@@ -1,32 +1,32 @@
-"""Time and memory of one piece of work: both sides of the benchmark are measured by these same lines."""
+"""Measure the time and memory of a function. llm_numba and PyTorch are both measured by this code."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-MOST_RUNS = 50
+MAX_RUNS = 50
 
 
-def by_the_clock(run: Callable) -> float:
-    """The seconds that `run` takes."""
+def wall_time(run: Callable) -> float:
+    """Seconds of one run."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def measure(run: Callable, seconds: float, timed: Callable = by_the_clock) -> list[float]:
-    """The seconds of each run, as `timed` tells them, for as many runs as fit into `seconds`, at least one.
+def measure(run: Callable, seconds: float, timed: Callable = wall_time) -> list[float]:
+    """Seconds of each run, measured by `timed`, repeated until they add up to `seconds` (at least one run).
 
-    Where there are several the first is left out: it finds the caches as the others' work left them.
+    The first of several runs is dropped: its caches hold another program's data.
     """
     times: list[float] = []
-    while sum(times) < seconds and len(times) < MOST_RUNS:
+    while sum(times) < seconds and len(times) < MAX_RUNS:
         times.append(timed(run))
     return times[1:] or times
 
 
-def resident(line: str = "VmRSS") -> int | None:
-    """The bytes of memory that this process has now ("VmRSS") or had at most ("VmHWM"); None where not on Linux."""
+def resident_memory(line: str = "VmRSS") -> int | None:
+    """Bytes of resident memory of this process, current ("VmRSS") or peak ("VmHWM"); None except on Linux."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -35,10 +35,10 @@ def resident(line: str = "VmRSS") -> int | None:
 
 
 def peak_memory(run: Callable, before: int | None) -> int | None:
-    """How many bytes above `before` the process has at most while `run` runs; None where that cannot be measured."""
+    """Peak resident bytes above `before` while `run` runs; None if that cannot be measured."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         before = None
     run()
-    return None if before is None else resident("VmHWM") - before
+    return None if before is None else resident_memory("VmHWM") - before

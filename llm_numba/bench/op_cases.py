@@ -1,8 +1,7 @@
-"""Our side of the benchmark, op by op: inputs, a call, and what a few of its results must be.
+"""The ops that the benchmark times: inputs, a call, and expected results.
 
-Each function here is named after the op it builds and returns a Case. Before a case is timed its results are compared
-with float64 NumPy on a few rows and columns: a fast wrong op is not worth a number. Everything lies in the device's
-memory; what is compared is read from there first (`ops.to_host`, which on the CPU copies nothing).
+Each function is named after the op it builds and returns a Case. Before an op is timed, a few rows and columns of its
+results are compared with the float64 oracle. All tensors are in device memory; `host` copies what is compared.
 """
 
 import math
@@ -13,43 +12,52 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
+from llm_numba import oracle
 from llm_numba.arena import RUN
-from llm_numba.models.config import GPT2Config
+from llm_numba.models.gpt2 import GPT2
+from llm_numba.ops import Ops
 
-# of the largest expected number; an op that is right loses about 1e-6, or half a unit of bf16, 2**-9, once or twice
+# relative to the largest expected element; a correct op is off by about 1e-6, or by one or two bf16 roundings of 2**-9
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2**-7}
 BETA1, BETA2, EPS, RATE, DECAY = 0.9, 0.95, 1e-8, 0.1, 0.1
-PERIOD = 1 << 24  # numbers; a larger tensor has the same again and again
+PERIOD = 1 << 24  # elements; a larger tensor repeats them
+SCRATCH = object()  # stands for scratch memory of the size that an op needs
 
 
 class Case(NamedTuple):
     run: Callable
-    expect: Callable  # after the first run: pairs of (what it wrote, what it should have)
-    flops: int = 0  # of an op whose limit is arithmetic ...
-    nbytes: int = 0  # ... or the bytes that one whose limit is memory moves, and
-    pattern: str = ""  # how: a key of peak_bandwidth
+    expect: Callable  # called after the first run: pairs (result, expected)
+    flops: int = 0  # if the op is compute-bound
+    nbytes: int = 0  # if it is memory-bound
+    pattern: str = ""  # of these bytes: a key of peak_bandwidth
 
 
 class Sizes(NamedTuple):
-    """What the ops are timed at."""
+    """The sizes at which ops and training steps are timed on a device."""
 
-    rows: int  # B*T of the ops whose limit is memory
+    rows: int  # B*T of memory-bound ops
     matmul_rows: tuple[int, ...]
-    attention: tuple[tuple[int, int], ...]  # B, T
+    shapes: tuple[tuple[int, int], ...]  # (B, T) of training steps and attention
     classifier_rows: int
 
 
-# rows: at 768 channels 48 MiB an activation, four times that inside the MLP; a card's L2 cache holds as much
+# rows: larger than the caches: at 768 channels an activation takes 48 MiB on the CPU, 192 MiB (fp32) on a GPU
 CPU = Sizes(16384, (256, 1024), ((4, 64), (4, 256), (4, 1024)), 1024)
-CARD = Sizes(65536, (4096, 16384), ((4, 1024), (32, 1024)), 4096)
+GPU = Sizes(65536, (4096, 16384), ((4, 1024), (32, 1024)), 4096)
 SIMULATED = Sizes(64, (9,), ((1, 8),), 8)
-SIZES = {"cpu": CPU, "cuda": CARD, "cudasim": SIMULATED}
+SIZES = {"cpu": CPU, "cuda": GPU, "cudasim": SIMULATED}
 
 
-def op_list(config: GPT2Config, at: Sizes):
-    """(op, its sizes) of every case. The sizes, by keyword, are those of the functions below and of torch_side."""
-    C, V, Vp, NH = config.channels, config.vocab_size, config.padded_vocab_size, config.num_heads
-    T = min(config.max_seq_len, at.rows)
+def shapes_within(at: Sizes, model: GPT2) -> list[tuple[int, int]]:
+    """The shapes, shortened to the model's context."""
+    return list(dict.fromkeys((B, min(T, model.max_seq_len)) for B, T in at.shapes))
+
+
+def op_list(model: GPT2, at: Sizes):
+    """(op, sizes) of every case; the sizes are keyword arguments of the functions below and of those in torch_side."""
+    C, V, Vp, NH = model.channels, model.vocab_size, model.padded_vocab_size, model.num_heads
+    T = min(model.max_seq_len, at.rows)
+    shapes = shapes_within(at, model)
     wide, activation = dict(B=at.rows // T, T=T, C=4 * C), dict(B=at.rows // T, T=T, C=C)
     predicted = min(T, at.classifier_rows)
     cases = [
@@ -58,9 +66,7 @@ def op_list(config: GPT2Config, at: Sizes):
         for R in at.matmul_rows
         for a, b in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp))
     ]
-    cases += [
-        (f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in at.attention
-    ]
+    cases += [(f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in shapes]
     return cases + [
         ("layernorm_forward", activation),
         ("layernorm_backward", activation),
@@ -75,37 +81,56 @@ def op_list(config: GPT2Config, at: Sizes):
     ]
 
 
-def build(ops: SimpleNamespace, op: str, sizes: dict, config: GPT2Config, dtype: str = "float32") -> Case:
-    """The case of an op, run once and found right; an op whose results are wrong is an AssertionError.
+def build(ops: Ops, op: str, sizes: dict, dtype: str = "float32") -> Case:
+    """The case of an op, run once and checked. Errors: AssertionError if a result is wrong.
 
-    dtype: of parameters and activations; gradients of parameters, what AdamW keeps, and sums are float32.
+    dtype: of parameters and activations; parameter gradients, AdamW's state and sums are float32.
     """
-    scratch = zeros(ops, ops.scratch_size(config, sizes.get("B", 1), sizes.get("R", sizes.get("T", 1))))
     bench = SimpleNamespace(
-        **vars(ops), scratch=scratch, rng=np.random.default_rng(0), dtype=dtype, itemsize=np.dtype(dtype).itemsize
+        **vars(with_scratch(ops)),
+        scratch=SCRATCH,
+        rng=np.random.default_rng(0),
+        dtype=dtype,
+        itemsize=np.dtype(dtype).itemsize,
     )
     case = BUILDERS[op](bench, **sizes)
     case.run()
     for got, expected in case.expect():
         error, largest = np.abs(got - expected).max(), np.abs(expected).max()
         assert error <= TOLERANCES[dtype] * largest, (
-            f"{op} {sizes}: differs from NumPy by {error:.3g}, of at most {largest:.3g}"
+            f"{op} {sizes}: differs from the oracle by {error:.3g}; the largest element is {largest:.3g}"
         )
     return case
 
 
+def with_scratch(ops: Ops) -> Ops:
+    """The same ops; an op that gets SCRATCH as an argument gets the memory that it needs."""
+
+    def wrapper(name, op):
+        needs, buffer = getattr(ops, f"{name}_scratch", None), []
+
+        def call(*arguments):
+            if not buffer:
+                buffer.append(zeros(ops, max(1, needs(*(x for x in arguments if x is not SCRATCH)))))
+            op(*(buffer[0] if x is SCRATCH else x for x in arguments))
+
+        return call if needs else op
+
+    return ops.wrap(wrapper)
+
+
 def zeros(ops, *shape: int, dtype: str = "float32"):
-    """Aligned as the arena's tensors are."""
+    """Zeros, aligned like the arena's tensors."""
     return ops.view(ops.allocate(math.prod(shape) * np.dtype(dtype).itemsize), 0, shape, dtype)
 
 
-def blank(ops, *shape: int):
-    """Zeros in the precision of the run."""
+def output(ops, *shape: int):
+    """Zeros in the dtype of the run."""
     return zeros(ops, *shape, dtype=ops.dtype)
 
 
 def normal(ops, *shape: int, dtype: str = ""):
-    """Normally distributed numbers, in the precision of the run or in this dtype."""
+    """Normally distributed elements in the dtype of the run, or in `dtype`."""
     out = zeros(ops, *shape, dtype=dtype or ops.dtype)
     flat, n = out.reshape(-1), math.prod(shape)
     first = flat[: min(n, PERIOD)]
@@ -116,73 +141,77 @@ def normal(ops, *shape: int, dtype: str = ""):
     return out
 
 
+def token_ids(ops, V, *shape):
+    """Random token ids below V."""
+    tokens = zeros(ops, *shape, dtype="int32")
+    ops.to_device(tokens, ops.rng.integers(0, V, shape))
+    return tokens
+
+
 def some(n: int) -> np.ndarray:
-    """A few of 0 to n - 1, the first and the last among them."""
+    """A few indices below n, including the first and the last."""
     return np.unique(np.linspace(0, n - 1, 7).astype(int))
 
 
-def wide(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64)
+def host(ops, x, *index) -> np.ndarray:
+    """x[index] on the host, in float64."""
+    return ops.to_host(x)[index].astype(np.float64)
 
 
-def part(x: np.ndarray, rows, columns) -> np.ndarray:
-    """These rows and columns of x, in float64."""
-    return wide(x[np.ix_(rows, columns)])
+def blank(*shape: int) -> list[np.ndarray]:
+    """Two arrays for `mean` and `rstd`, which are not compared."""
+    return [np.empty(shape), np.empty(shape)]
 
 
 def matmul_forward(ops, R, C, OC, bias):
-    inp, weight, out = normal(ops, 1, R, C), normal(ops, OC, C), blank(ops, 1, R, OC)
+    inp, weight, out = normal(ops, 1, R, C), normal(ops, OC, C), output(ops, 1, R, OC)
     biases, r, o = normal(ops, OC) if bias else None, some(R), some(OC)
 
     def expect():
-        expected = wide(ops.to_host(inp)[0, r]) @ wide(ops.to_host(weight)[o]).T
-        return [(part(ops.to_host(out)[0], r, o), expected + (ops.to_host(biases)[o] if bias else 0))]
+        expected = host(ops, inp, 0, r) @ host(ops, weight, o).T
+        return [(host(ops, out, 0, *np.ix_(r, o)), expected + (host(ops, biases, o) if bias else 0))]
 
     return Case(lambda: ops.matmul_forward(out, inp, weight, biases, ops.scratch), expect, flops=2 * R * C * OC)
 
 
 def matmul_backward(ops, R, C, OC, bias):
     inp, weight, dout = normal(ops, 1, R, C), normal(ops, OC, C), normal(ops, 1, R, OC)
-    dinp, dweight, dbias = blank(ops, 1, R, C), zeros(ops, OC, C), zeros(ops, OC) if bias else None
+    dinp, dweight, dbias = output(ops, 1, R, C), zeros(ops, OC, C), zeros(ops, OC) if bias else None
     r, c, o = some(R), some(C), some(OC)
 
     def run():
         ops.matmul_backward(dinp, dweight, dbias, dout, inp, weight, ops.scratch, False)
 
     def expect():
-        x, dy = ops.to_host(inp)[0], ops.to_host(dout)[0]
-        columns = wide(dy[:, o])
-        yield part(ops.to_host(dinp)[0], r, c), wide(dy[r]) @ wide(ops.to_host(weight)[:, c])
-        yield part(ops.to_host(dweight), o, c), columns.T @ wide(x[:, c])
+        columns = host(ops, dout[0], slice(None), o)
+        yield host(ops, dinp, 0, *np.ix_(r, c)), host(ops, dout, 0, r) @ host(ops, weight, slice(None), c)
+        yield host(ops, dweight, *np.ix_(o, c)), columns.T @ host(ops, inp[0], slice(None), c)
         if bias:
-            yield ops.to_host(dbias)[o], columns.sum(axis=0)
+            yield host(ops, dbias, o), columns.sum(axis=0)
 
     return Case(run, expect, flops=4 * R * C * OC)
 
 
 def attention_forward(ops, B, T, C, NH):
-    qkv, out, lse = normal(ops, B, T, 3 * C), blank(ops, B, T, C), zeros(ops, B, NH, T)
-    HS = C // NH
+    qkv, out, lse = normal(ops, B, T, 3 * C), output(ops, B, T, C), zeros(ops, B, NH, T)
 
     def expect():
-        weights, _, _, v = one_head(ops.to_host(qkv[B - 1]), HS)
-        return [(ops.to_host(out)[-1, :, -HS:], weights @ v)]
+        return [(last_head(ops, out, 1, NH), one_head(ops, qkv, NH)[0])]
 
     return Case(lambda: ops.attention_forward(out, lse, qkv, NH, NH, ops.scratch), expect, flops=2 * B * T * T * C)
 
 
 def attention_backward(ops, B, T, C, NH):
-    qkv, out, lse, dout = normal(ops, B, T, 3 * C), blank(ops, B, T, C), zeros(ops, B, NH, T), normal(ops, B, T, C)
-    dqkv, HS = blank(ops, B, T, 3 * C), C // NH
+    qkv, out, lse, dqkv = normal(ops, B, T, 3 * C), output(ops, B, T, C), zeros(ops, B, NH, T), output(ops, B, T, 3 * C)
+    dout = normal(ops, B, T, C)
     ops.attention_forward(out, lse, qkv, NH, NH, ops.scratch)
 
     def expect():
-        p, q, k, v = one_head(ops.to_host(qkv[B - 1]), HS)
-        got, dy = ops.to_host(dqkv)[-1], wide(ops.to_host(dout)[-1, :, -HS:])
-        dp = dy @ v.T
-        dscores = p * (dp - (p * dp).sum(axis=1, keepdims=True)) / math.sqrt(HS)
-        for i, expected in enumerate((dscores @ k, dscores.T @ q, p.T @ dy)):
-            yield got[:, i * C + C - HS : i * C + C], expected
+        y, lse, x = one_head(ops, qkv, NH)
+        expected = np.empty_like(x)
+        oracle.attention_backward(expected, last_head(ops, dout, 1, NH), y, lse, x, 1, 1, None)
+        got = last_head(ops, dqkv, 3, NH)
+        return zip(np.split(got, 3, axis=-1), np.split(expected, 3, axis=-1), strict=True)  # dq, dk, dv
 
     return Case(
         lambda: ops.attention_backward(dqkv, dout, out, lse, qkv, NH, NH, ops.scratch),
@@ -191,21 +220,29 @@ def attention_backward(ops, B, T, C, NH):
     )
 
 
-def one_head(qkv, HS):
-    """A sequence's last head in float64: its softmax (T, T), and its q, k, v (T, HS), from qkv (T, 3*C)."""
-    q, k, v = (wide(x[:, -HS:]) for x in np.split(qkv, 3, axis=-1))
-    scores = np.where(np.tri(len(q), dtype=bool), q @ k.T / math.sqrt(HS), -np.inf)
-    e = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True), q, k, v
+def last_head(ops, x, parts: int, NH: int):
+    """The last sequence's last head of x (B, T, parts*C), as (1, T, parts*HS) in float64."""
+    rows = ops.to_host(x[x.shape[0] - 1])
+    return rows.reshape(len(rows), parts, NH, -1)[:, :, -1].reshape(1, len(rows), -1).astype(np.float64)
+
+
+def one_head(ops, qkv, NH: int):
+    """The oracle's out (1, T, HS) and lse (1, 1, T) of the last head, and that head's qkv (1, T, 3*HS)."""
+    x = last_head(ops, qkv, 3, NH)
+    out, lse = np.empty((1, x.shape[1], x.shape[2] // 3)), np.empty((1, 1, x.shape[1]))
+    oracle.attention_forward(out, lse, x, 1, 1, None)
+    return out, lse, x
 
 
 def layernorm_forward(ops, B, T, C):
     inp, weight, bias = normal(ops, B, T, C), normal(ops, C), normal(ops, C)
-    out, mean, rstd, t = blank(ops, B, T, C), zeros(ops, B, T), zeros(ops, B, T), some(T)
+    out, mean, rstd, t = output(ops, B, T, C), zeros(ops, B, T), zeros(ops, B, T), some(T)
 
     def expect():
-        norm, _ = normalised(wide(ops.to_host(inp)[-1, t]))
-        return [(ops.to_host(out)[-1, t], norm * ops.to_host(weight) + ops.to_host(bias))]
+        x = host(ops, inp, slice(-1, None), t)
+        expected = np.empty_like(x)
+        oracle.layernorm_forward(expected, *blank(*x.shape[:2]), x, host(ops, weight), host(ops, bias))
+        return [(host(ops, out, slice(-1, None), t), expected)]
 
     return Case(
         lambda: ops.layernorm_forward(out, mean, rstd, inp, weight, bias),
@@ -215,18 +252,24 @@ def layernorm_forward(ops, B, T, C):
 
 def layernorm_backward(ops, B, T, C):
     inp, weight, bias, dout = normal(ops, B, T, C), normal(ops, C), normal(ops, C), normal(ops, B, T, C)
-    dinp, dweight, dbias, t = blank(ops, B, T, C), zeros(ops, C), zeros(ops, C), some(T)
+    dinp, dweight, dbias = output(ops, B, T, C), zeros(ops, C), zeros(ops, C)
     mean, rstd = zeros(ops, B, T), zeros(ops, B, T)
-    ops.layernorm_forward(blank(ops, B, T, C), mean, rstd, inp, weight, bias)
+    ops.layernorm_forward(output(ops, B, T, C), mean, rstd, inp, weight, bias)
+
+    def expected(rows, c):
+        """The oracle's dinp, dweight and dbias from these rows and channels; dinp needs all channels."""
+        x = host(ops, inp, *rows, c)
+        found = np.zeros_like(x), np.empty(x.shape[-1]), np.empty(x.shape[-1])
+        statistics = host(ops, mean, *rows), host(ops, rstd, *rows)
+        oracle.layernorm_backward(*found, host(ops, dout, *rows, c), x, host(ops, weight, c), *statistics, None, False)
+        return found
 
     def expect():
-        x, dy = ops.to_host(inp), ops.to_host(dout)
-        norm, scale = normalised(wide(x[-1, t]))
-        dnorm = wide(dy[-1, t]) * ops.to_host(weight)
-        yield ops.to_host(dinp)[-1, t], scale * (dnorm - average(dnorm) - norm * average(dnorm * norm))
-        c, means, rstds = some(C), ops.to_host(mean)[..., None], ops.to_host(rstd)[..., None]
-        yield ops.to_host(dweight)[c], (wide(dy[..., c]) * (x[..., c] - means) * rstds).sum(axis=(0, 1))
-        yield ops.to_host(dbias)[c], wide(dy[..., c]).sum(axis=(0, 1))
+        t, c, everything = (slice(-1, None), some(T)), some(C), slice(None)
+        yield host(ops, dinp, *t), expected(t, everything)[0]
+        _, weights, biases = expected((everything, everything), c)
+        yield host(ops, dweight, c), weights
+        yield host(ops, dbias, c), biases
 
     return Case(
         lambda: ops.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, ops.scratch, False),
@@ -234,51 +277,41 @@ def layernorm_backward(ops, B, T, C):
     )  # fmt: skip
 
 
-def average(x):
-    return x.mean(axis=-1, keepdims=True)
-
-
-def normalised(x):
-    """x with mean 0 and variance 1 in each row, and the factors that made it so."""
-    centred = x - average(x)
-    rstd = 1 / np.sqrt(average(centred**2) + 1e-5)
-    return centred * rstd, rstd
-
-
 def gelu_forward(ops, B, T, C):
-    inp, out, t = normal(ops, B, T, C), blank(ops, B, T, C), some(T)
+    inp, out, t = normal(ops, B, T, C), output(ops, B, T, C), some(T)
 
     def expect():
-        x = wide(ops.to_host(inp)[-1, t])
-        return [(ops.to_host(out)[-1, t], x / (1 + np.exp(-2 * gelu_u(x))))]
+        x = host(ops, inp, -1, t)
+        expected = np.empty_like(x)
+        oracle.gelu_forward(expected, x)
+        return [(host(ops, out, -1, t), expected)]
 
     return Case(lambda: ops.gelu_forward(out, inp), expect, nbytes=2 * ops.itemsize * B * T * C, pattern="copy")
 
 
 def gelu_backward(ops, B, T, C):
-    inp, dout, dinp, t = normal(ops, B, T, C), normal(ops, B, T, C), blank(ops, B, T, C), some(T)
+    inp, dout, dinp, t = normal(ops, B, T, C), normal(ops, B, T, C), output(ops, B, T, C), some(T)
 
     def expect():
-        x = wide(ops.to_host(inp)[-1, t])
-        s, slope = 1 / (1 + np.exp(-2 * gelu_u(x))), 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-        return [(ops.to_host(dinp)[-1, t], ops.to_host(dout)[-1, t] * (s + x * s * (1 - s) * slope))]
+        x = host(ops, inp, -1, t)
+        expected = np.empty_like(x)
+        oracle.gelu_backward(expected, x, host(ops, dout, -1, t))
+        return [(host(ops, dinp, -1, t), expected)]
 
     return Case(lambda: ops.gelu_backward(dinp, inp, dout), expect, nbytes=3 * ops.itemsize * B * T * C, pattern="add")
 
 
-def gelu_u(x):
-    return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-
-
 def residual_layernorm_forward(ops, B, T, C):
-    residual, out, mean, rstd = blank(ops, B, T, C), blank(ops, B, T, C), zeros(ops, B, T), zeros(ops, B, T)
+    residual, out, mean, rstd = output(ops, B, T, C), output(ops, B, T, C), zeros(ops, B, T), zeros(ops, B, T)
     a, b, weight, bias = normal(ops, B, T, C), normal(ops, B, T, C), normal(ops, C), normal(ops, C)
-    t = some(T)
 
     def expect():
-        total = wide(ops.to_host(a)[-1, t]) + ops.to_host(b)[-1, t]
-        yield ops.to_host(residual)[-1, t], total
-        yield ops.to_host(out)[-1, t], normalised(total)[0] * ops.to_host(weight) + ops.to_host(bias)
+        x, y = (host(ops, term, slice(-1, None), some(T)) for term in (a, b))
+        total, norm = np.empty_like(x), np.empty_like(x)
+        parameters = host(ops, weight), host(ops, bias)
+        oracle.residual_layernorm_forward(total, norm, *blank(*x.shape[:2]), x, y, *parameters)
+        yield host(ops, residual, slice(-1, None), some(T)), total
+        yield host(ops, out, slice(-1, None), some(T)), norm
 
     return Case(
         lambda: ops.residual_layernorm_forward(residual, out, mean, rstd, a, b, weight, bias),
@@ -287,11 +320,11 @@ def residual_layernorm_forward(ops, B, T, C):
 
 
 def encoder_forward(ops, B, T, C, Vp):
-    out, wte, wpe, tokens, t = blank(ops, B, T, C), normal(ops, Vp, C), normal(ops, T, C), draw(ops, Vp, B, T), some(T)
+    out, wte, wpe, tokens = output(ops, B, T, C), normal(ops, Vp, C), normal(ops, T, C), token_ids(ops, Vp, B, T)
+    t = some(T)
 
     def expect():
-        looked_up = wide(ops.to_host(wte)[ops.to_host(tokens)[-1, t]])
-        return [(ops.to_host(out)[-1, t], looked_up + ops.to_host(wpe)[t])]
+        return [(host(ops, out, -1, t), host(ops, wte, ops.to_host(tokens)[-1, t]) + host(ops, wpe, t))]
 
     return Case(
         lambda: ops.encoder_forward(out, tokens, wte, wpe),
@@ -300,38 +333,30 @@ def encoder_forward(ops, B, T, C, Vp):
 
 
 def encoder_backward(ops, B, T, C, Vp):
-    dwte, dwpe, dout, tokens = zeros(ops, Vp, C), zeros(ops, T, C), normal(ops, B, T, C), draw(ops, Vp, B, T)
+    dwte, dwpe, dout, tokens = zeros(ops, Vp, C), zeros(ops, T, C), normal(ops, B, T, C), token_ids(ops, Vp, B, T)
     drawn = ops.to_host(tokens)
 
     def expect():
-        dy, got = ops.to_host(dout), ops.to_host(dwte)
         for token in drawn[-1, some(T)]:
-            yield got[token], wide(dy[drawn == token]).sum(axis=0)
-        yield ops.to_host(dwpe)[some(T)], wide(dy[:, some(T)]).sum(axis=0)
+            yield host(ops, dwte, token), host(ops, dout, drawn == token).sum(axis=0)
+        yield host(ops, dwpe, some(T)), host(ops, dout, slice(None), some(T)).sum(axis=0)
 
-    touched = len(np.unique(drawn)) + T  # rows, read and written
+    touched = len(np.unique(drawn)) + T  # rows that are read and written
     return Case(
         lambda: ops.encoder_backward(dwte, dwpe, dout, tokens),
         expect, nbytes=ops.itemsize * B * T * C + 8 * touched * C, pattern="update",
     )  # fmt: skip
 
 
-def draw(ops, V, *shape):
-    """Token ids below V."""
-    tokens = zeros(ops, *shape, dtype="int32")
-    ops.to_device(tokens, ops.rng.integers(0, V, shape))
-    return tokens
-
-
 def fused_classifier(ops, B, T, V, Vp):
-    logits, losses, targets, t = normal(ops, B, T, Vp), zeros(ops, B, T), draw(ops, V, B, T), some(T)
-    before, dloss = wide(ops.to_host(logits[B - 1])[t, :V]), 1 / (B * T)
+    logits, losses, targets, t = normal(ops, B, T, Vp), zeros(ops, B, T), token_ids(ops, V, B, T), some(T)
+    before, dloss = ops.to_host(logits[B - 1])[t].astype(np.float64), 1 / (B * T)
 
     def expect():
-        e = np.exp(before - before.max(axis=-1, keepdims=True))
-        p, hit = e / e.sum(axis=-1, keepdims=True), np.arange(V) == ops.to_host(targets)[-1, t][:, None]
-        yield ops.to_host(losses)[-1, t], -np.log(p[hit])
-        yield ops.to_host(logits[B - 1])[t, :V], (p - hit) * dloss
+        gradient, loss = before.copy(), np.empty(len(t))
+        oracle.fused_classifier(gradient, loss, ops.to_host(targets)[-1, t], dloss, V, True)
+        yield host(ops, losses, -1, t), loss
+        yield ops.to_host(logits[B - 1])[t, :V].astype(np.float64), gradient[:, :V]
 
     return Case(
         lambda: ops.fused_classifier(logits, losses, targets, dloss, V, True),
@@ -341,32 +366,36 @@ def fused_classifier(ops, B, T, V, Vp):
 
 def global_norm_squared(ops, n):
     grads, out = normal(ops, n, dtype="float32"), zeros(ops, 1, dtype="float64")
-    return Case(
-        lambda: ops.global_norm_squared(out, grads, ops.scratch),
-        lambda: [(ops.to_host(out), np.array([(wide(ops.to_host(grads)) ** 2).sum()]))], nbytes=4 * n, pattern="read",
-    )  # fmt: skip
+
+    def expect():
+        expected = np.empty(1)
+        oracle.global_norm_squared(expected, ops.to_host(grads), None)
+        return [(ops.to_host(out), expected)]
+
+    return Case(lambda: ops.global_norm_squared(out, grads, ops.scratch), expect, nbytes=4 * n, pattern="read")
 
 
 def adamw_update(ops, n):
     params, grads, m, v = normal(ops, n), normal(ops, n, dtype="float32"), zeros(ops, n), zeros(ops, n)
     master = zeros(ops, n) if ops.dtype != "float32" else None
     rate, step, seed, scale = zeros(ops, 1), zeros(ops, 1, dtype="int32"), zeros(ops, 1, dtype="int32"), zeros(ops, 1)
-    decays, i = zeros(ops, n // RUN, dtype="uint8"), some(n)
+    decays, i = zeros(ops, n // RUN, dtype="uint8"), np.r_[:RUN, n - RUN : n]  # the first and the last run
     for tensor, value in ((rate, RATE), (step, 1), (scale, 0.5), (decays, 1)):
         ops.to_device(tensor, value)
     start = ops.to_host(params)
-    before = wide(start[i])
+    before = start[i].astype(np.float64)
     if master is not None:
         ops.to_device(master, start)
 
-    def expect():  # after one step from zero, the means that AdamW corrects are the gradient and its square
-        g = 0.5 * wide(ops.to_host(grads)[i])
-        after = before - RATE * (g / (np.abs(g) + EPS) + DECAY * before)
-        yield ops.to_host(m)[i], (1 - BETA1) * g
-        yield ops.to_host(v)[i], (1 - BETA2) * g**2
-        yield ops.to_host(params)[i], after
+    def expect():
+        after, means, squares = before.copy(), np.zeros(i.size), np.zeros(i.size)
+        scalars = np.array([RATE]), BETA1, BETA2, EPS, DECAY, np.array([1]), None, np.array([0.5])
+        oracle.adamw_update(after, None, host(ops, grads, i), means, squares, np.ones(2, np.uint8), *scalars)
+        yield host(ops, m, i), means
+        yield host(ops, v, i), squares
+        yield host(ops, params, i), after
         if master is not None:
-            yield ops.to_host(master)[i], after
+            yield host(ops, master, i), after
 
     def run():
         ops.adamw_update(params, master, grads, m, v, decays, rate, BETA1, BETA2, EPS, DECAY, step, seed, scale)

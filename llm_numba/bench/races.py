@@ -1,4 +1,4 @@
-"""The measurements of the benchmark: ours and PyTorch's runs of one piece of work, taken in turn, round after round."""
+"""Time llm_numba and PyTorch on the same work, in turn, round after round."""
 
 import gc
 import math
@@ -8,90 +8,90 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-from llm_numba import sample
-from llm_numba.arena import DTYPES, Arena, training_groups
+from llm_numba.arena import DTYPES, Arena, Groups
 from llm_numba.bench import op_cases, tables
-from llm_numba.bench.measuring import by_the_clock, measure, peak_memory, resident
+from llm_numba.bench.measuring import measure, peak_memory, resident_memory, wall_time
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
-from llm_numba.models import gpt2 as model
-from llm_numba.models.config import GPT2Config
-from llm_numba.train import flops_per_token, update
+from llm_numba.models.gpt2 import GPT2
+from llm_numba.training.generate import Choice, generate, generation_groups, generation_step
+from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.settings import Settings
+from llm_numba.training.step import initialise, training_step
 
-OP_SECONDS, STEP_SECONDS = 0.3, 2.0  # of one turn
-GREEDY = SimpleNamespace(temperature=0, top_k=0, top_p=1.0)
+OP_SECONDS, STEP_SECONDS = 0.3, 2.0  # per turn
+GREEDY = Choice(temperature=0, top_p=1.0)
 
 
-def run_ops(ops, config: GPT2Config, cases, rounds: int, builds: dict[str, Build], results: dict) -> None:
-    """A row for each (op, sizes) of `cases`, but for one with wrong results, of which results["wrong"] tells."""
-    builds = {name: build for name, build in builds.items() if build.precision != "autocast"}  # casts, then the same op
-    with workers(builds, results) as asks:
+def run_ops(ops, model: GPT2, cases, rounds: int, builds: dict[str, Build], results: dict) -> None:
+    """Add a row for each (op, sizes) in `cases`. Ops with wrong results go into results["wrong"] and are not timed."""
+    # autocast casts the inputs and then runs the bf16 op
+    builds = {name: build for name, build in builds.items() if build.precision != "autocast"}
+    with start_workers(builds, results) as asks:
         for op, sizes in cases:
             try:
-                case = op_cases.build(ops, op, sizes, config, DTYPES[results["dtype"]])
+                case = op_cases.build(ops, op, sizes, DTYPES[results["dtype"]])
             except AssertionError as error:
-                refuse(error, results)
+                report_wrong(error, results)
                 continue
             row = new_row(op, " ".join(f"{name}={size}" for name, size in sizes.items() if name != "bias"))
             row |= {"flops": case.flops, "bytes": case.nbytes, "pattern": case.pattern}
-            row["vocabulary"] = sizes.get("OC") == config.padded_vocab_size
-            prepare = partial(tell, "prepare_op", op=op, sizes=sizes)
+            row["vocabulary"] = sizes.get("OC") == model.padded_vocab_size
+            prepare = "prepare_op", dict(op=op, sizes=sizes)
             new_run = partial(lambda run: {"ours": ops.capture(run)}, case.run)
-            compete(row, new_run, ops, results, asks, prepare, ["eager"], rounds, OP_SECONDS, True)
-            finish(row, ops, results)
-            del case, new_run  # their memory, before the next take as much
+            fill_row(row, new_run, ops, results, asks, prepare, ["eager"], rounds, OP_SECONDS, True)
+            add_row(row, ops, results)
+            del case, new_run  # frees their memory before the next case allocates
 
 
-def run_step(ops, config: GPT2Config, B: int, T: int, rounds: int, builds: dict[str, Build], results: dict) -> None:
-    """The row of a training step; on a card as one recorded graph and, in a column of its own, launch by launch."""
-    row = new_row("step", f"{B} x {T}", flops=flops_per_token(config, T) * B * T)
-    prepare = partial(tell, "prepare_step", config=sizes_of(config), B=B, T=T)
-    new_runs = partial(new_steps, ops, config, B, T, results["dtype"], results["device"] == "cuda")
-    with workers(builds, results) as asks:
+def run_step(ops, model: GPT2, B: int, T: int, rounds: int, builds: dict[str, Build], results: dict) -> None:
+    """Add the row of a training step; on a GPU as a CUDA graph and, in the column "no graph", launch by launch."""
+    row = new_row("step", f"{B} x {T}", flops=model.flops_per_token(T) * B * T)
+    prepare = "prepare_step", dict(config=sizes_of(model), B=B, T=T)
+    new_runs = partial(new_steps, ops, model, B, T, results["dtype"], results["device"] == "cuda")
+    with start_workers(builds, results) as asks:
         try:
-            compete(row, new_runs, ops, results, asks, prepare, tables.MODES, rounds, STEP_SECONDS)
+            fill_row(row, new_runs, ops, results, asks, prepare, tables.MODES, rounds, STEP_SECONDS)
         except AssertionError as error:
-            return refuse(error, results)
-    finish(row, ops, results)
+            return report_wrong(error, results)
+    add_row(row, ops, results)
 
 
-def run_sampling(ops, config: GPT2Config, tokens: int, rounds: int, builds: dict[str, Build], results: dict) -> None:
-    """The row of `tokens` tokens written after one; a token reads every weight of the matmuls once."""
-    weights = 12 * config.num_layers * config.channels**2 + config.padded_vocab_size * config.channels
+def run_sampling(ops, model: GPT2, tokens: int, rounds: int, builds: dict[str, Build], results: dict) -> None:
+    """Add the row of generating `tokens` tokens; each token reads every matmul weight once."""
+    weights = model.flops_per_token(0) / 6  # of the matmuls
     dtype = DTYPES[results["dtype"]]
     nbytes = np.dtype(dtype).itemsize * weights * tokens
     row = new_row("sampling", f"{tokens} tokens", nbytes=nbytes, pattern="read")
-    prepare = partial(tell, "prepare_sampling", config=sizes_of(config), tokens=tokens)
-    with workers(builds, results) as asks:
-        new_runs = lambda: {"ours": new_sampling(ops, config, tokens, dtype)}  # noqa: E731
-        compete(row, new_runs, ops, results, asks, prepare, tables.MODES, rounds, STEP_SECONDS)
-    finish(row, ops, results)
+    prepare = "prepare_sampling", dict(config=sizes_of(model), tokens=tokens)
+    with start_workers(builds, results) as asks:
+        new_runs = lambda: {"ours": new_sampling(ops, model, tokens, dtype)}  # noqa: E731
+        fill_row(row, new_runs, ops, results, asks, prepare, tables.MODES, rounds, STEP_SECONDS)
+    add_row(row, ops, results)
 
 
-def run_scaling(ops, config: GPT2Config, B: int, T: int, rounds: int, results: dict) -> None:
-    """A step's times on 1, 2, 4, ... threads and on all of them, taken in turn."""
-    most, step = results["threads"], new_steps(ops, config, B, T, results["dtype"])["ours"]
+def run_scaling(ops, model: GPT2, B: int, T: int, rounds: int, results: dict) -> None:
+    """Time a step on 1, 2, 4, ... threads and on all of them, in turn."""
+    most, step = results["threads"], new_steps(ops, model, B, T, results["dtype"])["ours"]
     counts = sorted({2**i for i in range(most.bit_length())} | {most})
 
-    def on(threads, seconds):
+    def measure_on(threads, seconds):
         ops.set_threads(threads)
         return measure(step, seconds)
 
     step()
     try:
-        times, _ = race(f"scaling {B} x {T}", {n: partial(on, n) for n in counts}, rounds, STEP_SECONDS)
+        times, _ = take_turns(f"scaling {B} x {T}", {n: partial(measure_on, n) for n in counts}, rounds, STEP_SECONDS)
     finally:
         ops.set_threads(most)
     results["scaling"] = [{"shape": f"{B} x {T}", "threads": n, "times": times[n]} for n in counts]
 
 
 def measure_machine(ops, results: dict) -> None:
-    """The best that was ever seen: what others do on the machine can only slow it down."""
+    """Measure peak FLOP/s and bandwidth, and keep the best values seen: other programs only slow the machine down."""
     measure_flops(ops, results)
     for name, rate in ops.peak_bandwidth().items():
         results["bandwidth"][name] = max(results["bandwidth"].get(name, 0.0), rate)
@@ -108,13 +108,13 @@ def new_row(name: str, shape: str, flops: float = 0, nbytes: int = 0, pattern: s
     }  # fmt: skip
 
 
-def refuse(error: AssertionError, results: dict) -> None:
-    print(f"WRONG, and not timed: {error}", file=sys.stderr)
+def report_wrong(error: AssertionError, results: dict) -> None:
+    print(f"WRONG RESULT, not timed: {error}", file=sys.stderr)
     results["wrong"].append(str(error))
 
 
-def finish(row: dict, ops, results: dict) -> None:
-    """Say how it went, and look at the machine's peak again."""
+def add_row(row: dict, ops, results: dict) -> None:
+    """Store and print a row, and measure the peak again."""
     results["rows"].append(row)
     measure_flops(ops, results)
     medians = ", ".join(f"{column} {tables.spread(times)} ms" for column, times in row["times"].items())
@@ -124,8 +124,8 @@ def finish(row: dict, ops, results: dict) -> None:
 
 
 @contextmanager
-def workers(builds: dict[str, Build], results: dict) -> Iterator[dict[str, Callable]]:
-    """For each build of PyTorch the `ask` of a new process."""
+def start_workers(builds: dict[str, Build], results: dict) -> Iterator[dict[str, Callable]]:
+    """Start a process per PyTorch build; yields build -> its `ask`."""
     with ExitStack() as stack:
         asks = {name: stack.enter_context(torch_worker(build)) for name, build in builds.items()}
         for name, ask in asks.items():
@@ -133,50 +133,46 @@ def workers(builds: dict[str, Build], results: dict) -> Iterator[dict[str, Calla
         yield asks
 
 
-def tell(name: str, ask: Callable, **arguments) -> None:
-    ask(name, **arguments)
-
-
-def compete(
-    row: dict, new_runs: Callable, ops, results: dict, asks: dict, prepare: Callable, modes, rounds: int,
+def fill_row(
+    row: dict, new_runs: Callable, ops, results: dict, asks: dict, prepare: tuple[str, dict], modes, rounds: int,
     seconds: float, launches_only: bool = False,
 ) -> None:  # fmt: skip
-    """row's times, absent and memory = those of ours, which `new_runs` builds, by column, and of each build of PyTorch,
-    which `prepare` builds there, in each mode.
+    """Fill in row's times, absent and memory.
 
-    launches_only: what runs does not wait for a card, so that the card is asked for the time.
+    new_runs() -> column -> function to time. prepare: the function of torch_side that builds the same work there, and
+    its arguments; it is timed in each of `modes`. launches_only: the work is asynchronous, so GPU events time it.
     """
-    gc.collect()  # a recorded graph and what it works on keep each other
-    before = ops.available_memory() if results["device"] == "cuda" else resident()
+    gc.collect()  # a captured graph and its tensors form a reference cycle
+    before = ops.available_memory() if results["device"] == "cuda" else resident_memory()
     runs = new_runs()
-    if results["device"] == "cuda":  # nothing is allocated after the arena
-        for _ in range(2):  # compiled, and recorded
+    if results["device"] == "cuda":  # all memory is allocated with the arena
+        for _ in range(2):  # compile, then capture
             runs["ours"]()
         row["memory"]["ours"] = before - ops.available_memory()
     else:
         row["memory"]["ours"] = peak_memory(runs["ours"], before)
-    timed = ops.timed if launches_only else by_the_clock
+    timed = ops.timed if launches_only else wall_time
     turns: dict[str, Callable] = {column: partial(measure, run, timed=timed) for column, run in runs.items()}
     for build, ask in asks.items():
         for mode in modes:
             column = f"{build} {mode}"
             try:
                 if mode == modes[0]:
-                    prepare(ask)
+                    ask(prepare[0], **prepare[1])
                 row["memory"][column] = ask("first", mode=mode)
                 turns[column] = partial(ask_seconds, ask, mode, launches_only)
             except WorkerFailed as error:
                 row["absent"][column] = str(error)
-    row["times"], lost = race(f"{row['name']} {row['shape']}", turns, rounds, seconds)
-    row["absent"] |= lost
+    row["times"], failed = take_turns(f"{row['name']} {row['shape']}", turns, rounds, seconds)
+    row["absent"] |= failed
 
 
 def ask_seconds(ask: Callable, mode: str, launches_only: bool, seconds: float) -> list[float]:
     return ask("measure", mode=mode, seconds=seconds, launches_only=launches_only)
 
 
-def race(label: str, turns: dict, rounds: int, seconds: float) -> tuple[dict, dict]:
-    """(the times of each, why another has none): every round gives each in turn about `seconds`."""
+def take_turns(label: str, turns: dict, rounds: int, seconds: float) -> tuple[dict, dict]:
+    """(times by name, reason of failure by name). In every round each turn runs for about `seconds`."""
     times, absent = {name: [] for name in turns}, {}
     with tqdm(total=rounds * len(turns), desc=label, leave=False, disable=None) as progress:
         for _ in range(rounds):
@@ -188,21 +184,29 @@ def race(label: str, turns: dict, rounds: int, seconds: float) -> tuple[dict, di
                     except WorkerFailed as error:
                         absent[name] = str(error)
                 progress.update()
-    return {name: taken for name, taken in times.items() if name not in absent}, absent
+    return {name: seconds for name, seconds in times.items() if name not in absent}, absent
 
 
-def sizes_of(config: GPT2Config) -> dict:
-    return {**asdict(config), "padded_vocab_size": config.padded_vocab_size}
+def sizes_of(model: GPT2) -> dict:
+    return {**asdict(model), "padded_vocab_size": model.padded_vocab_size}
 
 
-def new_steps(ops, config: GPT2Config, B: int, T: int, dtype: str = "fp32", graph: bool = False) -> dict[str, Callable]:
-    """A whole training step on one batch, as train.one_step takes it: "ours" and, where that is a recorded graph, the
-    same with "no graph". It returns the loss."""
-    groups = training_groups(config, B, T, ops, DTYPES[dtype], master=dtype == "bf16")
-    arena = Arena(groups, config, "reuse", ops)
+def step_groups(ops, model: GPT2, B: int, T: int, dtype: str) -> Groups:
+    """What a training step puts into the arena."""
+
+    def program(ops, arena):
+        training_step(ops, model, arena.training(), Settings())
+
+    return complete(training_groups(model, B, T, master=dtype == "bf16"), model, ops, DTYPES[dtype], program)
+
+
+def new_steps(ops, model: GPT2, B: int, T: int, dtype: str = "fp32", graph: bool = False) -> dict[str, Callable]:
+    """A training step on one fixed batch, as the trainer runs it; it returns the loss. Columns: "ours" and, if
+    `graph`, "no graph": the same without a CUDA graph."""
+    arena = Arena(step_groups(ops, model, B, T, dtype), model, "reuse", ops)
     m = arena.training()
-    model.initialise(ops, arena, 0)
-    stream = np.random.default_rng(0).integers(0, config.vocab_size, (B, T + 1), np.int32)
+    initialise(ops, arena, 0)
+    stream = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1), np.int32)
     ops.to_device(m.batches, np.stack([stream[:, :-1], stream[:, 1:]])[None])
     ops.to_device(m.learning_rate, 1e-4)
     ops.to_device(m.limits, np.inf)
@@ -217,13 +221,14 @@ def new_steps(ops, config: GPT2Config, B: int, T: int, dtype: str = "fp32", grap
         assert math.isfinite(loss), f"step {steps} of {B} x {T}: the loss is {loss}"
         return loss
 
-    launches = partial(update, ops, m, config.vocab_size, Settings())
+    launches = partial(training_step, ops, model, m, Settings())
     runs = {"ours": partial(step, ops.capture(launches))}
     return runs | {"no graph": partial(step, launches)} if graph else runs
 
 
-def new_sampling(ops, config: GPT2Config, tokens: int, dtype: str = "float32") -> Callable:
-    """`tokens` tokens after one, by sample.generate, always the likeliest; it returns them."""
-    arena = Arena(sample.standalone_groups(config, ops, dtype), config, "reuse", ops)
-    model.initialise(ops, arena, 0)
-    return lambda: list(islice(sample.generate(ops, arena, [0], GREEDY, None), tokens))
+def new_sampling(ops, model: GPT2, tokens: int, dtype: str = "float32") -> Callable:
+    """A function that generates `tokens` tokens greedily and returns them."""
+    groups = {"parameters": model.parameters()} | generation_groups(model)
+    arena = Arena(complete(groups, model, ops, dtype, generation_step), model, "reuse", ops)
+    initialise(ops, arena, 0)
+    return lambda: list(islice(generate(ops, arena, [0], GREEDY, None), tokens))

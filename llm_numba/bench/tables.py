@@ -1,8 +1,8 @@
-"""What the benchmark's numbers say: the tables, the targets, and the README between its markers.
+"""Turn benchmark results into tables and targets, and write tables into documentation pages.
 
-A row is a dict: name and shape; flops, or bytes and pattern; times, the seconds of every run by column; absent, why a
-column has none; memory, the bytes that a step took by column. The columns are "ours", on a card "no graph", and, for
-each build of PyTorch (BUILDS), that build "eager" and "compiled".
+A row is a dict: name; shape; flops, or bytes and their access pattern; times (column -> seconds of every run); absent
+(column -> why it has no times); memory (column -> peak bytes). Columns: "ours", on a GPU "no graph", and
+"<build> eager" and "<build> compiled" for each PyTorch build in BUILDS.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,30 +16,30 @@ from llm_numba.util.files import format_bytes, write_whole
 BUILDS = {
     "torch": "PyTorch as installed",
     "avx512": "PyTorch with MKL's AVX-512 path",
-    "tf32": "PyTorch whose float32 matmuls round their inputs to TF32",
-    "autocast": "PyTorch with float32 parameters under autocast to bf16",
-    "bf16": "PyTorch all in bf16, its AdamW too",
+    "tf32": "PyTorch in float32 with TF32 matmuls",
+    "autocast": "PyTorch with float32 parameters and bf16 autocast",
+    "bf16": "PyTorch entirely in bf16, AdamW included",
 }
 MEMORY = {
-    "cpu": "memory is what a step adds to the process at its peak",
-    "cuda": "memory is what a step holds on the card at its peak, PyTorch's without what its allocator keeps in stock; "
-    "an op's time is the card's alone, none of its data in the L2 cache, while a step ends with its loss on the host",
-    "cudasim": "in the simulator none of it means anything",
+    "cpu": "Memory is the peak increase of the process's resident memory during a step.",
+    "cuda": "Memory is the peak GPU memory of a step, for PyTorch without its allocator's cached blocks. An op's time "
+    "is GPU time with a cold L2 cache; a step's time includes copying the loss to the host.",
+    "cudasim": "Timings in the simulator are meaningless.",
 }
 MODES = ("eager", "compiled")
 
-# GPT-2 124M: at most this share of PyTorch's time, as installed and with MKL's AVX-512 path
+# GPT-2 124M: upper bounds of our time over that of PyTorch, as installed and with MKL's AVX-512 path
 STEP_RATIOS = {"4 x 64": (0.33, 0.52), "4 x 256": (0.35, 0.77), "4 x 1024": (0.32, 0.57)}
 SAMPLING_RATIOS = (0.7, 0.7)
 MEMORY_RATIO = 1.0
-# at least this share of what the machine can do
+# lower bounds of the share of the measured peak or bandwidth
 STEP_SHARES = {"4 x 64": 0.75}
 MATMUL_SHARE, VOCABULARY_SHARE, BANDWIDTH_SHARE = 0.85, 0.80, 0.80
-AT_BANDWIDTH = ("layernorm", "gelu", "residual", "adamw")
+MEMORY_BOUND = ("layernorm", "gelu", "residual", "adamw")
 
 
 class Verdict(NamedTuple):
-    """A target, and whether what was measured (None: nothing) meets it."""
+    """A target, its bound, the measured value (None: not measured), and whether the value meets the bound."""
 
     target: str
     bound: float
@@ -51,14 +51,14 @@ def ours(row: dict) -> float:
     return median(row["times"]["ours"])
 
 
-def theirs(row: dict, build: str) -> float | None:
-    """The faster of eager and compiled; None where neither ran."""
+def torch_seconds(row: dict, build: str) -> float | None:
+    """The faster of eager and compiled; None if neither ran."""
     return min((median(row["times"][c]) for m in MODES if (c := f"{build} {m}") in row["times"]), default=None)
 
 
 def ratio(row: dict, build: str) -> float | None:
-    """Our time over PyTorch's: below 1 ours is faster."""
-    return ours(row) / other if (other := theirs(row, build)) else None
+    """Our time over PyTorch's; below 1 means that llm_numba is faster."""
+    return ours(row) / other if (other := torch_seconds(row, build)) else None
 
 
 def memory_ratio(row: dict, build: str) -> float | None:
@@ -68,7 +68,7 @@ def memory_ratio(row: dict, build: str) -> float | None:
 
 
 def share(row: dict, results: dict) -> float | None:
-    """Of the machine's measured peak, or of its measured bandwidth for the row's pattern; None in the simulator."""
+    """Share of the measured peak, or of the measured bandwidth for the row's pattern; None in the simulator."""
     work, limit = row["flops"] or row["bytes"], results["peak_flops"]
     if not row["flops"]:
         limit = results["bandwidth"].get(row["pattern"])
@@ -76,7 +76,7 @@ def share(row: dict, results: dict) -> float | None:
 
 
 def verdicts(results: dict) -> list[Verdict]:
-    """Every target that the results have a row for."""
+    """A verdict for every target that has a row in the results."""
     found = []
 
     def at_most(what, value, bound):
@@ -90,48 +90,48 @@ def verdicts(results: dict) -> list[Verdict]:
         bounds = {"step": STEP_RATIOS.get(row["shape"]), "sampling": SAMPLING_RATIOS}.get(row["name"])
         for build, bound in zip(BUILDS, bounds or (), strict=False):
             if build in results["builds"]:
-                at_most(f"{name}, time over that of {BUILDS[build]}", ratio(row, build), bound)
+                at_most(f"{name}, time relative to {BUILDS[build]}", ratio(row, build), bound)
         if row["name"] == "step":
             for build in results["builds"]:
-                at_most(f"{name}, memory over that of {BUILDS[build]}", memory_ratio(row, build), MEMORY_RATIO)
+                at_most(f"{name}, memory relative to {BUILDS[build]}", memory_ratio(row, build), MEMORY_RATIO)
             if row["shape"] in STEP_SHARES:
                 at_least(f"{name}, share of peak", share(row, results), STEP_SHARES[row["shape"]])
         if row["name"].startswith("matmul"):
             bound = VOCABULARY_SHARE if row["vocabulary"] else MATMUL_SHARE
             at_least(f"{name}, share of peak", share(row, results), bound)
-        if row["name"].startswith(AT_BANDWIDTH):
+        if row["name"].startswith(MEMORY_BOUND):
             at_least(f"{name}, share of bandwidth", share(row, results), BANDWIDTH_SHARE)
     return found
 
 
 def report(results: dict) -> str:
-    """Everything, as Markdown that also reads well on a screen."""
-    moves = ", ".join(f"{name} {1e-9 * rate:.1f}" for name, rate in results["bandwidth"].items())
+    """All results as Markdown, aligned to be readable on a terminal too."""
+    bandwidth = ", ".join(f"{name} {1e-9 * rate:.1f}" for name, rate in results["bandwidth"].items())
     lines = [
         f"{results['date']}, {results['preset']}, {results['dtype']}: {results['machine']}; "
-        f"measured peak {flops_rate(results['peak_flops'], 0)}, memory GB/s {moves}; {results['versions']}.",
+        f"measured peak {flops_rate(results['peak_flops'], 0)}, memory GB/s {bandwidth}; {results['versions']}.",
         "",
-        "Milliseconds are medians, with the least and the most in brackets; all columns ran in turn, round after "
-        "round. Rates count what the docstrings count. A ratio is our time over PyTorch's, eager or compiled, the "
-        f"better; {MEMORY[results['device']]}.",
+        "Times are medians in milliseconds, with the minimum and maximum in parentheses; the columns were timed in "
+        "turn, round after round. Rates use the FLOPs or bytes in the ops' docstrings. A ratio is our time over "
+        f"PyTorch's, eager or compiled, whichever is faster. {MEMORY[results['device']]}",
     ]
     lines += [f"{build}: {BUILDS[build]}." for build in results["builds"]]
     lines += [f"{build}, {BUILDS[build]}: absent, {why}." for build, why in results["no_build"].items()]
-    whole = [row for row in results["rows"] if row["name"] in ("step", "sampling")]
-    single = [row for row in results["rows"] if row not in whole]
-    for rows in (whole, single):
+    steps = [row for row in results["rows"] if row["name"] in ("step", "sampling")]
+    ops = [row for row in results["rows"] if row not in steps]
+    for rows in (steps, ops):
         lines += ["", *speed_table(rows, results)] if rows else []
-    lines += ["", *memory_table(whole)] if whole else []
+    lines += ["", *memory_table(steps)] if steps else []
     if results["scaling"]:
         lines += ["", *scaling_table(results["scaling"])]
-    lines += [line for what in results["wrong"] for line in ("", f"wrong, and not timed: {what}")]
+    lines += [line for what in results["wrong"] for line in ("", f"wrong result, not timed: {what}")]
     reasons = dict.fromkeys(why for row in results["rows"] for why in row["absent"].values())
     lines += [line for why in reasons for line in ("", f"failed: {why}")]
     return "\n".join(lines)
 
 
 def speed_table(rows: list[dict], results: dict) -> list[str]:
-    """A line for each row; columns in which no row has anything are left out."""
+    """One line per row; columns without any value are left out."""
     columns: dict[str, Callable] = {
         "": lambda row: f"{row['name']} {row['shape']}",
         "ours, ms": lambda row: milliseconds(row, "ours"),
@@ -155,7 +155,7 @@ def memory_table(rows: list[dict]) -> list[str]:
 
 
 def scaling_table(rows: list[dict]) -> list[str]:
-    """rows: threads, and the times of a step on so many."""
+    """rows: number of threads, and the times of a step with that many."""
     one = median(rows[0]["times"])
     lines = []
     for row in rows:
@@ -172,7 +172,7 @@ def verdict_table(found: list[Verdict]) -> list[str]:
 
 
 def table(headers: list[str], lines: Iterable[Iterable[str]]) -> list[str]:
-    """A Markdown table; the first column on the left, numbers on the right."""
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
     lines = [headers, *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *others = widths
@@ -182,7 +182,7 @@ def table(headers: list[str], lines: Iterable[Iterable[str]]) -> list[str]:
 
 
 def spread(times: list[float]) -> str:
-    """The median in milliseconds, (least to most)."""
+    """The median in milliseconds, and (minimum-maximum)."""
     return "{:.4g} ({:.4g}-{:.4g})".format(*(1e3 * t for t in (median(times), min(times), max(times))))
 
 
@@ -195,13 +195,13 @@ def rate(row: dict) -> str:
 
 
 def flops_rate(flops: float, digits: int = 1) -> str:
-    """flops a second as text."""
+    """FLOP/s as text."""
     return f"{1e-12 * flops:.1f} TFLOP/s" if flops >= 1e13 else f"{1e-9 * flops:.{digits}f} GFLOP/s"
 
 
 def share_text(row: dict, results: dict) -> str:
-    part = share(row, results)
-    return "" if part is None else f"{part:.0%} {'peak' if row['flops'] else row['pattern']}"
+    value = share(row, results)
+    return "" if value is None else f"{value:.0%} {'peak' if row['flops'] else row['pattern']}"
 
 
 def number(value: float | None) -> str:
@@ -212,23 +212,22 @@ def size(nbytes: int | None) -> str:
     return "" if nbytes is None else format_bytes(nbytes)
 
 
-def markers(device: str, dtype: str) -> tuple[str, str]:
-    """What stands before and after the tables of these in a README."""
-    return f"<!-- bench {device} {dtype} -->", f"<!-- end of bench {device} {dtype} -->"
+def split_at_marker(path: Path, marker: str) -> tuple[str, str]:
+    """The text up to `<!-- marker -->` and the text from `<!-- end of marker -->` on, markers included.
 
-
-def read_around(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """The text before and after the tables; a UserError where a file does not have each marker once, in order."""
+    Errors: UserError if the file cannot be read or does not contain both markers once, in this order.
+    """
+    begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--readme {path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error}); run this in a checkout of llm_numba") from error
     if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
-        raise UserError(f"--readme {path}: put {begin} and, below it, {end} where the tables are to go, once each")
-    return text[: text.index(begin)], text[text.index(end) + len(end) :]
+        raise UserError(f"{path}: expected {begin} and, below it, {end}, once each; add them around the tables")
+    return text[: text.index(begin) + len(begin)], text[text.index(end) :]
 
 
-def write_readme(path: Path, begin: str, end: str, text: str) -> None:
-    """The file's text between the markers = text."""
-    before, after = read_around(path, begin, end)
-    write_whole(path, f"{before}{begin}\n{text}\n{end}{after}".encode())
+def write_tables(path: Path, marker: str, text: str) -> None:
+    """Replace the text between the markers with `text`. Errors: see split_at_marker."""
+    before, after = split_at_marker(path, marker)
+    write_whole(path, f"{before}\n{text}\n{after}".encode())

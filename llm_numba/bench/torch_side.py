@@ -1,7 +1,7 @@
-"""PyTorch's side of the benchmark: a process that builds what it is told to and measures it when asked.
+"""PyTorch's side of the benchmark: a process that builds models and ops and measures them on request.
 
-It reads one JSON line [function, arguments] after the other and answers each with {"value": ...} or {"failed": why}.
-Only this process imports torch. Between two requests it waits for input, and its threads sleep.
+It reads requests [function, arguments], one JSON value per line, and answers {"value": ...} or {"failed": reason}.
+Only this process imports torch. Its threads sleep while it waits for a request.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from torch import nn
 
 from llm_numba.bench import measuring
 
-runs: dict[str, Callable] = {}  # what `first` and `measure` run, by its mode: "eager", "compiled"
-BEFORE = measuring.resident()
+runs: dict[str, Callable] = {}  # mode ("eager", "compiled") -> what `first` and `measure` run
+BEFORE = measuring.resident_memory()
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}
-device, precision = "cpu", "fp32"  # as `start` is told
+device, precision = "cpu", "fp32"  # set by `start`
 
 
 class Block(nn.Module):
@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.ln2, self.fc, self.fcproj = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
 
     def forward(self, x, cache=None, position: int = 0):
-        """x (B, T, C); with a cache (2, B, NH, maxT, HS), x is the one token at `position`."""
+        """x (B, T, C). With a cache (2, B, NH, max_seq_len, HS), x is the single token at `position`."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.NH, -1).transpose(1, 2) for y in self.qkv(self.ln1(x)).split(C, dim=-1))
         if cache is not None:
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """config: the fields of llm_numba's GPT2Config and padded_vocab_size."""
+    """config: the fields of llm_numba's GPT2Config, and padded_vocab_size."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -65,23 +65,22 @@ class GPT2(nn.Module):
 
 
 def start(threads: int, device: str = "cpu", precision: str = "fp32") -> dict:
-    """device: cpu or cuda; precision: of DTYPES, where tf32 lets matmuls round their inputs and autocast rounds to bf16
-    what its ops take in."""
+    """Configure PyTorch. device: cpu or cuda; precision: a key of DTYPES."""
     globals().update(device=device, precision=precision)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if device == "cuda":
-        torch.zeros(1, device=device)  # raises where this PyTorch has no card
+        torch.zeros(1, device=device)  # raises if PyTorch finds no GPU
     return {"version": torch.__version__, "mkl": torch.backends.mkl.is_available()}
 
 
 def on_device(prepare: Callable) -> Callable:
-    """What `prepare` makes lies on the device, in its precision."""
+    """Decorator: `prepare` creates its tensors on the device, in the precision set by `start`."""
 
     @functools.wraps(prepare)
     def run(*args, **arguments):
-        runs.clear()  # what was prepared before
+        runs.clear()
         torch.set_default_dtype(DTYPES[precision])
         with torch.device(device):
             prepare(*args, **arguments)
@@ -90,17 +89,16 @@ def on_device(prepare: Callable) -> Callable:
 
 
 def in_precision():
-    """What a model's forward pass runs under."""
+    """The context of a model's forward pass."""
     if precision == "autocast":
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def cold(run: Callable) -> float:
-    """The seconds that the card works on what `run` launches, none of whose data is in the L2 cache: as ours, see
-    llm_numba.cuda.peak.timed."""
+    """GPU seconds of `run` with a cold L2 cache, measured as llm_numba.cuda.peak.timed does."""
     for _ in range(4):
-        other_memory().zero_()
+        flush_buffer().zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
@@ -110,24 +108,15 @@ def cold(run: Callable) -> float:
 
 
 @functools.cache
-def other_memory():
+def flush_buffer():
     return torch.empty(1 << 28, dtype=torch.uint8, device=device)
 
 
 @on_device
 def prepare_step(config: dict, B: int, T: int) -> None:
-    """One training step: gradients cleared, forward, loss, backward, gradient clipped to a norm of 1, AdamW."""
+    """One training step: clear the gradients, forward, loss, backward, clip the gradient norm to 1, AdamW."""
     model = GPT2(config).train()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() == 2], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=1e-4,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimiser = adamw(model, 0.1, lr=1e-4, betas=(0.9, 0.95))
     stream = torch.randint(config["vocab_size"], (B, T + 1))
     tokens, targets = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
@@ -140,7 +129,7 @@ def prepare_step(config: dict, B: int, T: int) -> None:
             optimiser.zero_grad(set_to_none=True)
             loss = forward_loss(tokens, targets)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             return loss.item()
 
@@ -149,9 +138,16 @@ def prepare_step(config: dict, B: int, T: int) -> None:
     runs.update(eager=step_with(forward_loss), compiled=step_with(torch.compile(forward_loss)))
 
 
+def adamw(model: nn.Module, weight_decay: float, **options) -> torch.optim.Optimizer:
+    """Fused AdamW; weight decay applies to matrices only."""
+    matrices, vectors = ([p for p in model.parameters() if p.dim() == dim] for dim in (2, 1))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
 @on_device
 def prepare_sampling(config: dict, tokens: int) -> None:
-    """The likeliest continuation of one token, `tokens` long, with the layers' keys and values in a cache."""
+    """Greedy generation of `tokens` tokens after one, with a KV cache."""
     model = GPT2(config).eval()
     HS = config["channels"] // config["num_heads"]
     dtype = torch.bfloat16 if precision == "autocast" else None
@@ -165,11 +161,11 @@ def prepare_sampling(config: dict, tokens: int) -> None:
     def sampling_with(next_token):
         @torch.inference_mode()
         def sample():
-            token, said = torch.zeros(1, 1, dtype=torch.long, device=device), []
+            token, generated = torch.zeros(1, 1, dtype=torch.long, device=device), []
             for position in range(tokens):
                 token = next_token(token, position)
-                said.append(token.item())
-            return said
+                generated.append(token.item())
+            return generated
 
         return sample
 
@@ -178,7 +174,7 @@ def prepare_sampling(config: dict, tokens: int) -> None:
 
 @on_device
 def prepare_training(config: dict, weights: str, beta1, beta2, eps, weight_decay, grad_clip):
-    """A model with these weights (a file of llm_numba's tensors by name), which `train` then trains step by step."""
+    """A model for `train`. weights: an .npz file with llm_numba's parameters by name."""
     model, ours = GPT2(config), {name: torch.from_numpy(x) for name, x in np.load(weights).items()}
     with torch.no_grad():
         model.lnf.weight.copy_(ours["lnfw"])
@@ -189,10 +185,7 @@ def prepare_training(config: dict, weights: str, beta1, beta2, eps, weight_decay
             for name, module in layer.named_children():
                 module.weight.copy_(ours[name + "w"][l])
                 module.bias.copy_(ours[name + "b"][l])
-    parameters = list(model.parameters())
-    matrices, vectors = ([p for p in parameters if p.dim() == dim] for dim in (2, 1))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)
+    optimiser = adamw(model, weight_decay, betas=(beta1, beta2), eps=eps)
     V = config["vocab_size"]
 
     def step(tokens, targets, learning_rate):
@@ -203,7 +196,7 @@ def prepare_training(config: dict, weights: str, beta1, beta2, eps, weight_decay
             logits = model(tokens)
         loss = F.cross_entropy(logits[..., :V].flatten(0, 1).float(), targets.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimiser.step()
         return loss.item()
 
@@ -211,13 +204,13 @@ def prepare_training(config: dict, weights: str, beta1, beta2, eps, weight_decay
 
 
 def train(batch: str, learning_rate: float) -> float:
-    """The loss of a batch, a file of (2, B, T) tokens and targets, before the step that is taken on it."""
+    """Train one step and return the loss before the update. batch: an .npy file of tokens and targets (2, B, T)."""
     return runs["train"](*torch.from_numpy(np.load(batch)).long().to(device), learning_rate)
 
 
 @on_device
 def prepare_op(op: str, sizes: dict) -> None:
-    """One op by itself, at the sizes of op_cases.op_list."""
+    """A single op; sizes as in op_cases.op_list."""
     runs.update(eager=OPS[op](**sizes))
 
 
@@ -226,7 +219,7 @@ def no_grad(function: Callable, *inputs) -> Callable:
 
 
 def gradients(out, *inputs) -> Callable:
-    """The gradients of the inputs, through what `out` already saved."""
+    """A function that computes the gradients of the inputs from the tensors saved in the forward pass."""
     dout = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
@@ -292,7 +285,7 @@ def fused_classifier(B, T, V, Vp):
 
 
 def adamw_update(n):
-    """In float32, as ours keeps it too."""
+    """In float32, like llm_numba's optimiser state."""
     parameter = leaf(n, dtype=torch.float32)
     parameter.grad = torch.randn(n, dtype=torch.float32)
     return torch.optim.AdamW([parameter], lr=1e-4, fused=True).step
@@ -317,20 +310,20 @@ OPS = {
 
 
 def first(mode: str) -> int | None:
-    """Run twice: the first compiles, and makes the optimiser's state; returns the bytes that the process took on, or
-    those that its tensors take on the card."""
+    """Run twice, as the first run compiles and creates the optimiser state. Returns the peak memory in bytes: of the
+    process, or of its tensors on the GPU."""
     runs[mode]()
     if device != "cuda":
         return measuring.peak_memory(runs[mode], BEFORE)
     torch.cuda.reset_peak_memory_stats()
     runs[mode]()
-    torch.cuda.empty_cache()  # for the other processes
+    torch.cuda.empty_cache()  # leave the memory to the other processes
     return torch.cuda.max_memory_allocated()
 
 
 def measure(mode: str, seconds: float, launches_only: bool) -> list[float]:
-    """launches_only: what runs does not wait for a card, so that the card is asked for the time."""
-    timed = cold if launches_only and device == "cuda" else measuring.by_the_clock
+    """Seconds of each run; launches_only: the work is asynchronous, so GPU events time it."""
+    timed = cold if launches_only and device == "cuda" else measuring.wall_time
     times = measuring.measure(runs[mode], seconds, timed)
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -344,7 +337,7 @@ FUNCTIONS = {
 
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a compiler prints is no answer
+    os.dup2(2, 1)  # compiler output must not mix with the answers
     for line in sys.stdin:
         function, arguments = json.loads(line)
         try:

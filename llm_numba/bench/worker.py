@@ -1,6 +1,7 @@
-"""PyTorch in processes of its own: one as installed, one in which Intel's MKL takes its AVX-512 path on AMD."""
+"""Run PyTorch in separate processes: as installed, or with MKL's AVX-512 path enabled on AMD CPUs."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -13,36 +14,46 @@ from typing import NamedTuple
 
 import psutil
 
+from llm_numba.util.cli import UserError
+
 AVX512_SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 
 
 class WorkerFailed(Exception):
-    """PyTorch could not do what it was asked to; the message is one line."""
+    """PyTorch failed; the message is one line."""
 
 
 class Build(NamedTuple):
-    """A way to run PyTorch: on which device (cpu or cuda), in which precision (one of torch_side's), and with which
-    library loaded before its own."""
+    """How to run PyTorch: device (cpu or cuda), precision (a key of torch_side.DTYPES), library to preload."""
 
     device: str = "cpu"
     precision: str = "fp32"
     preload: Path | None = None
 
 
+def require_torch(what: str) -> None:
+    """Errors: UserError if PyTorch is not installed; `what` is the flag or command that needs it."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{what}: PyTorch is not installed; run: pip install torch")
+
+
 @contextlib.contextmanager
 def torch_worker(build: Build = Build()) -> Iterator[Callable]:  # noqa: B008
-    """A function ask(name, **arguments) that calls a function of torch_side in a new process, which ends with this."""
+    """Start a process and yield ask(name, **arguments), which calls a function of torch_side in it.
+
+    Errors: ask raises WorkerFailed if the function fails or the process ends.
+    """
     environment = dict(os.environ)
-    environment.pop("OMP_WAIT_POLICY", None)  # llm_numba's choice, not PyTorch's
+    environment.pop("OMP_WAIT_POLICY", None)  # set by llm_numba; PyTorch keeps its default
     if build.device == "cpu":
-        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes beside the one timed
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler processes during the timing
     if build.preload:
         environment["LD_PRELOAD"] = " ".join([str(build.preload), *environment.get("LD_PRELOAD", "").split()])
     with tempfile.TemporaryFile("w+", errors="replace") as messages:
         process = subprocess.Popen(
             [sys.executable, "-m", "llm_numba.bench.torch_side"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, env=environment,
-            start_new_session=True,  # Ctrl-C is for us; we end it
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends the worker
         )  # fmt: skip
 
         def ask(name: str, **arguments):
@@ -52,7 +63,9 @@ def torch_worker(build: Build = Build()) -> Iterator[Callable]:  # noqa: B008
             except BrokenPipeError:
                 answer = ""
             if not answer:
-                raise WorkerFailed(f"the process ended with status {process.wait()}: {last_line(messages)}")
+                status = process.wait()
+                messages.seek(0)
+                raise WorkerFailed(f"the process ended with status {status}: {last_line(messages.read())}")
             answer = json.loads(answer)
             if "failed" in answer:
                 raise WorkerFailed(answer["failed"])
@@ -65,7 +78,7 @@ def torch_worker(build: Build = Build()) -> Iterator[Callable]:  # noqa: B008
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill it, and the compiler that it may be waiting for."""
+    """Kill the process and its children, such as a compiler."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
@@ -73,29 +86,28 @@ def end(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def last_line(file) -> str:
-    file.seek(0)
-    return (file.read().strip().splitlines() or ["it said nothing"])[-1]
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def build_shim(folder: Path, cpu: str, features: dict[str, bool]) -> tuple[Path | None, str]:
-    """(a library that makes MKL take its AVX-512 path, ""), or (None, why there is none).
+    """(a library that enables MKL's AVX-512 path, ""), or (None, the reason why there is none).
 
-    MKL asks its own `mkl_serv_intel_cpu_true` whether the processor is Intel's, and takes an AVX2 path where it is not.
-    cpu, features: LLVM's name of the processor, and what it has.
+    MKL calls its own `mkl_serv_intel_cpu_true` and uses AVX2 on CPUs that are not Intel's. The library replaces that
+    function. cpu, features: the CPU's name and features as LLVM reports them.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not cpu.startswith("znver"):
-        return None, "not needed: only on AMD processors does MKL leave AVX-512 aside"
+        return None, "not needed: MKL avoids AVX-512 only on AMD CPUs"
     if not features.get("avx512f"):
-        return None, "this processor has no AVX-512"
+        return None, "this CPU has no AVX-512"
     if not sys.platform.startswith("linux"):
-        return None, f"a library can be preloaded on Linux only, this is {sys.platform}"
+        return None, f"preloading a library works only on Linux, not on {sys.platform}"
     if not compiler:
-        return None, "no C compiler for the one-function library that it takes: install gcc or clang"
+        return None, "no C compiler found: install gcc or clang"
     source, library = folder / "intel_cpu_true.c", folder / "intel_cpu_true.so"
     source.write_text(AVX512_SHIM)
     done = subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], capture_output=True, text=True)
     if done.returncode:
-        return None, f"{compiler} failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}"
+        return None, f"{compiler} failed: {last_line(done.stderr)}"
     return library, ""

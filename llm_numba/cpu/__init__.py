@@ -1,1 +1,1 @@
-"""The ops on the CPU: one file a layer, its functions compiled by Numba."""
+"""The ops on the CPU, compiled by Numba: one file per layer."""

@@ -1,19 +1,21 @@
-"""The optimiser: Adam with decoupled weight decay."""
+"""The optimizer: Adam with decoupled weight decay."""
 
 import numpy as np
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL, TASK, ZERO
 
-RUN = 64  # parameters to all or none of which weight decay applies
-BLOCK = 256  # runs that one task updates
+RUN = 64  # parameters that share one weight decay flag
+BLOCK = 256  # runs per task
 
 
 @njit(**TASK)
 def update_runs(params, grads, m, v, decays, rate, m_factors, v_factors, eps, weight_decay, scale):
-    """AdamW on params, grads, m, v (runs, RUN), each run with its decay; m_factors, v_factors: how much of the old mean
-    is kept, how much of the new value joins it, and its correction. Every number here is a float32: one float64 would
-    make the whole loop float64."""
+    """AdamW on params, grads, m, v (runs, RUN); decays (runs,).
+
+    m_factors, v_factors: the weights of the old mean and of the new value, and the bias correction. All scalars are
+    float32: a single float64 would make the whole loop float64.
+    """
     m_keep, m_gain, m_correction = m_factors
     v_keep, v_gain, v_correction = v_factors
     for run in range(params.shape[0]):
@@ -32,17 +34,17 @@ def update_runs(params, grads, m, v, decays, rate, m_factors, v_factors, eps, we
 def adamw_update(
     params, master, grads, m, v, decays, learning_rate, beta1, beta2, eps, weight_decay, step, seed, grad_scale
 ):
-    """Move each parameter against its gradient's running mean, measured in the root of its running mean square.
+    """One step of AdamW.
 
-    params, m, v <- grads, all (n,), n a multiple of RUN; decays (n / RUN,) uint8: 1 where weight decay applies to a
-        run of parameters, else 0; learning_rate (1,), step (1,) int32, which is 1 at the first update, grad_scale
-        (1,), by which every gradient is multiplied first (clipping); beta1, beta2, eps, weight_decay numbers;
-        master and seed are for parameters in less than float32, which the CPU has none of: they are ignored
+    params, m, v <- grads, all (n,), n a multiple of RUN; decays (n / RUN,) uint8, 1 if weight decay applies to a run of
+        parameters, else 0; learning_rate (1,); step (1,) int32, 1 at the first update; grad_scale (1,), which
+        multiplies every gradient first (clipping); beta1, beta2, eps and weight_decay are Python floats; master and
+        seed are for bf16 parameters and ignored on the CPU
     Writes:   m = beta1 * m + (1 - beta1) * grads, v = beta2 * v + (1 - beta2) * grads**2,
               params -= learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * decays * params)
-              with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step); nothing where grad_scale is negative
+              with mhat = m / (1 - beta1**step), vhat = v / (1 - beta2**step); nothing if grad_scale is negative
     Parallel: over blocks of BLOCK runs; each thread owns its blocks, so nothing races
-    Moves:    7 floats a parameter
+    Moves:    7 floats per parameter
     Source:   Loshchilov and Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014, arXiv:1412.6980
     """
     if grad_scale[0] < ZERO:

@@ -127,7 +127,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scrat
 
 @njit(**TASK)
 def backward_head(dq, dk, dv, dy, y, lse, q, k, v, scratch, accumulate):
-    """dq (T, HS) =, dk, dv (T, HS) = (+= where accumulate) <- dy, y (T, HS), lse (T,), q, k, v (T, HS).
+    """dq (T, HS) =, dk, dv (T, HS) = (+= if accumulate) <- dy, y (T, HS), lse (T,), q, k, v (T, HS).
 
     With ds = p * (dy vT - sum(dy * y)) * scale, a block adds dq += ds k, dk += dsT q and dv += pT dy.
     """

@@ -1,4 +1,4 @@
-"""Softmax and cross-entropy in one op, so that the probabilities never need memory of their own."""
+"""Softmax and cross-entropy in one op, so that the probabilities are never stored."""
 
 import numpy as np
 from numba import njit, prange
@@ -17,15 +17,15 @@ def sum_of_exp(x, top):
 
 @njit(**PARALLEL)
 def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
-    """The loss of each prediction and, in the logits' place, its gradient.
+    """The loss of each prediction; its gradient overwrites the logits.
 
-    logits (B, T, Vp), losses (B, T) <- targets (B, T) int32, dloss (a number: the gradient of every loss)
+    logits (B, T, Vp), losses (B, T) <- targets (B, T) int32, dloss (a float, the gradient of every loss)
     With softmax over the first vocab_size (V) columns:
     Writes:   losses = -log(softmax[target]), in nats;
-              where write_dlogits: logits = (softmax - onehot(target)) * dloss, and 0 in the padding columns V..Vp
+              if write_dlogits: logits = (softmax - onehot(target)) * dloss, and 0 in the padding columns V..Vp
     Parallel: over the B*T rows; each thread owns its rows, so nothing races
-    Moves:    B*T*Vp floats in, as many out; a row is read again while it is in the cache
-    Expects:  0 <= targets < vocab_size, unchecked; a NaN among a row's logits makes its loss NaN
+    Moves:    B*T*Vp floats in and as many out; a row is read again while it is in the cache
+    Expects:  0 <= targets < vocab_size, unchecked; a NaN among the logits of a row makes its loss NaN
     """
     B, T, Vp = logits.shape
     V = vocab_size
@@ -34,7 +34,7 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
         x, target = rows[i, :V], row_targets[i]
         top = largest(x)
         total = sum_of_exp(x, top)
-        # in float64, because log(total) drowns next to a large logit
+        # in float64, because a large logit would swallow log(total)
         row_losses[i] = np.log(np.float64(total)) + (np.float64(top) - np.float64(x[target]))
 
         if write_dlogits:
@@ -47,13 +47,13 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
 
 @njit(cache=True)
 def add_mean(loss, losses, share):
-    """Add a batch's share to the loss of a step.
+    """Add the mean loss of a micro-batch to the loss of a step.
 
-    loss (1,) float64 <- losses (B, T), share (a number)
+    loss (1,) float64 <- losses (B, T), share (a float)
     Writes:   loss += share * the mean of losses
     """
-    numbers = losses.reshape(-1)
+    flat = losses.reshape(-1)
     total = 0.0
-    for i in range(numbers.shape[0]):
-        total += np.float64(numbers[i])
-    loss[0] += share * total / numbers.shape[0]
+    for i in range(flat.shape[0]):
+        total += np.float64(flat[i])
+    loss[0] += share * total / flat.shape[0]

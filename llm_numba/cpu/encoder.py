@@ -1,19 +1,19 @@
-"""The encoder: a token's embedding plus its position's."""
+"""The encoder: token embedding plus position embedding."""
 
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL
 
-BLOCK = 64  # channels that one task of the backward owns
+BLOCK = 64  # channels per task of the backward
 
 
 @njit(**PARALLEL)
 def encoder_forward(out, tokens, wte, wpe):
-    """Look up each token's embedding and add that of its position.
+    """Look up the embedding of each token and add the embedding of its position.
 
     out (B, T, C) <- tokens (B, T) int32, wte (Vp, C), wpe (at least T, C)
     Writes:   out[b, t] = wte[tokens[b, t]] + wpe[t]
-    Parallel: over the T positions; each has its own rows of out, so nothing races
+    Parallel: over the T positions; each thread owns the rows of its positions, so nothing races
     Moves:    2*B*T*C + T*C floats
     Expects:  0 <= tokens < Vp, unchecked
     Source:   Radford et al. 2019, GPT-2
@@ -22,7 +22,6 @@ def encoder_forward(out, tokens, wte, wpe):
     for t in prange(T):
         position = wpe[t]
         for b in range(B):
-            # seek to out[b, t, :] and to the token's row of wte
             row, token = out[b, t], wte[tokens[b, t]]
             for c in range(C):
                 row[c] = token[c] + position[c]
@@ -30,12 +29,12 @@ def encoder_forward(out, tokens, wte, wpe):
 
 @njit(**PARALLEL)
 def encoder_backward(dwte, dwpe, dout, tokens):
-    """Hand each row of dout to the embedding of its token and to that of its position.
+    """Add each row of dout to the gradients of its token's and its position's embedding.
 
     dwte (Vp, C), dwpe (at least T, C) <- dout (B, T, C), tokens (B, T) int32
     Writes:   dwte[tokens[b, t]] += dout[b, t], dwpe[t] += dout[b, t]
-    Parallel: over blocks of BLOCK channels; a token may stand in many rows, but a block's channels have one owner, who
-              adds in the order of (b, t), so nothing races and the sum's order is fixed
+    Parallel: over blocks of BLOCK channels. A token may occur many times, but one thread owns a block of channels and
+              adds in the order of (b, t), so nothing races and the order of each sum is fixed
     Moves:    5*B*T*C floats
     Expects:  0 <= tokens < Vp, unchecked
     """
@@ -44,7 +43,6 @@ def encoder_backward(dwte, dwpe, dout, tokens):
         first, last = block * BLOCK, (block + 1) * BLOCK
         for b in range(B):
             for t in range(T):
-                # seek to the block's channels of dout[b, t, :], of its token and of its position
                 row = dout[b, t, first:last]
                 token, position = dwte[tokens[b, t], first:last], dwpe[t, first:last]
                 for c in range(row.shape[0]):

@@ -1,6 +1,6 @@
-"""GELU, in GPT-2's tanh form.
+"""GELU in its tanh form, as in GPT-2.
 
-An op of its own: as the last thing that the matmul before it did, it took no less time.
+It is a separate op because fusing it into the matmul before it saved no time.
 """
 
 import math
@@ -18,12 +18,12 @@ THREE = np.float32(3)
 
 @njit(**PARALLEL)
 def gelu_forward(out, inp):
-    """Weigh each number by (about) the probability that a standard normal one is below it.
+    """Scale each element by (about) the probability that a standard normal variable is below it.
 
     out (..., C) <- inp (..., C)
     Writes:   out = 0.5 * inp * (1 + tanh(sqrt(2 / pi) * (inp + 0.044715 * inp**3)))
     Parallel: over the rows; each thread owns its rows, so nothing races
-    Moves:    2 floats an element
+    Moves:    2 floats per element
     Source:   Hendrycks and Gimpel 2016, arXiv:1606.08415
     """
     C = inp.shape[-1]
@@ -42,7 +42,7 @@ def gelu_backward(dinp, inp, dout):
     With s = 1 / (1 + e^(-2u)), u as in the forward:
     Writes:   dinp = dout * (s + inp * s * (1 - s) * d(2u)/dinp)
     Parallel: over the rows; each thread owns its rows, so nothing races
-    Moves:    3 floats an element
+    Moves:    3 floats per element
     """
     C = inp.shape[-1]
     dx_rows, x_rows, dy_rows = dinp.reshape(-1, C), inp.reshape(-1, C), dout.reshape(-1, C)

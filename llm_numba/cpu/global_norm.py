@@ -1,11 +1,11 @@
-"""The norm of all gradients together, by which they are clipped."""
+"""The global norm of all gradients, and clipping by it."""
 
 import numpy as np
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL, REDUCTION
 
-BLOCK = 16384  # numbers that one task sums
+BLOCK = 16384  # elements per task
 
 
 @njit(**REDUCTION)
@@ -23,23 +23,23 @@ def global_norm_squared_scratch(out, grads):
 
 @njit(**PARALLEL)
 def global_norm_squared(out, grads, scratch):
-    """Add up the squares of all gradients.
+    """The sum of the squares of all gradients.
 
     out (1,) float64 <- grads (n,), scratch (8-byte aligned)
     Writes:   out = sum of grads**2
-    Parallel: over blocks of BLOCK numbers, whose sums go to scratch and are then added in order: nothing races, and the
-              number of threads does not matter
+    Parallel: over blocks of BLOCK elements. Their sums go to scratch and are then added in order, so nothing races and
+              the result does not depend on the number of threads
     Moves:    n floats
     Scratch:  global_norm_squared_scratch(...)
 
-    The sums are float64, in which a float32's square is exact and cannot overflow; reading memory takes longer.
+    The sums are float64, in which the square of a float32 is exact and cannot overflow. The op is limited by memory
+    bandwidth, so this costs no time.
     """
     n = grads.shape[0]
     blocks = (n + BLOCK - 1) // BLOCK
     sums = scratch[: 2 * blocks].view(np.float64)
     for block in prange(blocks):
-        numbers = grads[block * BLOCK : (block + 1) * BLOCK]
-        sums[block] = sum_of_squares(numbers)
+        sums[block] = sum_of_squares(grads[block * BLOCK : (block + 1) * BLOCK])
     total = 0.0
     for block in range(blocks):
         total += sums[block]
@@ -48,11 +48,11 @@ def global_norm_squared(out, grads, scratch):
 
 @njit(cache=True)
 def clip(grad_scale, loss, grad_norm_squared, limits, highest):
-    """What every gradient is to be multiplied by, so that their norm is at most `highest`.
+    """The factor for all gradients that keeps their norm at `highest` or below.
 
     grad_scale (1,) <- loss (1,) float64, grad_norm_squared (1,) float64, limits (2,) float64, highest (0: no clipping)
-    Writes:   grad_scale = min(1, highest / norm); or -1, which leaves the update out, where the loss or the norm is not
-              finite, or is above its limit (limits[0] the loss's, limits[1] the norm's)
+    Writes:   grad_scale = min(1, highest / norm); or -1, which skips the update, if the loss or the norm is not finite
+              or above its limit (limits[0] for the loss, limits[1] for the norm)
     Source:   Pascanu et al. 2012, arXiv:1211.5063
     """
     norm = np.sqrt(grad_norm_squared[0])

@@ -7,14 +7,14 @@ from numba.extending import register_jitable
 from llm_numba.cpu.jit import INLINE, ONE, PARALLEL, REDUCTION, ZERO, dot, sum_of
 
 EPSILON = np.float32(1e-5)
-PIECES = 64  # the backward cuts the rows in so many pieces at most, whatever the number of threads
-PIECE = 16  # rows of a piece at least, so that its sums are worth their own memory
-BLOCK = 64  # channels that one task adds up over the pieces
+PIECES = 64  # the backward splits the rows into at most this many pieces, whatever the number of threads
+PIECE = 16  # the smallest number of rows per piece
+BLOCK = 64  # channels per task when the pieces are added up
 
 
 @njit(**REDUCTION)
 def sum_of_squared_differences(x, m):
-    """The sum of (x - m)**2: the variance from sum(x**2) - m**2 would cancel."""
+    """The sum of (x - m)**2. (Computing the variance from sum(x**2) - m**2 would cancel.)"""
     total = ZERO
     for c in range(x.shape[0]):
         total += (x[c] - m) * (x[c] - m)
@@ -23,7 +23,7 @@ def sum_of_squared_differences(x, m):
 
 @njit(**REDUCTION)
 def sum_of_dnorm_norm(weight, dy, x, m):
-    """The sum of dnorm * norm, but for norm's factor rstd."""
+    """The sum of dnorm * norm, without norm's factor rstd."""
     total = ZERO
     for c in range(x.shape[0]):
         total += (weight[c] * dy[c]) * (x[c] - m)
@@ -32,7 +32,7 @@ def sum_of_dnorm_norm(weight, dy, x, m):
 
 @njit(**INLINE)
 def normalise(y, x, weight, bias):
-    """y (C,) = x (C,) with zero mean and unit variance, scaled and shifted; returns the mean and rstd."""
+    """y (C,) = x (C,) normalised, scaled and shifted; returns mean and rstd."""
     C = x.shape[0]
     m = sum_of(x) / np.float32(C)
     r = ONE / np.sqrt(sum_of_squared_differences(x, m) / np.float32(C) + EPSILON)
@@ -78,9 +78,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
         <- dout (B, T, C), inp (B, T, C), weight (C,), mean (B, T), rstd (B, T), scratch
     With norm = (inp - mean) * rstd and dnorm = weight * dout, both (B, T, C), and averages over a row's channels:
     Writes:   dinp += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)),
-              dweight: sum over b, t of dout * norm, dbias: sum over b, t of dout; both += where accumulate, else =
-    Parallel: over at most PIECES runs of rows, each of which sums its share of dweight and dbias in its own part of
-              scratch; then over blocks of channels, each of which adds its shares up in order. Neither cut depends on
+              dweight: sum over b, t of dout * norm, dbias: sum over b, t of dout; both += if accumulate, else =
+    Parallel: over at most PIECES pieces of rows, each of which sums its share of dweight and dbias in its own part of
+              scratch; then over blocks of channels, each of which adds the shares in order. Neither split depends on
               the number of threads, so the sums do not either
     Moves:    4*B*T*C floats
     Scratch:  layernorm_backward_scratch(...)
@@ -99,7 +99,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
             dx, dy, x, m, r = dx_rows[i], dy_rows[i], x_rows[i], means[i], rstds[i]
             dnorm_average = dot(weight, dy) / np.float32(C)
             dnorm_norm_average = sum_of_dnorm_norm(weight, dy, x, m) * r / np.float32(C)
-            # the row's own gradient, and its part of the parameters'
             for c in range(C):
                 dx[c] += r * (weight[c] * dy[c] - dnorm_average - (x[c] - m) * r * dnorm_norm_average)
                 dweight_share[c] += dy[c] * ((x[c] - m) * r)

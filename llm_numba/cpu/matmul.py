@@ -1,11 +1,11 @@
-"""Matmul: a linear layer, its input's gradient and its parameters' gradient, three loops around one register tile.
+"""Matmul: a linear layer and its gradients, as loops around one register tile.
 
-R = B*T rows. `multiply` wants one operand in panels: NR columns side by side, row after row, so that each step of its
-inner loop reads NR contiguous numbers. Which operand is packed so is chosen to move the least: the activations in the
-forward and for the weight gradient, a block of the weights at a time for the input's gradient.
+R = B*T rows. `multiply` needs one operand packed in panels: strips of NR columns, row by row, so that each step of its
+inner loop reads NR contiguous elements. The operand that is cheapest to move is packed: the activations in the forward
+and for the gradient of the weights, one block of the weights at a time for the gradient of the input.
 
-Every element of a result has one owner, which sums it in one order: blocks of KB terms, one after the other. Which
-thread the owner runs on changes nothing.
+Every element of a result has one owner, which sums it in a fixed order: blocks of KB terms, one after the other. So the
+number of threads does not change the result.
 """
 
 import numpy as np
@@ -25,12 +25,12 @@ from llm_numba.cpu.tile import (
     transpose,
 )
 
-KB = 384  # terms of the inner dimension in a block: a panel of them (96 KiB) stays in the L2 cache
-CHUNK = 8 * KB  # terms that all tasks sum before any goes on
-OB = 96  # rows of the weights that one task owns
-RB = 528  # rows of the activations that one task owns
+KB = 384  # terms of the inner dimension per block: a panel of them (96 KiB) stays in the L2 cache
+CHUNK = 8 * KB  # terms that all tasks sum before any task continues
+OB = 96  # rows of the weights per task
+RB = 528  # rows of the activations per task
 PACK = 16  # rows that one task packs
-FEW_ROWS = 8  # below this a tile would compute mostly padding
+FEW_ROWS = 8  # with fewer rows, a tile would compute mostly padding
 NO_BIAS = np.empty(0, np.float32)
 new_sums = stack_array(OB, NR)
 new_panel = stack_array(KB, NR)
@@ -50,7 +50,7 @@ def matmul_backward_scratch(dinp, dweight, dbias, dout, inp, weight, accumulate)
 
 
 def matmul_forward(out, inp, weight, bias, scratch):
-    """A linear layer: every row of inp times every row of weight.
+    """A linear layer: out = inp weightT + bias.
 
     out (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,) or None
     Writes:   out =
@@ -71,7 +71,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
     """The gradients of a linear layer.
 
     dinp (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp (B, T, C), weight (OC, C)
-    Writes:   dinp =; dweight, dbias += where accumulate, else =
+    Writes:   dinp =; dweight, dbias += if accumulate, else =
     Scratch:  matmul_backward_scratch(...)
     Parallel: dinp over blocks of rows and channels, dweight and dbias over blocks of output channels
     Flops:    4*B*T*C*OC
@@ -86,7 +86,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
 def forward_tiled(out, inp, weight, bias, scratch):
     """out[r, o] = sum_k inp[r, k] weight[o, k] + bias[o].
 
-    The tile's rows are rows of weight and its columns are rows of inp, transposed into panels.
+    The rows of a tile are rows of weight; its columns are rows of inp, which is transposed into panels.
     """
     R, K = inp.shape
     O = weight.shape[0]
@@ -102,7 +102,7 @@ def forward_tiled(out, inp, weight, bias, scratch):
 
 @njit(**TASK)
 def pack_transposed(panel, rows):
-    """panel[k, c] = rows[c, k]; where there are fewer than NR rows, the last one is repeated."""
+    """panel[k, c] = rows[c, k]; if there are fewer than NR rows, the last one is repeated."""
     transpose(panel, rows)
     for k in range(rows.shape[1]):
         for c in range(rows.shape[0], NR):
@@ -111,7 +111,7 @@ def pack_transposed(panel, rows):
 
 @njit(**TASK)
 def forward_columns(out, weight, bias, panels, first):
-    """At most OB columns of out, from `first` on; these rows of weight make them."""
+    """At most OB columns of out, from `first` on, which belong to these rows of weight."""
     O, K = weight.shape
     tile, sums = new_tile(), new_sums()
     for j in range(panels.shape[0]):
@@ -130,7 +130,7 @@ def forward_columns(out, weight, bias, panels, first):
 
 @njit(**PARALLEL)
 def forward_few_rows(out, inp, weight, bias):
-    """The same sums as dot products: for a handful of rows reading the weights is all the work."""
+    """The same with dot products: with so few rows, the time is that of reading the weights."""
     R = inp.shape[0]
     O = weight.shape[0]
     for p in prange((O + OB - 1) // OB):
@@ -145,7 +145,7 @@ def forward_few_rows(out, inp, weight, bias):
 def backward_input(dinp, dout, weight):
     """dinp[r, c] = sum_o dout[r, o] weight[o, c].
 
-    CHUNK terms at a time, as every task reads all of dout: a chunk of it stays in the last cache from task to task.
+    CHUNK terms at a time: every task reads all of dout, and a chunk of it stays in the last-level cache between tasks.
     """
     R, C = dinp.shape
     J = (C + NR - 1) // NR
@@ -158,10 +158,10 @@ def backward_input(dinp, dout, weight):
 
 @njit(**TASK)
 def backward_columns(dinp, dout, weight, first, accumulate):
-    """NR columns of dinp, from `first` on: = these terms of the sum, += where accumulate.
+    """NR columns of dinp, from `first` on: = these terms of the sum, += if accumulate.
 
-    The tile's rows are rows of dout; its columns are those of weight, KB rows of which at a time are packed in a panel.
-    The next KB rows are fetched meanwhile, a few with each tile.
+    The rows of a tile are rows of dout; its columns are columns of weight, of which KB rows at a time are packed into a
+    panel. Each tile prefetches a few of the next KB rows.
     """
     R, O = dout.shape
     tile, panel = new_tile(), new_panel()
@@ -177,9 +177,9 @@ def backward_columns(dinp, dout, weight, first, accumulate):
 
 @njit(**PARALLEL)
 def backward_weight(dweight, dbias, dout, inp, scratch, accumulate):
-    """dweight[o, c] = (+= where accumulate) sum_r dout[r, o] inp[r, c]; dbias[o] likewise sum_r dout[r, o].
+    """dweight[o, c] = (+= if accumulate) sum_r dout[r, o] inp[r, c]; dbias[o] likewise sum_r dout[r, o].
 
-    inp is packed into panels that all threads share.
+    All threads share inp, packed into panels.
     """
     R, C = inp.shape
     O = dout.shape[1]
@@ -195,9 +195,9 @@ def backward_weight(dweight, dbias, dout, inp, scratch, accumulate):
 
 @njit(**TASK)
 def backward_rows(dweight, dbias, dout, panels, accumulate):
-    """At most OB rows of dweight, of which these are the columns of dout.
+    """At most OB rows of dweight, which belong to these columns of dout.
 
-    The tile's rows are columns of dout, KB numbers of each of which are packed side by side, MR columns to a strip.
+    The rows of a tile are columns of dout; KB elements of each are packed at a time, in strips of MR columns.
     """
     R, O = dout.shape
     C = dweight.shape[1]
@@ -218,7 +218,7 @@ def backward_rows(dweight, dbias, dout, panels, accumulate):
 
 @njit(**TASK)
 def pack_block(panel, rows, first):
-    """panel[r, c] = rows[r, first + c]; where rows end before panel's NR columns, the rest is untouched."""
+    """panel[r, c] = rows[r, first + c]; columns beyond the end of rows are left as they are."""
     for r in range(rows.shape[0]):
         to, row = panel[r], rows[r, first : first + NR]
         for c in range(row.shape[0]):
@@ -227,7 +227,7 @@ def pack_block(panel, rows, first):
 
 @njit(**TASK)
 def pack_strips(strips, rows):
-    """strips[s * KB + r, c] = rows[r, s * MR + c]; beyond the last column stand copies of it."""
+    """strips[s * KB + r, c] = rows[r, s * MR + c]; beyond the last column, copies of it."""
     R, C = rows.shape
     for s in range((C + MR - 1) // MR):
         for r in range(R):
@@ -242,7 +242,7 @@ def pack_strips(strips, rows):
 
 @njit(**TASK)
 def add_rows(total, rows, accumulate):
-    """total[c] = (+= where accumulate) sum_r rows[r, c], in the order of r."""
+    """total[c] = (+= if accumulate) sum_r rows[r, c], in the order of r."""
     if not accumulate:
         total[:] = ZERO
     for r in range(rows.shape[0]):

@@ -1,4 +1,4 @@
-"""The CPU's side of the arena: memory, views of it, and what the CPU's ops need beside their results."""
+"""CPU memory for the arena: allocation, views, copies, and the threads that run the ops."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from llm_numba.cpu.jit import PARALLEL
 from llm_numba.util.cli import UserError
 from llm_numba.util.host import available_memory, sensible_threads, usable_cores  # noqa: F401  the first is the backend's
 
-BOUND_ALREADY = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}  # by whoever set one of these
+BINDING = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}  # the user binds the threads
 
 
 def allocate(nbytes: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def allocate(nbytes: int) -> np.ndarray:
 
 
 def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The bytes of memory from offset on as an array of this shape and dtype."""
+    """The memory from byte `offset` on, as an array of this shape and dtype."""
     count = int(np.prod(shape))
     return memory[offset : offset + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
@@ -35,29 +35,29 @@ def storage_dtype(dtype: str) -> np.dtype:
 
 
 def set_threads(threads: int) -> None:
-    """Run the ops on this many threads; 0: NUMBA_NUM_THREADS where it is set, else one for each physical core."""
+    """Run the ops on this many threads; 0 means NUMBA_NUM_THREADS if it is set, else one per physical core."""
     most = config.NUMBA_NUM_THREADS
     if threads > most:
-        raise UserError(f"--threads {threads}: Numba may use {most} here; see NUMBA_NUM_THREADS")
+        raise UserError(f"--threads {threads}: Numba can use at most {most} threads here; see NUMBA_NUM_THREADS")
     set_num_threads(threads or (most if "NUMBA_NUM_THREADS" in os.environ else min(most, sensible_threads())))
     cores = usable_cores()
-    if len(cores) == get_num_threads() > 1 and not BOUND_ALREADY & os.environ.keys():
+    if len(cores) == get_num_threads() > 1 and not BINDING & os.environ.keys():
         bind_workers(cores)
 
 
 @njit(**PARALLEL)
 def start_threads(out):
-    """out[i] = i, each by a thread of its own."""
+    """out[i] = i, each on another thread."""
     for i in prange(out.shape[0]):
         out[i] = i
 
 
 def bind_workers(cores: list[set[int]]) -> None:
-    """Give each thread that works for this one a core of its own, where the threads take all cores there are.
+    """Bind each worker thread to one core, if there are as many threads as cores. Linux only.
 
-    The scheduler sometimes wakes two on one core, where they then take turns for seconds, while another core is idle.
-    This thread stays free, and so do the processes that it starts. It has to be the first work that the threads do: it
-    is how they are told from others. Elsewhere than on Linux nothing is done.
+    The scheduler sometimes runs two workers on one core for seconds while another core is idle. This thread and the
+    processes that it starts stay unbound. Call it before any other parallel work: the workers are found as the threads
+    that appear.
     """
     tasks = Path("/proc/self/task")
     if not (hasattr(os, "sched_setaffinity") and tasks.exists()):
@@ -71,7 +71,7 @@ def bind_workers(cores: list[set[int]]) -> None:
 
 
 def describe_device() -> str:
-    """What computes, in words, for the log."""
+    """The device in words, for the log."""
     return f"on the CPU, {get_num_threads()} threads"
 
 
@@ -86,15 +86,15 @@ def copy(out: np.ndarray, inp: np.ndarray) -> None:
 
 
 def to_device(tensor: np.ndarray, host: np.ndarray) -> None:
-    """tensor = host, an array or a number."""
+    """tensor = host, an array or a scalar."""
     tensor[...] = host
 
 
 def to_host(tensor: np.ndarray) -> np.ndarray:
-    """tensor as a NumPy array; on the CPU it is one already, and is not copied."""
+    """tensor as a NumPy array; on the CPU it already is one and is not copied."""
     return tensor
 
 
 def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """A function that does what `function` does, each time with the same arrays; on the CPU it is that function."""
+    """A replayable version of `function`, which must use the same arrays each time; on the CPU, `function` itself."""
     return function

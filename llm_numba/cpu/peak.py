@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: the 100% of a "share of peak"."""
+"""The measured peak of this machine: what 100% means in "share of peak"."""
 
 import time
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from llm_numba.cpu.jit import PARALLEL, sum_of
 from llm_numba.cpu.memory import allocate, view
 from llm_numba.cpu.tile import MR, NR, add_tile, multiply, new_tile
 
-K = 256  # the tile's operands then stay in the L1 cache
-STREAM_FLOATS = 1 << 26  # 256 MiB an array: beyond any cache but the largest servers'
-BLOCK = 16384  # floats that one task streams
+K = 256  # small enough that the operands of the tile stay in the L1 cache
+STREAM_FLOATS = 1 << 26  # 256 MiB per array: larger than the caches of all but the largest servers
+BLOCK = 16384  # floats per task
 
 
 @njit(**PARALLEL)
 def run_tiles(out, a, b, repeats):
-    """out (threads, MR, NR) += repeats times a (MR, K) b (K, NR), on each thread by itself."""
+    """out (threads, MR, NR) += repeats times a (MR, K) b (K, NR), each thread on its own tile."""
     for i in prange(out.shape[0]):
         tile = new_tile()
         for _ in range(repeats):
@@ -27,9 +27,9 @@ def run_tiles(out, a, b, repeats):
 
 
 def peak_flops(dtype: str = "float32") -> float | None:
-    """The float32 multiply-adds of all threads together, two flops each, in flops per second; about 0.1 s.
+    """The float32 flops per second of all threads together; a multiply-add counts as two. Takes about 0.1 s.
 
-    The best of several tries, as other processes can only slow one down. None where nothing is compiled.
+    The best of several tries, because other processes can only slow one down. None if nothing is compiled.
     """
     if config.DISABLE_JIT:
         return None
@@ -42,7 +42,7 @@ def peak_flops(dtype: str = "float32") -> float | None:
 
 @njit(**PARALLEL)
 def stream_read(x, y, z):
-    """z[block] = the sum of a block of x."""
+    """z[block] = the sum of each block of x."""
     for block in prange(x.shape[0] // BLOCK):
         z[block] = sum_of(x[block * BLOCK : (block + 1) * BLOCK])
 
@@ -54,7 +54,7 @@ def stream_copy(x, y, z):
         first, last = block * BLOCK, (block + 1) * BLOCK
         a, c = x[first:last], z[first:last]
         for i in range(BLOCK):
-            c[i] = a[i] + np.float32(1)  # a plain copy would become a call of memcpy
+            c[i] = a[i] + np.float32(1)  # LLVM would replace a plain copy by a call of memcpy
 
 
 @njit(**PARALLEL)
@@ -80,16 +80,16 @@ STREAMS = {"read": (stream_read, 1), "copy": (stream_copy, 2), "add": (stream_ad
 
 
 def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
-    """Bytes per second that all threads together move between memory and the cores, by pattern; about 1 s.
+    """Bytes per second that all threads together move between memory and the cores, by pattern. Takes about 1 s.
 
     "read": x; "copy": z = x; "add": z = x + y; "update": x in place. Each byte that the program reads or writes counts
-    once, as in STREAM. How fast memory is depends on the mix, and a write to what was not read first costs a read that
-    is not counted: an op is to be compared with the pattern that is its own. The best of several tries, taken in turn.
+    once, as in STREAM. Bandwidth depends on the mix of reads and writes, and a write to memory that was not read first
+    costs a hidden read, so compare an op with the pattern that matches it. The best of several interleaved tries.
     Source: McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"
     """
     x, y, z = (view(allocate(4 * floats), 0, (floats,), "float32") for _ in range(3))
     for array in (x, y, z):
-        array.fill(1)  # the first write to a page makes it
+        array.fill(1)  # the first write to a page allocates it
     best = dict.fromkeys(STREAMS, float("inf"))
     for stream, _ in STREAMS.values():
         stream(x[:BLOCK], y[:BLOCK], z[:BLOCK])
@@ -100,7 +100,7 @@ def peak_bandwidth(floats: int = STREAM_FLOATS) -> dict[str, float]:
 
 
 def timed(run: Callable) -> float:
-    """The seconds that `run` takes."""
+    """The time that `run` takes, in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The residual stream: what a block computes is added to what came in, and normalised for the next block."""
+"""The residual stream: add the output of a block to its input, and normalise the sum for the next block."""
 
 from numba import njit, prange
 
@@ -8,13 +8,13 @@ from llm_numba.cpu.layernorm import normalise
 
 @njit(**PARALLEL)
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """Add two activations, and normalise the sum: a row is still in the cache when it is needed again.
+    """Add two activations and normalise the sum, while each row is still in the cache.
 
     residual (B, T, C), out (B, T, C), mean (B, T), rstd (B, T)
         <- inp1 (B, T, C), inp2 (B, T, C), weight (C,), bias (C,)
-    Writes:   residual = inp1 + inp2; out =, mean =, rstd = as `layernorm_forward` makes them of residual
+    Writes:   residual = inp1 + inp2; out =, mean =, rstd = as `layernorm_forward` computes them from residual
     Parallel: over the B*T rows; each thread owns its rows, so nothing races
-    Moves:    4*B*T*C floats, one less than the two steps on their own
+    Moves:    4*B*T*C floats; two separate ops would move 5*B*T*C
     Source:   He et al. 2015, arXiv:1512.03385; Ba et al. 2016, arXiv:1607.06450
     """
     B, T, C = residual.shape
@@ -30,9 +30,9 @@ def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bi
 
 @njit(**PARALLEL)
 def residual_backward(dinp, dout):
-    """A sum hands its gradient on unchanged, to both of its inputs: dout itself already is one's, dinp is the other's.
+    """The gradient of a sum is passed on to both inputs unchanged: dout is already that of one, dinp is the other's.
 
-    dinp (B, T, C) <- dout (B, T, C); where they are the same memory there is nothing to do
+    dinp (B, T, C) <- dout (B, T, C), which may be the same memory; then nothing is copied
     Writes:   dinp = dout
     Parallel: over the B*T rows; each thread owns its rows, so nothing races
     Moves:    2*B*T*C floats, or none

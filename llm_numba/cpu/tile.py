@@ -1,12 +1,11 @@
 """The register tile: MR x NR sums that stay in vector registers while a product runs along its inner dimension.
 
-Each step of the inner loop multiplies MR numbers of `a` with a row of NR numbers of `b`: MR * NR multiply-adds for
-MR + NR loads. That ratio is what makes a matmul fast; matmul.py and attention.py are loops around this one.
+Each step of the inner loop multiplies MR elements of `a` with a row of NR elements of `b`: MR * NR multiply-adds for
+MR + NR loads. This ratio makes a matmul fast; matmul.py and attention.py are loops around this one.
 
-The tile lives on the stack, in an array of constant size. LLVM sees that nobody else can reach it and keeps it in
-registers, provided that `multiply` is inlined where the tile was made. A row of the tile is one vector to LLVM, as wide
-as it is: it is split into as many registers as that takes, on any machine, where a loop over the row is at the mercy
-of the loop vectoriser.
+The tile is an array of constant size on the stack. LLVM sees that no other code can reach it and keeps it in registers,
+provided that `multiply` is inlined into the function that made the tile. To LLVM, a row of the tile is one wide vector,
+which it splits into registers on any machine. A loop over the row would depend on the loop vectoriser instead.
 """
 
 import numpy as np
@@ -17,8 +16,8 @@ from numba.extending import intrinsic, overload, register_jitable
 from llm_numba.cpu.jit import INLINE, TASK
 from llm_numba.cpu.vectors import vector_bits
 
-# 24 of the 32 registers of 16 numbers (AVX-512), 12 of the 16 of 8 numbers (AVX2), 24 of the 32 of 4 numbers (NEON).
-# Where nothing is compiled a small tile is quicker to walk through, as a tile at a matrix's edge is computed whole.
+# The tile takes 24 of 32 registers of 16 floats (AVX-512), 12 of 16 of 8 floats (AVX2), 24 of 32 of 4 floats (NEON).
+# Without the compiler a small tile is faster, because a tile at the edge of a matrix is computed whole.
 MR, NR = (2, 8) if config.DISABLE_JIT else (6, 64 if vector_bits() == 512 else 16)
 LANES = vector_bits() // 32  # float32 in a register
 CACHE_LINE = 16  # floats
@@ -26,7 +25,7 @@ CACHE_LINE = 16  # floats
 
 @intrinsic(prefer_literal=True)
 def _stack_floats(typing_context, size):
-    """A pointer to `size` float32 on the stack, aligned to 64 bytes, made once when the function is entered."""
+    """A pointer to `size` float32 on the stack, aligned to 64 bytes, allocated when the function is entered."""
     count = size.literal_value
 
     def generate(context, builder, signature, arguments):
@@ -39,9 +38,9 @@ def _stack_floats(typing_context, size):
 
 
 def stack_array(rows, columns):
-    """A function, for compiled and plain Python alike, that returns a (rows, columns) float32 array.
+    """A function that returns a (rows, columns) float32 array of undefined content, compiled or not.
 
-    The content is undefined. Compiled, it is on the stack: it costs nothing, and is gone when the caller returns.
+    Compiled, the array is on the stack: it costs nothing and must not outlive the caller.
     """
 
     def new():
@@ -66,13 +65,13 @@ def panels_of(columns):
 
 
 def start_of(context, builder, kind, array):
-    """The address of an array's first number."""
+    """The address of the first element of an array."""
     return context.make_array(kind)(context, builder, array).data
 
 
 @intrinsic
 def _add_scaled(typing_context, sums, x, numbers):
-    """The three arguments of `add_scaled`, as one operation on vectors of NR float32."""
+    """`add_scaled` as one operation on vectors of NR float32."""
 
     def generate(context, builder, signature, arguments):
         vector, fused = ir.VectorType(ir.FloatType(), NR), ("contract",)
@@ -91,7 +90,7 @@ def _add_scaled(typing_context, sums, x, numbers):
 
 @intrinsic
 def _prefetch(typing_context, numbers):
-    """Fetch the cache line of numbers[0], to be read and written."""
+    """Prefetch the cache line of numbers[0] for reading and writing."""
 
     def generate(context, builder, signature, arguments):
         word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
@@ -106,8 +105,8 @@ def _prefetch(typing_context, numbers):
 
 @intrinsic
 def _transpose_square(typing_context, to, numbers):
-    """The two arguments of `transpose_square`, by vectors: in log2(LANES) rounds, for d = 1, 2, 4, ..., rows that stand
-    d apart swap those of their numbers that stand d apart.
+    """`transpose_square` on vectors: in log2(LANES) rounds with d = 1, 2, 4, ..., rows that are d apart swap elements
+    that are d apart.
 
     Source: J. O. Eklundh 1972, A Fast Computer Method for Matrix Transposing, IEEE Transactions on Computers C-21
     """
@@ -141,13 +140,12 @@ def _transpose_square(typing_context, to, numbers):
 
 
 def add_scaled(sums, x, numbers):
-    """sums += x * numbers, two contiguous rows of NR."""
+    """sums += x * numbers, two contiguous rows of NR elements."""
     sums += x * numbers
 
 
 def prefetch(rows):
-    """Ask for all of rows (n, m), whose rows are contiguous: nothing waits, and they are in the cache when they are
-    needed."""
+    """Load rows (n, m), each contiguous, into the cache without waiting for them."""
 
 
 def transpose_square(to, numbers):
@@ -180,7 +178,7 @@ def multiply(tile, a, b):
     """tile[r, c] = sum over k of a[r, k] * b[k, c].
 
     tile (MR, NR) = ; a (1 to MR, K), of any strides; b (K, NR), its rows contiguous.
-    Where a has fewer rows than the tile, the tile's last rows repeat a's last one and mean nothing.
+    If a has fewer rows than the tile, the last rows of the tile repeat those of a's last row and mean nothing.
     """
     last = np.uintp(a.shape[0] - 1)
     for r in range(MR):
@@ -193,7 +191,7 @@ def multiply(tile, a, b):
 
 @njit(**INLINE)
 def add_tile(block, tile, accumulate):
-    """block = tile, or block += tile where accumulate; a block at the edge is smaller than the tile."""
+    """block = tile, or block += tile if accumulate; a block at the edge is smaller than the tile."""
     for r in range(block.shape[0]):
         row = block[r]
         if accumulate:
@@ -206,7 +204,7 @@ def add_tile(block, tile, accumulate):
 
 @njit(**INLINE)
 def pack_rows(panels, first, rows):
-    """panels[j, first + r, c] = rows[r, j * NR + c]: a matrix's columns in strips of NR; the rest is untouched."""
+    """panels[j, first + r, c] = rows[r, j * NR + c]: the columns of a matrix in strips of NR."""
     for r in range(rows.shape[0]):
         for j in range(panels.shape[0]):
             strip = rows[r, j * NR : j * NR + NR]
@@ -216,7 +214,7 @@ def pack_rows(panels, first, rows):
 
 @njit(**TASK)
 def transpose(to, rows):
-    """to[c, r] = rows[r, c], both with contiguous rows: squares of LANES by LANES, and the edges one by one."""
+    """to[c, r] = rows[r, c], both with contiguous rows: squares of LANES x LANES, and single elements at the edges."""
     R, C = rows.shape
     whole_R, whole_C = R // LANES * LANES, C // LANES * LANES
     for r in range(0, whole_R, LANES):
@@ -229,6 +227,6 @@ def transpose(to, rows):
 
 @njit(**INLINE)
 def pack_columns(panels, rows):
-    """panels[j, c, r] = rows[j * NR + r, c]: the same for the transposed matrix."""
+    """panels[j, c, r] = rows[j * NR + r, c]: `pack_rows` of the transposed matrix."""
     for j in range(panels.shape[0]):
         transpose(panels[j], rows[j * NR : j * NR + NR])

@@ -1,4 +1,4 @@
-"""What the compiler has to work with: how wide this machine's vector registers are."""
+"""The vector registers of this machine, and the processor features that the compiler may use."""
 
 import llvmlite.binding as llvm
 from numba import config
@@ -13,9 +13,12 @@ define <16 x float> @sums(<16 x float> %a, <16 x float> %b) {
 
 
 def choose_features() -> None:
-    """Where NUMBA_CPU_NAME names a processor, build for what that one has: with the name alone Numba goes on using all
-    that the present one has. NUMBA_CPU_NAME=haswell then gives AVX2 on a machine with AVX-512. Otherwise build for the
-    present one, and let loops have all of its registers: for Intel's with AVX-512, LLVM would take half of each."""
+    """Set the features to compile for.
+
+    With NUMBA_CPU_NAME, only the features of that processor: NUMBA_CPU_NAME=haswell gives AVX2 on a machine with
+    AVX-512. (By itself Numba would still use all features of this machine.) Otherwise the features of this machine,
+    with vectors of the full width: on Intel processors with AVX-512, LLVM would use half of each register.
+    """
     if config.CPU_FEATURES is None:
         here = get_host_cpu_features()
         whole = here + ",-prefer-256-bit" if "+avx512f" in here else here
@@ -23,8 +26,8 @@ def choose_features() -> None:
 
 
 def vector_bits() -> int:
-    """The bits of a vector register, as the compiler shows: it adds 16 float32 in one instruction of 512 bits
-    (AVX-512), in two of 256 (AVX2) or in four of 128 (NEON, SSE)."""
+    """The width of a vector register, found by compiling an addition of 16 float32: it takes one instruction of 512
+    bits (AVX-512), two of 256 (AVX2) or four of 128 (NEON, SSE)."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(

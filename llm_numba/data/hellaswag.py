@@ -1,7 +1,7 @@
-"""HellaSwag: which of four endings does the model find the least surprising? Zellers et al. 2019, arXiv:1905.07830
+"""HellaSwag: which of four endings is the most likely for the model? Zellers et al. 2019, arXiv:1905.07830
 
-Scored as llm.c does, by completion: each ending goes through the model behind its beginning, with no other ending in
-sight. `acc` takes the ending whose tokens' losses add up to least, `acc_norm` the one where their mean is least.
+Scored by completion, as in llm.c: the model sees the context with one ending at a time. `acc` chooses the ending with
+the smallest sum of token losses, `acc_norm` the one with the smallest mean.
 """
 
 import json
@@ -19,25 +19,25 @@ ENDINGS = 4
 
 
 class Row(NamedTuple):
-    """A beginning with one of its endings: at most T + 1 tokens, the last `ending` of which are scored."""
+    """A context with one of its endings: at most T + 1 tokens, the last `ending` of which are scored."""
 
     tokens: list[int]
     ending: int
 
 
 class Examples(NamedTuple):
-    """The rows of all examples, ENDINGS in a row for each, and which of these is right."""
+    """The rows of all examples, ENDINGS consecutive ones for each, and which of them is right."""
 
     rows: list[Row]
     labels: np.ndarray
 
     def longest(self) -> int:
-        """The T that the longest row needs."""
+        """The smallest T that fits every row."""
         return max(len(row.tokens) for row in self.rows) - 1
 
 
 class Score(NamedTuple):
-    """The share of examples whose right ending was found."""
+    """The fraction of examples whose right ending was chosen."""
 
     acc_norm: float
     acc: float
@@ -50,13 +50,13 @@ class Score(NamedTuple):
 def read_examples(
     file: str, encoding: tiktoken.Encoding | None, T: int, limit: int, flag: str
 ) -> tuple[Examples, str | None]:
-    """The first `limit` examples (0: all) of JSON lines with "ctx", "endings" and "label", and a note on them, if any.
+    """The first `limit` examples (0: all) of JSON lines with "ctx", "endings" and "label", and a note if some are cut.
 
-    file: "" is what `python -m llm_numba.data hellaswag` fetches. A row longer than T + 1 tokens loses its beginning.
-    Errors: UserError that names the flag, the file and the line; a model without a tokenizer.
+    file: "" means the download of `python -m llm_numba.data hellaswag`. A row longer than T + 1 tokens loses its start.
+    Errors: UserError with the flag, the file and the line; a model without a tokenizer.
     """
     if encoding is None:
-        raise UserError("HellaSwag is text, but the model was trained with --tokenizer none: its tokens have none")
+        raise UserError("HellaSwag is text: a model trained with --tokenizer none cannot read it")
     path = Path(file).expanduser() if file else datasets.folder_of("hellaswag") / datasets.HELLASWAG
     where = f"{flag} {path}" if file else str(path)
     rows, labels, cut = [], [], 0
@@ -65,8 +65,8 @@ def read_examples(
             for number, line in enumerate(lines, 1):
                 if line.isspace():
                     continue
-                beginning, endings, label = _example(line, f"{where}: line {number}")
-                before = encoding.encode_ordinary(beginning)
+                context, endings, label = _example(line, f"{where}: line {number}")
+                before = encoding.encode_ordinary(context)
                 for ending in endings:
                     after = encoding.encode_ordinary(" " + ending)
                     tokens = (before + after)[-T - 1 :]
@@ -76,33 +76,33 @@ def read_examples(
                 if len(labels) == limit:
                     break
     except OSError as error:
-        hint = "" if file else f": fetch it with python -m llm_numba.data hellaswag, or give {flag} FILE"
+        hint = "" if file else f": download it with python -m llm_numba.data hellaswag, or give {flag} FILE"
         raise UserError(f"{where}: cannot be read ({error.strerror}){hint}") from error
     if not labels:
-        raise UserError(f"{where}: holds no examples")
-    note = f"{cut:,} of {len(rows):,} endings are, with their beginning, longer than {T} tokens: cut from the left"
+        raise UserError(f"{where}: has no examples")
+    note = f"{cut:,} of {len(rows):,} contexts with endings are longer than {T} tokens: cut at the start"
     return Examples(rows, np.array(labels)), note if cut else None
 
 
 def _example(line: bytes, where: str) -> tuple[str, list[str], int]:
     try:
         example = json.loads(line)
-        beginning, endings, label = example["ctx"], example["endings"], example["label"]
+        context, endings, label = example["ctx"], example["endings"], example["label"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where}: expected a JSON object with "ctx", "endings" and "label"') from error
-    texts = [beginning, *endings] if isinstance(endings, list) else []
-    if len(texts) != 1 + ENDINGS or not all(isinstance(text, str) for text in texts) or not beginning:
-        raise UserError(f"{where}: expected a text as ctx and {ENDINGS} texts as endings")
+    texts = [context, *endings] if isinstance(endings, list) else []
+    if len(texts) != 1 + ENDINGS or not all(isinstance(text, str) for text in texts) or not context:
+        raise UserError(f"{where}: expected a string as ctx and {ENDINGS} strings as endings")
     if type(label) is not int or not 0 <= label < ENDINGS:
         raise UserError(f"{where}: label is {label!r:.20}, expected 0 to {ENDINGS - 1}")
-    return beginning, endings, label
+    return context, endings, label
 
 
 def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> tuple[np.ndarray, np.ndarray] | None:
-    """The sum and the mean of each ending's losses, both (examples, ENDINGS) float64; None once something is in `stop`.
+    """The sum and the mean of each ending's losses, both (examples, ENDINGS) float64; None if `stop` becomes non-empty.
 
-    losses: a function of (tokens, targets), both (B, T) int32, that returns the loss of each, (B, T). A row stands at
-    the left; the tokens after it are 0, and change nothing, as no token sees those behind it.
+    losses: a function of (tokens, targets), both (B, T) int32, that returns the losses, (B, T). Rows are padded on the
+    right with token 0, which does not change them, because attention is causal.
     """
     from tqdm import tqdm
 
@@ -123,11 +123,11 @@ def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> 
             if stop:
                 return None
     if not np.isfinite(sums).all():
-        raise UserError("the model's losses are not finite: its training went wrong; use an earlier checkpoint")
+        raise UserError("the model's losses are not finite: use an earlier checkpoint")
     return sums.reshape(-1, ENDINGS), means.reshape(-1, ENDINGS)
 
 
 def score(sums: np.ndarray, means: np.ndarray, labels: np.ndarray) -> Score:
-    """Of the endings' losses, (examples, ENDINGS), the smallest wins; of equal ones the first."""
+    """The ending with the smallest loss is chosen, the first of equal ones; sums, means (examples, ENDINGS)."""
     found, found_norm = sums.argmin(1), means.argmin(1)
     return Score(float(np.mean(found_norm == labels)), float(np.mean(found == labels)), len(labels))

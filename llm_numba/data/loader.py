@@ -1,22 +1,22 @@
-"""Spans of token shards -> batches: deterministic, streamed from the disk, and restored exactly where it stopped."""
+"""Spans of token shards -> batches: deterministic, streamed from disk, and resumed exactly where they stopped."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from llm_numba.data.shards import Span, open_shard
+from llm_numba.data.shards import Span, open_shard, stamp
 from llm_numba.util.cli import UserError
 
 
 class Loader:
-    """Deals the windows of `spans`, each exactly once an epoch, B at a time, epoch after epoch.
+    """Yields the windows of `spans`, each exactly once per epoch, B at a time.
 
-    A window is T + 1 tokens: T inputs and, one further, their T targets; the next one in the span begins T further, so
-    a span of n tokens has (n - 1) // T windows. A batch goes over the ends of spans and epochs; nothing is dropped.
-    Without `shuffle` row b of batch i is window i * B + b. With it the spans, and the windows inside each, come in an
-    order that only (seed, epoch, span) decide. Shards are mapped, and only the current span's order is in memory.
-    Errors: not one window; `flag` is the flag that the tokens came from.
+    A window is T + 1 tokens: T inputs and, shifted by one, T targets. The next window of a span begins T tokens later,
+    so a span of n tokens has (n - 1) // T windows. Batches continue across spans and epochs; no window is dropped.
+    Without `shuffle`, row b of batch i is window i * B + b. With it, the spans, and the windows within each, come in an
+    order that depends only on (seed, epoch, span). Shards are memory-mapped, and only the current span's order is in
+    memory. Errors: fewer tokens than one window; `flag` is where the tokens came from.
     """
 
     def __init__(self, spans: Sequence[Span], B: int, T: int, seed: int, shuffle: bool, flag: str = "--data"):
@@ -34,9 +34,9 @@ class Loader:
         self._seek(0, 0)
 
     def next_batch(self, tokens: np.ndarray, targets: np.ndarray) -> list[Span]:
-        """tokens =, targets = the next B windows; both (B, T) int32. Returns where they lie.
+        """tokens =, targets = the next B windows, both (B, T) int32. Returns where the windows are.
 
-        Errors: a shard that is no longer what it was when the loader was made.
+        Errors: a shard that has changed since the loader was created.
         """
         windows = []
         self._check(self._span.path)
@@ -51,12 +51,12 @@ class Loader:
         return windows
 
     def state(self) -> dict:
-        """The position: the epoch, and the number of its windows that were dealt. JSON-able."""
+        """The position as JSON types: the epoch, and the number of windows already used in it."""
         epoch, window = self._position()
         return {"epoch": epoch, "window": window}
 
     def restore(self, state: dict) -> None:
-        """Go on as the loader with the same spans, T and seed did from `state`. Errors: not a position of this data."""
+        """Continue from another loader's `state`, for the same spans, T and seed. Errors: an impossible position."""
         epoch, window = (state.get(name) for name in ("epoch", "window"))
         if type(epoch) is not int or type(window) is not int or epoch < 0 or not 0 <= window < self.windows_per_epoch:
             raise UserError(
@@ -70,7 +70,7 @@ class Loader:
         return self._epoch + window // self.windows_per_epoch, window % self.windows_per_epoch
 
     def _seek(self, epoch: int, window: int) -> None:
-        """Make `window` of `epoch` the next one: open its span and put the span's windows in this epoch's order."""
+        """Make `window` of `epoch` the next one: open its span, and compute the order of the span's windows."""
         order = self._order(len(self.spans), epoch, 0)
         ends = np.cumsum(self.counts[order])
         place = int(np.searchsorted(ends, window, side="right"))
@@ -85,20 +85,11 @@ class Loader:
     def _check(self, path: Path) -> None:
         if stamp(path) != self._stamps[path]:
             raise UserError(
-                f"{path}: was changed while the run was reading it: put back what it was, and --resume the run "
-                "from its last checkpoint"
+                f"{path}: changed while the run was reading it: restore the file, and --resume the run from its last "
+                "checkpoint"
             )
 
     def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(count)
         return np.random.default_rng([self.seed, epoch, purpose]).permutation(count)
-
-
-def stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is replaced, written or cut off; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,6 +1,6 @@
-"""Text <-> token ids: GPT-2's vocabulary, a byte pair encoding learned from your text, or plain bytes.
+"""Text <-> token ids: GPT-2's vocabulary, a byte pair encoding learned from your text, or bytes.
 
-All three are a `tiktoken.Encoding`: `encode_ordinary(text)`, `decode(tokens)`, `n_vocab`, `eot_token`.
+All three are a `tiktoken.Encoding`, with `encode_ordinary(text)`, `decode(tokens)`, `n_vocab` and `eot_token`.
 """
 
 import base64
@@ -12,19 +12,19 @@ from llm_numba.util.cli import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's rule for cutting text into words, no merge crosses a cut (Radford et al. 2019; tiktoken's fast spelling of it)
+# How GPT-2 splits text into words, which merges never cross (Radford et al. 2019), as tiktoken writes it
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 def load_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> tiktoken.Encoding:
-    """The encoding called `name`; its last id is `<|endoftext|>`.
+    """The encoding `name`; its last id is `<|endoftext|>`.
 
-    gpt2   GPT-2's own 50257 tokens; tiktoken downloads them once, or finds them in TIKTOKEN_CACHE_DIR
+    gpt2   GPT-2's 50257 tokens; tiktoken downloads them once, or finds them in TIKTOKEN_CACHE_DIR
     bytes  the 256 bytes and `<|endoftext|>`
-    bpe    exactly `vocab_size` tokens, learned from `texts`: the same texts always give the same tokens
+    bpe    exactly `vocab_size` tokens, learned from `texts` deterministically
 
-    `texts` and `vocab_size` matter to bpe alone.
-    Errors: an unknown name; gpt2 out of reach; a vocab_size below 257 or more than `texts` can give.
+    Only bpe uses `texts` and `vocab_size`.
+    Errors: an unknown name; gpt2 cannot be downloaded; a vocab_size below 257 or larger than `texts` can give.
     """
     if name == "gpt2":
         return _gpt2()
@@ -36,9 +36,9 @@ def load_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> t
 
 
 def tokenizer_state(encoding: tiktoken.Encoding) -> tuple[dict, bytes]:
-    """What rebuilds `encoding` with no network and no text: a JSON-able dict, and the ranks as a `.tiktoken` file.
+    """Everything that rebuilds `encoding`: a dict of JSON types, and the ranks as a `.tiktoken` file.
 
-    A line of the ranks is the token in base64, a space and its rank: the id, and the priority of its merge.
+    A line of the ranks is the token in base64, a space and its rank, which is its id and the priority of its merge.
     """
     state = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": dict(encoding._special_tokens)}
     ranked = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -46,7 +46,7 @@ def tokenizer_state(encoding: tiktoken.Encoding) -> tuple[dict, bytes]:
 
 
 def tokenizer_from_state(state: dict, ranks: bytes) -> tiktoken.Encoding:
-    """The encoding that `tokenizer_state` took apart. Errors: a state or ranks that it cannot have written."""
+    """The encoding from `tokenizer_state`. Errors: a damaged state or ranks."""
     try:
         tokens = {}
         for line in ranks.splitlines():
@@ -54,21 +54,21 @@ def tokenizer_from_state(state: dict, ranks: bytes) -> tiktoken.Encoding:
             tokens[base64.b64decode(token, validate=True)] = int(rank)
         return checked_encoding(state["name"], tokens, state["special_tokens"], state["pat_str"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the stored tokenizer is damaged ({error}): take the files from a good copy") from error
+        raise UserError(f"the stored tokenizer is damaged ({error}): restore it from a good copy") from error
 
 
 def checked_encoding(
     name: str, tokens: dict[bytes, int], special: dict[str, int], pattern: str = PATTERN
 ) -> tiktoken.Encoding:
-    """The encoding of these ids; a token's id is the priority of its merge too.
+    """The encoding with these ids; a token's id is also the priority of its merge.
 
-    Errors: ValueError or TypeError where an id is missing or there twice, or a byte or `<|endoftext|>` has none.
+    Errors: ValueError or TypeError if an id is missing or appears twice, or a byte or `<|endoftext|>` has none.
     """
     ids = [*tokens.values(), *special.values()]
     if sorted(ids) != list(range(len(ids))):
         raise ValueError("the ids are not 0, 1, 2, ... without a gap")
     if END_OF_TEXT not in special or b"" in tokens or any(bytes([byte]) not in tokens for byte in range(256)):
-        raise ValueError(f"a byte or {END_OF_TEXT} has no id, or nothing has one")
+        raise ValueError(f"a byte or {END_OF_TEXT} has no id, or the empty token has one")
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=tokens, special_tokens=special)
 
 
@@ -82,8 +82,8 @@ def _gpt2() -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         raise UserError(
-            f"--tokenizer gpt2: its vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            "folder that has it, or use --tokenizer bpe or bytes (token shards: none, with --vocab-size 50257)"
+            f"--tokenizer gpt2: cannot download its vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
+            "folder that has it, or use --tokenizer bpe or bytes (for token shards: none, with --vocab-size 50257)"
         ) from error
 
 

@@ -1,9 +1,5 @@
-"""Hugging Face's model folders: config.json, model.safetensors or shards of it with an index, and tokenizer.json, or
-vocab.json with merges.txt.
-
-Tensors have GPT-2's first names, a layer each, with or without `transformer.` in front; their matrices are (in, out),
-ours (out, in). wte has V rows, and is the classifier too.
-"""
+"""Hugging Face model folders: config.json, model.safetensors (or several, with an index), and tokenizer.json (or
+vocab.json with merges.txt)."""
 
 import contextlib
 import json
@@ -19,50 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llm_numba.data.tokenizer import END_OF_TEXT, PATTERN, checked_encoding
-from llm_numba.models.gpt2 import GPT2
+from llm_numba.models import MODELS, Model
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import write_whole
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-NAMES = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "ln1w": "h.{}.ln_1.weight",
-    "ln1b": "h.{}.ln_1.bias",
-    "qkvw": "h.{}.attn.c_attn.weight",
-    "qkvb": "h.{}.attn.c_attn.bias",
-    "attprojw": "h.{}.attn.c_proj.weight",
-    "attprojb": "h.{}.attn.c_proj.bias",
-    "ln2w": "h.{}.ln_2.weight",
-    "ln2b": "h.{}.ln_2.bias",
-    "fcw": "h.{}.mlp.c_fc.weight",
-    "fcb": "h.{}.mlp.c_fc.bias",
-    "fcprojw": "h.{}.mlp.c_proj.weight",
-    "fcprojb": "h.{}.mlp.c_proj.bias",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
-}
-TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}
-NO_PARAMETER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # attention's mask, which older versions wrote too
 SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-CLASSIFIER = "lm_head.weight"
-SIZES = {"max_seq_len": "n_positions", "vocab_size": "vocab_size", "num_layers": "n_layer", "num_heads": "n_head",
-         "channels": "n_embd"}  # fmt: skip
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # ours -> config.json's
-READ = ("F32", "F16", "BF16")
-MOST = 2**31
-
-# what a model or a tokenizer must be for ours to do the same; the first value is what a missing key means
-ARCHITECTURE = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # --dtype -> config.json's
+READABLE = ("F32", "F16", "BF16")
 BPE = {
     "type": ("BPE",),
     "dropout": (None, 0),
@@ -73,7 +34,7 @@ BPE = {
 }
 BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)}
 
-# they write a byte as a character that can be seen: itself where it is one, the others from 256 on
+# Each byte is written as a printable character: itself if printable, or else one from 256 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 CHARACTERS = {byte: chr(byte) for byte in VISIBLE}
 CHARACTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
@@ -84,27 +45,34 @@ BYTES = {character: byte for byte, character in CHARACTERS.items()}
 # The model
 
 
-def read_config(folder: Path) -> GPT2:
-    """The sizes that config.json gives. Errors: an architecture that is not GPT-2's; sizes that cannot be."""
+def read_config(folder: Path) -> Model:
+    """The model in config.json. Errors: an unsupported architecture; impossible sizes."""
     path = folder / CONFIG
     found = read_json(path)
-    check_values(path, found, ARCHITECTURE)
-    for name in SIZES.values():
-        if type(found.get(name)) is not int or found[name] >= MOST:
-            raise UserError(f"{path}: {name} is {short(found.get(name))}, expected a whole number below 2**31")
-    C = found["n_embd"]
-    check_values(path, found, {"n_inner": (None, 4 * C)})
+    kinds = [kind for kind in MODELS.values() if hasattr(kind, "huggingface")]
+    known = {kind.huggingface.accepted["model_type"][0]: kind for kind in kinds}
+    model_type = found.get("model_type", "gpt2")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise UserError(f"{path}: model_type is {short(model_type)}, expected {' or '.join(known)}")
+    kind = known[model_type]
+    names = kind.huggingface
+    check_values(path, found, names.accepted)
+    for key in names.sizes.values():
+        if type(found.get(key)) is not int or found[key] >= 2**31:
+            raise UserError(f"{path}: {key} is {short(found.get(key))}, expected an integer below 2**31")
     try:
-        return GPT2(**{ours: found[theirs] for ours, theirs in SIZES.items()})
+        model = kind(**{field: found[key] for field, key in names.sizes.items()})
     except UserError as error:
-        raise UserError(f"{path}: not a model that can be: {error}") from error
+        raise UserError(f"{path}: impossible sizes: {error}") from error
+    check_values(path, found, names.accepted_for(model))
+    return model
 
 
-def read_parameters(folder: Path, config: GPT2) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values as float32, of all layers) of each parameter, one by one, read when it is asked for; wte (V, C).
+def read_parameters(folder: Path, model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values as float32, all layers together) of each parameter, read one at a time; padded ones have V rows.
 
-    The headers of all files are checked before this returns. Errors: weights as a pickle only; tensors that are
-    missing, of another shape or dtype, or that GPT-2 has not; a classifier that is not wte.
+    The headers of all files are checked before this returns. Errors: pickled weights; tensors that are missing,
+    unknown, of another shape or dtype; a tied tensor that differs.
     """
     with contextlib.ExitStack() as stack:
         tensors = {}
@@ -112,14 +80,14 @@ def read_parameters(folder: Path, config: GPT2) -> Iterator[tuple[str, np.ndarra
             try:
                 file = stack.enter_context(safe_open(path, "numpy", backend="pread"))
                 for name in file.keys():
-                    short_name = name.removeprefix("transformer.")
+                    short_name = name.removeprefix(model.huggingface.prefix)
                     if short_name in tensors:
-                        raise UserError(f"{path}: {short(name)} is there twice")
+                        raise UserError(f"{path}: {short(name)} appears twice")
                     tensors[short_name] = file, name
             except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())  # names that a file gives may hold anything
-                raise UserError(f"{path}: truncated, damaged or no safetensors file ({reason})") from error
-        check_tensors(folder, config, tensors)
+                reason = " ".join(str(error).split())  # it may quote names from the file, of any characters
+                raise UserError(f"{path}: truncated, damaged or not a safetensors file ({reason})") from error
+        check_tensors(folder, model, tensors)
         files = stack.pop_all()
 
     def read(name: str) -> np.ndarray:
@@ -128,97 +96,91 @@ def read_parameters(folder: Path, config: GPT2) -> Iterator[tuple[str, np.ndarra
 
     def parameters():
         with files:
-            if CLASSIFIER in tensors and not np.array_equal(read(CLASSIFIER), read(NAMES["wte"])):
-                raise UserError(
-                    f"{folder}: {CLASSIFIER} differs from wte.weight; here GPT-2's classifier is wte itself"
-                )
-            for spec in config.parameters():
-                layers = range(config.num_layers if spec.per_layer else 1)
-                values = [read(NAMES[spec.name].format(l)) for l in layers]
-                values = [x.T if spec.name in TRANSPOSED else x for x in values]
+            for copy, original in model.huggingface.tied.items():
+                if copy in tensors and not np.array_equal(read(copy), read(original)):
+                    raise UserError(f"{folder}: {copy} differs from {original}, expected the same tensor")
+            for spec in model.parameters():
+                layers = range(model.num_layers if spec.per_layer else 1)
+                values = [read(model.huggingface.tensors[spec.name].format(l)) for l in layers]
+                values = [x.T if spec.name in model.huggingface.transposed else x for x in values]
                 yield spec.name, np.stack(values) if spec.per_layer else values[0]
 
     return parameters()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a folder's weights."""
+    """The safetensors files with a folder's weights."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / INDEX).exists():
         map_of = read_json(folder / INDEX).get("weight_map")
         names = list(map_of.values()) if isinstance(map_of, dict) else []
         if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
-            raise UserError(f"{folder / INDEX}: its weight_map does not say which files here hold the tensors")
+            raise UserError(f"{folder / INDEX}: expected a weight_map from tensors to .safetensors files beside it")
         return [folder / name for name in sorted(set(names))]
     if any(folder.glob("pytorch_model*")):
         raise UserError(
-            f"{folder}: its weights are a pickle, which may run any code: convert it first, with transformers: "
-            "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
+            f"{folder}: its weights are a pickle, which can execute code: convert it first, with transformers: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
         )
-    raise UserError(f"{folder}: holds no {WEIGHTS}")
+    raise UserError(f"{folder}: has no {WEIGHTS}")
 
 
-def check_tensors(folder: Path, config: GPT2, tensors: dict) -> None:
-    """Raise a UserError unless these are the tensors of a GPT-2 of these sizes, of a dtype that can be read."""
-    names = {name for name in tensors if not NO_PARAMETER.fullmatch(name)} - {CLASSIFIER}
-    layers = range(min(config.num_layers, len(names) + 1))  # no longer than the files, whatever the config says
-    found = {}
-    for spec in config.parameters():
-        shape = (config.vocab_size, config.channels) if spec.name == "wte" else spec.shape
-        shape = shape[::-1] if spec.name in TRANSPOSED else shape
-        found |= {NAMES[spec.name].format(l): shape for l in (layers if spec.per_layer else range(1))}
-    unknown, missing = names - found.keys(), found.keys() - names
+def check_tensors(folder: Path, model: Model, tensors: dict) -> None:
+    """Raise a UserError unless `tensors` (name -> file, full name) are those of this model, of readable dtypes."""
+    names = {name for name in tensors if not model.huggingface.ignored.fullmatch(name)} - model.huggingface.tied.keys()
+    layers = range(min(model.num_layers, len(names) + 1))  # bounded by the files, whatever the model says
+    expected = {}
+    for spec in model.parameters():
+        shape = (model.vocab_size, *spec.shape[1:]) if spec.name in model.vocab_parameters else spec.shape
+        shape = shape[::-1] if spec.name in model.huggingface.transposed else shape
+        pattern = model.huggingface.tensors[spec.name]
+        expected |= {pattern.format(l): shape for l in (layers if spec.per_layer else range(1))}
+    unknown, missing = names - expected.keys(), expected.keys() - names
     if missing:
-        raise UserError(f"{folder}: lacks tensors that its {CONFIG} asks for, such as {min(missing)}")
+        raise UserError(f"{folder}: lacks tensors of the model in its {CONFIG}, such as {min(missing)}")
     if unknown:
-        raise UserError(f"{folder}: holds tensors that a GPT-2 of its {CONFIG} has not, such as {short(min(unknown))}")
-    if CLASSIFIER in tensors:
-        found[CLASSIFIER] = found[NAMES["wte"]]
-    for name, shape in found.items():
+        raise UserError(f"{folder}: has tensors that the model in its {CONFIG} lacks, such as {short(min(unknown))}")
+    expected |= {copy: expected[original] for copy, original in model.huggingface.tied.items() if copy in tensors}
+    for name, shape in expected.items():
         file, full_name = tensors[name]
         header = file.get_slice(full_name)
         if tuple(header.get_shape()) != shape:
-            raise UserError(
-                f"{folder}: {full_name} is {dimensions(header.get_shape())}, but {CONFIG} makes it {dimensions(shape)}"
-            )
-        if header.get_dtype() not in READ:
-            raise UserError(f"{folder}: {full_name} is {header.get_dtype()}, expected {', '.join(READ)}")
+            found, wanted = (" x ".join(map(str, sizes)) for sizes in (header.get_shape(), shape))
+            raise UserError(f"{folder}: {full_name} is {found}, expected {wanted} from its {CONFIG}")
+        if header.get_dtype() not in READABLE:
+            raise UserError(f"{folder}: {full_name} is {header.get_dtype()}, expected {', '.join(READABLE)}")
 
 
-def write_model(folder: Path, config: GPT2, parameters: dict[str, np.ndarray], dtype: str, end: int | None) -> None:
-    """config.json and model.safetensors, in a folder that is there.
+def write_model(folder: Path, model: Model, parameters: dict[str, np.ndarray], dtype: str, end: int | None) -> None:
+    """Write config.json and model.safetensors into an existing folder.
 
-    parameters: by name, all layers of one together; what pads wte is cut off; dtype: "fp32" or "bf16"; end: the id of
-    the end of a text, if any.
+    parameters: by name, all layers together, with or without padding; dtype: "fp32" or "bf16"; end: the end-of-text
+    token, if any.
     """
     tensors = {}
     for name, values in parameters.items():
-        values = np.asarray(values[: config.vocab_size] if name == "wte" else values).astype(DTYPES[dtype], copy=False)
-        if "{}" in NAMES[name]:
-            parts = {NAMES[name].format(l): x.T if name in TRANSPOSED else x for l, x in enumerate(values)}
-        else:
-            parts = {NAMES[name]: values}
-        tensors |= {f"transformer.{key}": np.ascontiguousarray(x) for key, x in parts.items()}
+        pattern = model.huggingface.tensors[name]
+        values = np.asarray(values[: model.vocab_size] if name in model.vocab_parameters else values)
+        values = values.astype(DTYPES[dtype], copy=False)
+        for l, x in enumerate(values) if "{}" in pattern else [(0, values)]:
+            x = np.ascontiguousarray(x.T if name in model.huggingface.transposed else x)
+            tensors[model.huggingface.prefix + pattern.format(l)] = x
     path = folder / WEIGHTS
     try:
         path.touch()
         mode = path.stat().st_mode
         save_file(tensors, path, {"format": "pt"})
-        path.chmod(mode)  # safetensors gives its files to the owner alone
+        path.chmod(mode)  # safetensors makes its files readable by their owner only
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).rpartition('I/O error: ')[2]})") from error
-    accepted = {key: values[0] for key, values in ARCHITECTURE.items()}
     document = {
-        "architectures": ["GPT2LMHeadModel"],
-        **accepted,
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
-        "n_inner": None,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        "architectures": [model.huggingface.architecture],
+        **{key: values[0] for key, values in model.huggingface.accepted.items()},
+        **{key: getattr(model, field) for field, key in model.huggingface.sizes.items()},
+        **model.huggingface.written,
         "bos_token_id": end,
         "eos_token_id": end,
         "torch_dtype": DTYPES[dtype],
@@ -231,9 +193,9 @@ def write_model(folder: Path, config: GPT2, parameters: dict[str, np.ndarray], d
 
 
 def read_tokenizer(folder: Path) -> tiktoken.Encoding | None:
-    """The encoding of a folder's tokenizer, or None where there is none.
+    """The encoding of a folder's tokenizer, or None if it has none.
 
-    Errors: one that does not cut words as GPT-2 does, or whose merges tiktoken would not make in the same order.
+    Errors: one that splits words differently from GPT-2's, or whose merges differ from those tiktoken would make.
     """
     path = folder / TOKENIZER
     if path.exists():
@@ -244,7 +206,7 @@ def read_tokenizer(folder: Path) -> tiktoken.Encoding | None:
         check_values(path, document, {"normalizer": (None,)})
         check_values(path, document.get("pre_tokenizer"), BYTE_LEVEL)
         check_values(path, model, BPE)
-        vocabulary, merges = model.get("vocab"), model.get("merges")
+        vocabulary, merges = model.get("vocab", {}), model.get("merges", [])
     elif (path := folder / "vocab.json").exists():
         vocabulary = read_json(path)
         lines = read_text(folder / "merges.txt").splitlines()
@@ -255,36 +217,34 @@ def read_tokenizer(folder: Path) -> tiktoken.Encoding | None:
     try:
         special = {x["content"]: x["id"] for x in added}
         if not all(x["special"] for x in added):
-            raise ValueError("an added token is a word of text")
+            raise ValueError("an added token is not special")
         ids = [*vocabulary.values(), *special.values()]
         if not all(type(id) is int for id in ids):
-            raise ValueError("an id is no whole number")
+            raise ValueError("an id is not a whole number")
         tokens = {as_bytes(token): id for token, id in vocabulary.items() if token not in special}
         pairs = [tuple(as_bytes(x) for x in (m.split(" ") if isinstance(m, str) else m)) for m in merges]
         encoding = checked_encoding("bpe", tokens, special)
         if pairs != merges_of(tokens):
-            raise ValueError("its merges are not those that its tokens' order gives")
+            raise ValueError("its merges are not in the order of its tokens")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: no byte-level tokenizer like GPT-2's ({str(error)[:100]}); choose another with --tokenizer"
+            f"{path}: not a byte-level tokenizer like GPT-2's ({str(error)[:100]}): choose another with --tokenizer"
         ) from error
     return encoding
 
 
 def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, context: int) -> None:
-    """tokenizer.json and tokenizer_config.json. Errors: an encoding whose tokens are no merges of two earlier ones, or
-    that cuts words otherwise than GPT-2."""
+    """Write tokenizer.json and tokenizer_config.json. Errors: an encoding that the format cannot represent."""
     tokens, special = encoding._mergeable_ranks, encoding._special_tokens
     vocabulary = {as_text(token): id for token, id in sorted(tokens.items(), key=lambda item: item[1])}
-    if encoding._pat_str != PATTERN or vocabulary.keys() & special.keys():
-        raise UserError(
-            f"{folder}: Hugging Face's format cannot carry this tokenizer exactly: it cuts words otherwise than GPT-2, "
-            "or a special token's text is a token too"
-        )
     try:
+        if encoding._pat_str != PATTERN:
+            raise ValueError("it splits words differently from GPT-2's")
+        if vocabulary.keys() & special.keys():
+            raise ValueError("a special token's text is a token too")
         merges = merges_of(tokens)
     except ValueError as error:
-        raise UserError(f"{folder}: Hugging Face's format cannot carry this tokenizer exactly: {error}") from error
+        raise UserError(f"{folder}: Hugging Face's format cannot represent this tokenizer: {error}") from error
     added = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     document = {
@@ -311,16 +271,18 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, context: int) -> 
 
 
 def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each longer one is made of, in the order of their ids: what is left of its bytes when every
-    merge of a smaller id was made. Then tiktoken, which asks for the pair with the smallest id, makes these merges and
-    no others. Errors: ValueError for a token of which more than two are left."""
+    """The two tokens that each longer token consists of, in the order of ids: what is left of its bytes after all
+    merges of smaller ids. tiktoken, which merges the pair with the smallest id first, then makes exactly these merges.
+
+    Errors: ValueError for a token that is not a pair of earlier tokens.
+    """
     merges = []
     for token, id in sorted(tokens.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             best, i = min((tokens.get(a + b, id), i) for i, (a, b) in enumerate(pairwise(parts)))
             if best >= id:
-                raise ValueError(f"token {id} is not made of two tokens before it")
+                raise ValueError(f"token {id} is not a pair of earlier tokens")
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
@@ -350,7 +312,7 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, or no JSON file ({error})") from error
+        raise UserError(f"{path}: damaged, or not a JSON file ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {short(found)}")
     return found
@@ -360,19 +322,14 @@ def write_json(path: Path, document: dict) -> None:
     write_whole(path, json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def check_values(path: Path, found, wanted: dict[str, tuple]) -> None:
-    """Raise a UserError for a key whose value is none of those wanted."""
-    for key, accepted in wanted.items():
-        value = found.get(key, accepted[0]) if isinstance(found, dict) else found
-        if value not in accepted:
-            raise UserError(
-                f"{path}: {key} is {short(value)}, expected {' or '.join(map(short, accepted))}: it is not GPT-2's"
-            )
+def check_values(path: Path, found, accepted: dict[str, tuple]) -> None:
+    """Raise a UserError for a key whose value is not among those accepted; a missing key has the first."""
+    for key, values in accepted.items():
+        value = found.get(key, values[0]) if isinstance(found, dict) else found
+        if value not in values:
+            expected = " or ".join(map(short, values))
+            raise UserError(f"{path}: {key} is {short(value)}, expected {expected}")
 
 
 def short(value) -> str:
-    return "no single value" if isinstance(value, dict | list) else f"{json.dumps(value):.40}"
-
-
-def dimensions(shape) -> str:
-    return " x ".join(map(str, shape))
+    return "not a single value" if isinstance(value, dict | list) else f"{json.dumps(value):.40}"

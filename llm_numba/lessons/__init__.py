@@ -1,22 +1,22 @@
-"""The lessons' tools: ladders of kernels that are checked and timed, what a kernel's threads read and write, exercises.
+"""Tools for the lessons: ladders of kernels that are checked and timed, recorded memory accesses, exercises.
 
-The lessons themselves are in the folder `lessons` of a checkout. A process of a lesson runs CUDA kernels in Numba's
-simulator, so that it is the same everywhere; where there is a card, another process times them there (timing.py).
+The lessons themselves are in the `lessons` folder of a checkout. CUDA kernels run in Numba's simulator, so a lesson
+works the same on every machine. If the machine has a GPU, a separate process times the kernels on it (timing.py).
 """
 
 import os
 import sys
 from pathlib import Path
 
-if "numba.cuda" not in sys.modules:  # later it would change nothing
-    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # Numba reads it when it is loaded
+if "numba.cuda" not in sys.modules:  # once numba.cuda is loaded, the setting has no effect
+    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # read when Numba is imported
     if "numba" in sys.modules:
         sys.modules["numba"].config.ENABLE_CUDASIM = int(os.environ["NUMBA_ENABLE_CUDASIM"])
 
 FOLDER = Path(__file__).parents[2] / "lessons"
-FAST = os.environ.get("LESSONS_FAST", "0") != "0"  # small sizes, as in the tests: a lesson in some seconds
+FAST = os.environ.get("LESSONS_FAST", "0") != "0"  # small sizes, used by the tests: each lesson runs in seconds
 
 
 def sized(real, fast):
-    """What a lesson takes, and what it takes in the tests."""
+    """`real` in a normal run, `fast` under LESSONS_FAST."""
     return fast if FAST else real

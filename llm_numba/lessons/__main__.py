@@ -8,19 +8,19 @@ from llm_numba.util.cli import Parser, exit_with
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="llm-numba lessons",
-        description="From the naive kernel to the one that the model uses, lesson by lesson. Without a command: list "
-        "the lessons and their exercises.",
+        description="Lessons from the naive kernel to the one that the model uses. Without a command: list the lessons "
+        "and their exercises.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    build = commands.add_parser("build", help="run lessons and write their notebooks", description="Run the cells of "
-                                "lessons in their order and write the notebooks beside the scripts.")  # fmt: skip
-    build.add_argument("lessons", nargs="*", metavar="NN", help="a lesson's number; default: all")
-    check = commands.add_parser("check", help="check an exercise", description="Say whether an exercise's function is "
-                                "right, and if not, what is wrong with it. Exit status 1 where it is not.")  # fmt: skip
+    build = commands.add_parser("build", help="run lessons and write their notebooks", description="Run lessons and "
+                                "write each one's notebook beside its script.")  # fmt: skip
+    build.add_argument("lessons", nargs="*", metavar="NN", help="lesson numbers; default: all")
+    check = commands.add_parser("check", help="check an exercise", description="Check an exercise and print the first "
+                                "error. Exit status 0 if it is correct, 1 if not.")  # fmt: skip
     check.add_argument("exercise", metavar="FILE", help="your file, or the name of one in lessons/exercises")
     results = commands.add_parser("results", help="time all ladders", description="Time the rungs of all lessons on "
-                                  "this machine, write lessons/results/MACHINE.json, and the README's table from all "
-                                  "such files. Run it on a machine that does nothing else.")  # fmt: skip
+                                  "this machine, write lessons/results/MACHINE.json, and update the tables in "
+                                  "lessons/results/README.md. Run it on an idle machine.")  # fmt: skip
     results.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     return parser.parse_args(argv)
 
@@ -48,7 +48,7 @@ def write_results(device: str) -> int:
 
     path = results.write(device)
     if path is None:
-        raise UserError(f"--device {device}: there is no such device here, or no ladder for it")
+        raise UserError(f"--device {device}: this machine has no such device, or no ladder uses it")
     print(path)
     return 0
 
@@ -61,7 +61,7 @@ def list_lessons() -> int:
         print(f"    python lessons/{script.name}, or open lessons/{script.with_suffix('.ipynb').name}")
     names = sorted(file.stem for file in (FOLDER / "exercises").glob("*.py"))
     print(f"exercises: {', '.join(names) or 'none yet'}")
-    print("check yours: python -m llm_numba.lessons check lessons/exercises/NAME.py")
+    print("check your solution: python -m llm_numba.lessons check lessons/exercises/NAME.py")
     return 0
 
 

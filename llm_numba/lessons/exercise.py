@@ -1,8 +1,8 @@
-"""Exercises that grade themselves: a file with a specification, a function with a hole, and what it has to compute.
+"""Exercises that check themselves: a file with a specification, an unfinished function, and the expected results.
 
-exercise.show("layernorm_mean")  # the specification, an example, and what the threads touch so far
-exercise.check("layernorm_mean")  # the function as it stands in the file
-exercise.check("layernorm_mean", my_function)  # one that was written in the notebook
+exercise.show("layernorm_mean")  # the specification, an example, and the memory accesses of your code so far
+exercise.check("layernorm_mean")  # check the function in the file
+exercise.check("layernorm_mean", my_function)  # check a function defined in the notebook
 python -m llm_numba.lessons check my_file.py
 """
 
@@ -16,18 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_numba.lessons import FOLDER
-from llm_numba.lessons.problem import Problem, arguments, is_array, mistake, right_answer
-from llm_numba.lessons.tracing import Trace, simulate, simulate_cpu
+from llm_numba.lessons.problem import Problem, arguments, expected_results, find_error, is_array
+from llm_numba.lessons.tracing import Trace, require_numba_cuda, simulate, simulate_cpu
 from llm_numba.training.override import load
 from llm_numba.util.cli import UserError
 
-OF_AN_ARRAY = 12  # numbers that an example shows
+SHOWN = 12  # elements of an array that an example prints
 
 
 class Exercise(NamedTuple):
-    """function: the name of the one with the hole. example: the sizes that `show` shows; small ones.
-    launch: launch(function, *arguments), for a kernel; a function of the CPU is called with the arguments.
-    array: which one the picture of `show` is about, if there is one.
+    """function: the name of the unfinished function. example: the sizes that `show` uses; small ones.
+    launch: for a kernel, launch(function, *arguments); a CPU function is called with the arguments.
+    array: the array whose accesses `show` draws, if any.
     """
 
     function: str
@@ -38,47 +38,53 @@ class Exercise(NamedTuple):
 
 
 def open_file(name: str) -> tuple[ModuleType, Exercise]:
-    """An exercise by its name, or by the path of somebody's own file, as it stands on disk now."""
+    """An exercise by name, or by the path of your own file, read from disk now."""
     path = Path(name) if name.endswith(".py") else FOLDER / "exercises" / f"{name}.py"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in (FOLDER / "exercises").glob("*.py")))
         raise UserError(f"{name}: there is no such exercise; there are: {known}")
     linecache.checkcache(str(path.resolve()))
-    module = load(str(path.resolve()), str(path))
+    try:
+        module = load(str(path.resolve()), str(path))
+    except UserError as error:
+        if isinstance(error.__cause__, ImportError):
+            require_numba_cuda()
+        cause = error.__cause__
+        raise UserError(f"{path}: cannot be loaded ({type(cause).__name__}: {cause})") from cause
     found = getattr(module, "EXERCISE", None)
     if not isinstance(found, Exercise):
-        raise UserError(f"{path}: is not an exercise: EXERCISE, which says what to compute, is missing")
+        raise UserError(f"{path}: is not an exercise, because it does not define EXERCISE")
     if not callable(getattr(module, found.function, None)):
-        raise UserError(f"{path}: has no function {found.function}, which the exercise asks for")
+        raise UserError(f"{path}: must define the function {found.function}")
     return module, found
 
 
 def bound(found: Exercise, function: Callable) -> Callable:
-    """The function, or for a kernel its launch, to be called with the problem's arguments."""
+    """The function, or a kernel's launch, as a function of the problem's arguments."""
     if found.launch is None:
         return function
     return lambda *args: found.launch(function, *args)
 
 
 def check(name: str, function: Callable | None = None) -> bool:
-    """Say whether the exercise's function, or this one, is right, and if not, what is wrong; returns whether."""
+    """Check the exercise's function, or `function`; print the first error, and return whether it is correct."""
     module, found = open_file(name)
-    words = judge(found, function or getattr(module, found.function))
-    if words:
-        print(f"{found.function}: not yet. {words[0].upper()}{words[1:]}.")
+    error = judge(found, function or getattr(module, found.function))
+    if error:
+        print(f"{found.function}: not yet. {error[0].upper()}{error[1:]}.")
     else:
-        print(f"{found.function}: right, at all {len(found.problem.sizes)} shapes. Well done!")
-    return words is None
+        print(f"{found.function}: correct at all {len(found.problem.sizes)} shapes. Well done!")
+    return error is None
 
 
 def judge(found: Exercise, function: Callable) -> str | None:
-    """What is wrong with an answer, in words; None where it is right."""
-    return mistake(bound(found, function), found.problem, recorded=found.launch is None)
+    """A message about the first error of an answer; None if it is correct."""
+    return find_error(bound(found, function), found.problem, recorded=found.launch is None)
 
 
 def show(name: str, function: Callable | None = None) -> Trace | None:
-    """The specification, the function as it stands, an example with its right answer, and, once the function runs, a
-    picture of what its threads touch."""
+    """Show the specification, the function, an example with its expected results and, once the function runs, a
+    picture of its memory accesses."""
     from llm_numba.lessons import pictures
 
     module, found = open_file(name)
@@ -88,23 +94,23 @@ def show(name: str, function: Callable | None = None) -> Trace | None:
     print("For example, with")
     for key, x in given.items():
         if key not in found.problem.writes or not np.isnan(np.asarray(x, float)).all():
-            print(f"  {key} = {some(x)}")
-    for key, right in right_answer(found.problem, given).items():
-        print(f"it should make {key} = {some(right)}")
+            print(f"  {key} = {excerpt(x)}")
+    for key, expected in expected_results(found.problem, given).items():
+        print(f"the expected {key} is {excerpt(expected)}")
     try:
         run = simulate if found.problem.device == "cuda" else simulate_cpu
         trace = run(bound(found, function or getattr(module, found.function)), **given)
-    except Exception:  # the hole, or whatever a learner's program may raise; check says what
+    except Exception:  # an unfinished function, or any error of the learner's code; `check` reports it
         return None
     if found.array and trace.accesses:
         pictures.show(pictures.draw_warp(trace, found.array))
     return trace
 
 
-def some(x) -> str:
-    """An argument in a few numbers."""
+def excerpt(x) -> str:
+    """An argument as text; the first elements of an array."""
     if not is_array(x):
         return str(x)
-    numbers = np.array2string(x.reshape(-1)[:OF_AN_ARRAY], precision=3, suppress_small=True, max_line_width=100)
-    more = "" if x.size <= OF_AN_ARRAY else " and so on"
-    return f"{numbers}{more}, shape {x.shape}"
+    elements = np.array2string(x.reshape(-1)[:SHOWN], precision=3, suppress_small=True, max_line_width=100)
+    more = "" if x.size <= SHOWN else " ..."
+    return f"{elements}{more}, shape {x.shape}"

@@ -1,4 +1,4 @@
-"""What is wrong with a recorded run, in words: races, shared memory that nobody wrote, barriers, indices."""
+"""Memory errors in a recorded run: races, shared memory read before it is written, barriers, indices out of bounds."""
 
 from collections import defaultdict
 
@@ -6,32 +6,32 @@ from llm_numba.lessons.tracing import Access, Trace, at_line, name_of_thread
 
 
 def faults(trace: Trace) -> list[str]:
-    """All that is wrong with how the threads of the run use memory; nothing where it is right."""
-    return trace.faults + races(trace) + unwritten(trace)
+    """One message for each memory error of the run; empty if there is none."""
+    return trace.faults + races(trace) + uninitialised(trace)
 
 
 def races(trace: Trace) -> list[str]:
-    """A line for each array in which two threads meet at an element, of whom one at least writes, while nothing says
-    who comes first. Within a block a barrier says it, between blocks nothing does."""
-    meetings: dict[tuple, dict[tuple, list[Access]]] = defaultdict(lambda: defaultdict(list))
+    """One message for each array with a race: two threads access the same element, at least one of them writes, and
+    nothing orders the two. A barrier orders the threads of a block; nothing orders threads of different blocks."""
+    by_element: dict[tuple, dict[tuple, list[Access]]] = defaultdict(lambda: defaultdict(list))
     for access in trace.accesses:
-        # two accesses of a thread and a kind in one epoch are one to the others
-        place = (access.launch, access.array, access.offset, access.block if access.space == "shared" else None)
-        meetings[place][access.block, access.lane, access.epoch, access.kind] = access
+        # accesses of the same kind by one thread between two barriers count once
+        element = (access.launch, access.array, access.offset, access.block if access.space == "shared" else None)
+        by_element[element][access.block, access.lane, access.epoch, access.kind] = access
     found: dict[str, str] = {}
-    for (_, array, _, _), met in meetings.items():
-        if array not in found and (pair := racing(list(met.values()))):
-            found[array] = in_words(*pair)
+    for (_, array, _, _), accesses in by_element.items():
+        if array not in found and (pair := racing(list(accesses.values()))):
+            found[array] = message(*pair)
     return list(found.values())
 
 
-def racing(met: list[Access]) -> tuple[Access, Access] | None:
-    """Two of these accesses to one element of which the order is open."""
-    writes = [access for access in met if access.kind != "read"]
-    if not writes or len(met) == 1:
+def racing(accesses: list[Access]) -> tuple[Access, Access] | None:
+    """Two unordered accesses to one element, at least one of them a write; None if there are no such accesses."""
+    writes = [access for access in accesses if access.kind != "read"]
+    if not writes or len(accesses) == 1:
         return None
     for write in writes:
-        for other in met:
+        for other in accesses:
             if (write.block, write.lane) == (other.block, other.lane) or write.kind == other.kind == "atomic":
                 continue
             if write.block != other.block or write.epoch == other.epoch:
@@ -39,32 +39,32 @@ def racing(met: list[Access]) -> tuple[Access, Access] | None:
     return None
 
 
-def in_words(write: Access, other: Access) -> str:
+def message(write: Access, other: Access) -> str:
     element = f"{write.array}[{', '.join(map(str, write.index))}]"
-    doer, second = (name_of_thread(a.block, a.thread) for a in (write, other))
+    first, second = (name_of_thread(a.block, a.thread) for a in (write, other))
     verb = {"read": "reads", "write": "writes", "atomic": "adds to"}
     if not write.block:
-        why = "iterations of prange run at the same time; each element must have one owner"
+        why = "iterations of prange run in parallel; each element must have one owner"
     elif write.block != other.block:
-        why = "blocks run in any order, and no barrier holds between them"
+        why = "blocks run in any order, and a barrier does not synchronise them"
     else:
-        why = "no barrier (cuda.syncthreads) stands between the two, so either may come first"
-    place = at_line(write.line) if write.line == other.line else f"{at_line(write.line)}, {at_line(other.line)}"
-    return f"a race: {doer} {verb[write.kind]} {element} and {second} {verb[other.kind]} it: {why}; {place}"
+        why = "no barrier (cuda.syncthreads) separates the two, so they may happen in either order"
+    lines = at_line(write.line) if write.line == other.line else f"{at_line(write.line)}, {at_line(other.line)}"
+    return f"a race: {first} {verb[write.kind]} {element} and {second} {verb[other.kind]} it: {why}; {lines}"
 
 
-def unwritten(trace: Trace) -> list[str]:
-    """A line for each shared array of which an element is read that no thread of the block has written."""
+def uninitialised(trace: Trace) -> list[str]:
+    """One message for each shared array with an element that is read before any thread of the block has written it."""
     written, found = set(), {}
     for access in trace.accesses:
         if access.space == "shared":
-            place = access.launch, access.block, access.array, access.offset
+            element = access.launch, access.block, access.array, access.offset
             if access.kind == "write":
-                written.add(place)
-            elif place not in written and access.array not in found:
-                element = f"{access.array}[{', '.join(map(str, access.index))}]"
+                written.add(element)
+            elif element not in written and access.array not in found:
+                name = f"{access.array}[{', '.join(map(str, access.index))}]"
                 found[access.array] = (
-                    f"{name_of_thread(access.block, access.thread)} reads {element} in shared memory before any thread "
-                    f"of its block has written it: it holds anything; {at_line(access.line)}"
+                    f"{name_of_thread(access.block, access.thread)} reads {name} in shared memory before any thread "
+                    f"of its block has written it, so its value is undefined; {at_line(access.line)}"
                 )
     return list(found.values())

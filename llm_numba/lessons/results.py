@@ -1,21 +1,20 @@
-"""The ladders' times on one machine, in lessons/results, and the README's table of all machines."""
+"""Time all ladders on this machine, and write the tables of all machines into lessons/results/README.md."""
 
 import json
-import platform
 import re
 import sys
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-from llm_numba.bench.tables import table, write_readme
+from llm_numba.bench.machine import describe_versions
+from llm_numba.bench.tables import split_at_marker, table, write_tables
 from llm_numba.lessons import FOLDER
 from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
 from llm_numba.lessons.timing import COLUMNS, cells, times
 from llm_numba.util.files import write_whole
 
-BEGIN, END = "<!-- lessons -->", "<!-- end of lessons -->"
-README = FOLDER.parent / "README.md"
+MARKER = "lessons"
+PAGE = FOLDER / "results" / "README.md"
 
 
 def all_ladders(device: str) -> list[Ladder]:
@@ -23,8 +22,8 @@ def all_ladders(device: str) -> list[Ladder]:
 
 
 def write(device: str) -> Path | None:
-    """Time every ladder of a device and write the machine's file, and the README's table of all files; None where there
-    is no such device."""
+    """Time every ladder of a device, write the machine's JSON file and update PAGE. None if the device is missing."""
+    split_at_marker(PAGE, MARKER)
     found = {}
     for ladder in all_ladders(device):
         measured = times(ladder)
@@ -37,29 +36,28 @@ def write(device: str) -> Path | None:
     if not found:
         return None
     machine = next(iter(found.values()))["machine"]
-    packages = ["numba"] if device == "cpu" else ["numba", "numba-cuda"]
     results = {
         "machine": machine,
         "device": device,
         "date": date.today().isoformat(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "versions": describe_versions(device),
         "ladders": found,
     }
     path = FOLDER / "results" / f"{slug(machine)}.json"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(results, indent=1).encode() + b"\n")
-    write_readme(README, BEGIN, END, readme_table())
+    write_tables(PAGE, MARKER, page_tables())
     return path
 
 
 def slug(machine: str) -> str:
-    """A file's name for a machine: what it is, not how its clocks are set."""
+    """The file name of a machine: its model, without driver and clocks."""
     name = re.split(r", (?:driver|\d+-bit)", machine)[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def readme_table() -> str:
-    """The ladders of every machine on record: a line a rung."""
+def page_tables() -> str:
+    """The tables of all recorded machines: one line per rung."""
     parts = []
     for path in sorted((FOLDER / "results").glob("*.json")):
         results = json.loads(path.read_text())
@@ -69,4 +67,4 @@ def readme_table() -> str:
             lines += [[label, *line] for label, line in zip(labels, cells(found), strict=True)]
         head = f"{results['date']}, {results['machine']}; {results['versions']}."
         parts.append("\n".join([head, "", *table(["ladder", "rung", *COLUMNS], lines)]))
-    return "\n\n".join(parts) or "Nothing is measured yet."
+    return "\n\n".join(parts) or "Nothing has been measured yet."

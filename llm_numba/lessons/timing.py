@@ -1,7 +1,7 @@
-"""How long the rungs of a ladder take, beside what the machine can do and what others' kernels do.
+"""Times of the rungs of a ladder, compared with the machine's limit and with other libraries' kernels.
 
-The rungs of a CPU's ladder are timed here. A CUDA ladder's are timed by a process of its own, this file run as a
-program, as this one runs kernels in the simulator.
+CPU ladders are timed in this process. CUDA ladders are timed by a separate process, which runs this file as a program,
+because this process runs kernels in the simulator.
 """
 
 import functools
@@ -21,32 +21,32 @@ from llm_numba.bench.measuring import measure
 from llm_numba.bench.tables import flops_rate, table
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
 from llm_numba.lessons import FAST, FOLDER
-from llm_numba.lessons.ladder import Ladder, Wrong, file_of, in_words, ladders, title
-from llm_numba.lessons.problem import arguments, difference, right_answer
+from llm_numba.lessons.ladder import Ladder, WrongResult, file_of, format_sizes, ladders, title
+from llm_numba.lessons.problem import arguments, difference, expected_results
 from llm_numba.util.cli import UserError
 
-ROUNDS, SECONDS = 3, 0.2  # of each rung, in turn
+ROUNDS, SECONDS = 3, 0.2  # per rung; the rungs are interleaved
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # of llm_numba.bench.torch_side
-MOST_CHECKED = 1 << 24  # numbers of an argument: a larger problem is timed without another look at its result
+MOST_CHECKED = 1 << 24  # elements of an argument; the results of larger problems are not checked again
 
 
 def times(ladder: Ladder, sizes: dict | None = None) -> dict | None:
-    """What a ladder's rungs take here: {"machine", "sizes", "limit" (flops or bytes a second), "work", "unit", "rows":
-    name -> seconds}, by name of rung and vendor. None for a CUDA ladder where there is no card, and in the tests, which
-    leave cards alone.
+    """Time a ladder: {"machine", "sizes", "limit" (flops or bytes a second), "work", "unit", "rows": name -> seconds},
+    by name of rung and library. None for a CUDA ladder if there is no GPU, or under LESSONS_FAST, so that tests do not
+    use the GPU.
 
-    Errors: Wrong, where a rung does not compute what it should at these sizes.
+    Errors: WrongResult if a rung does not compute the expected result at these sizes.
     """
     sizes = sizes or (ladder.quick if FAST else ladder.timed)
     if ladder.problem.device == "cpu":
         return times_here(ladder, sizes)
     from llm_numba.cuda.gpu import available
 
-    return None if FAST or not available() else times_on_card(ladder, sizes)
+    return None if FAST or not available() else times_on_gpu(ladder, sizes)
 
 
-def times_on_card(ladder: Ladder, sizes: dict) -> dict:
-    """By another process, without the simulator."""
+def times_on_gpu(ladder: Ladder, sizes: dict) -> dict:
+    """Time a CUDA ladder in another process, without the simulator."""
     run = subprocess.run(
         [sys.executable, "-m", "llm_numba.lessons.timing", file_of(ladder), ladder.name, json.dumps(sizes)],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "0"},
@@ -54,29 +54,29 @@ def times_on_card(ladder: Ladder, sizes: dict) -> dict:
         text=True,
     )
     if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"{ladder.name}: cannot be timed on the card ({last})")
+        last = (run.stderr.strip().splitlines() or ["no error message"])[-1]
+        raise UserError(f"{ladder.name}: cannot be timed on the GPU ({last})")
     return json.loads(run.stdout)
 
 
 def times_here(ladder: Ladder, sizes: dict) -> dict:
-    """The rungs in this process, in turn, and each vendor's kernel; see `times`."""
+    """Time the rungs and the other libraries' kernels in this process, interleaved; see `times`."""
     ops, device = device_ops(ladder.problem.device)
     given = arguments(ladder.problem, sizes)
     small = max(x.size for x in given.values() if isinstance(x, np.ndarray)) <= MOST_CHECKED
-    expected = right_answer(ladder.problem, given) if small else {}
+    expected = expected_results(ladder.problem, given) if small else {}
     placed = [ops.place(x) for x in given.values()]
     runs: dict[str, Callable] = {}
     for rung in (*ladder.rungs, *ladder.vendors):
         for name, x in zip(given, placed, strict=True):
             if name in ladder.problem.writes:
-                ops.to_device(x, numbers(given[name]))
+                ops.to_device(x, storage(given[name]))
         rung(*placed)
         after = dict(zip(given, placed, strict=True))
         for name, right in expected.items():
-            words = difference(name, ops.to_host(after[name]), right, 10 * ladder.problem.tolerance, None)
-            if words and rung in ladder.rungs:
-                raise Wrong(f"{title(rung)}: with {in_words(sizes)}: {words}")
+            error = difference(name, ops.to_host(after[name]), right, 10 * ladder.problem.tolerance, None)
+            if error and rung in ladder.rungs:
+                raise WrongResult(f"{title(rung)}: with {format_sizes(sizes)}: {error}")
         runs[title(rung)] = functools.partial(rung, *placed)
     peaks(device, ladder.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -97,14 +97,14 @@ def times_here(ladder: Ladder, sizes: dict) -> dict:
     }
 
 
-def numbers(x: np.ndarray) -> np.ndarray:
-    """An argument as the device's ops take it from the host: bf16 as such, not as the bits that a kernel sees."""
+def storage(x: np.ndarray) -> np.ndarray:
+    """An argument as `to_device` takes it: bf16 arrays as bfloat16, not as the uint16 bits that a kernel sees."""
     return x.view(bfloat16) if x.dtype == np.uint16 else x
 
 
 @functools.cache
 def device_ops(device: str):
-    """(the device's ops, with `place` to put an argument there, and the device's name)."""
+    """(the device's ops, with `place`, which copies an argument to the device; the device's name)."""
     from llm_numba.ops import get_ops
 
     ops = get_ops(device)
@@ -115,7 +115,7 @@ def device_ops(device: str):
         if not isinstance(x, np.ndarray):
             return x
         tensor = ops.view(ops.allocate(x.nbytes), 0, x.shape, x.dtype.name)
-        ops.to_device(tensor, numbers(x))
+        ops.to_device(tensor, storage(x))
         return tensor
 
     ops.place = place
@@ -126,8 +126,8 @@ _peaks: dict[str, float | None] = {}
 
 
 def peaks(device: str, dtype: str = "float32", again: bool = False) -> dict[str, float | None]:
-    """The most that this machine does: flops a second of a dtype, and bytes a second by pattern. The best that was ever
-    seen, as what others do can only slow it down. In the tests it is not measured: a share would say nothing."""
+    """The machine's limits: flops a second for a dtype, and bytes a second by access pattern. The highest rate measured
+    so far, since other load only lowers it. None under LESSONS_FAST, where nothing is measured."""
     if FAST:
         return dict.fromkeys(("flops", "read", "copy", "add", "update"))
     if again or dtype not in _peaks:
@@ -146,7 +146,7 @@ def machine(device: str) -> str:
 
 
 def torch_times(ladder: Ladder, sizes: dict, device: str) -> dict[str, list[float]]:
-    """PyTorch's seconds, by a process of its own; nothing where it is not installed or fails."""
+    """PyTorch's seconds, from a separate process; empty if it is not installed or fails."""
     from importlib.util import find_spec
 
     from numba import get_num_threads
@@ -160,24 +160,24 @@ def torch_times(ladder: Ladder, sizes: dict, device: str) -> dict[str, list[floa
             ask("first", mode="eager")
             return {"PyTorch": ask("measure", mode="eager", seconds=ROUNDS * SECONDS, launches_only=device != "cpu")}
     except WorkerFailed as error:
-        print(f"note: PyTorch is not timed: {error}", file=sys.stderr)
+        print(f"note: PyTorch could not be timed: {error}", file=sys.stderr)
         return {}
 
 
 def show_times(ladder: Ladder) -> dict | None:
-    """Time the ladder and print the table; where it is CUDA's and there is no card, that of the cards in
-    lessons/results. Returns what is shown."""
+    """Time the ladder and print the table; for a CUDA ladder without a GPU, the table of a GPU in lessons/results.
+    Returns what it printed."""
     found = times(ladder)
     if found is None:
         found = recorded(ladder)
-        print("No card here" + ("; measured before, on another machine:" if found else ", and no times on record."))
+        print("No GPU found; " + ("times measured on another machine:" if found else "no recorded times."))
     if found:
         print("\n".join(time_table(found)))
     return found
 
 
 def recorded(ladder: Ladder) -> dict | None:
-    """The times of a ladder on a card, from lessons/results."""
+    """The times of a ladder from lessons/results."""
     for path in sorted((FOLDER / "results").glob("*.json")):
         results = json.loads(path.read_text())
         if ladder.name in results["ladders"] and results["device"] == ladder.problem.device:
@@ -189,7 +189,7 @@ COLUMNS = ["ms", "rate", "of the machine's limit", "of PyTorch's speed"]
 
 
 def cells(found: dict) -> list[list[str]]:
-    """For each rung its name and COLUMNS, as text; empty where nothing is known."""
+    """For each rung its name and COLUMNS as text; empty if unknown."""
     lines, torch = [], found["rows"].get("PyTorch")
     for name, seconds in found["rows"].items():
         rate = found["work"] / seconds
@@ -204,11 +204,11 @@ def time_table(found: dict) -> list[str]:
     lines, headers = cells(found), ["", *COLUMNS]
     kept = [i for i in range(len(headers)) if any(line[i] for line in lines)]
     rows = table([headers[i] for i in kept], [[line[i] for i in kept] for line in lines])
-    return [f"{found['machine']}; {in_words(found['sizes'])}", "", *rows]
+    return [f"{found['machine']}; {format_sizes(found['sizes'])}", "", *rows]
 
 
 def main() -> None:
-    """The card's side: times of a ladder of a file, as JSON."""
+    """Print the times of one ladder of a file as JSON."""
     file, name, sizes = sys.argv[1:]
     ladder = next(ladder for ladder in ladders(Path(file)) if ladder.name == name)
     print(json.dumps(times_here(ladder, json.loads(sizes))))

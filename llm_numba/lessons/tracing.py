@@ -1,9 +1,9 @@
-"""What each thread of a kernel reads and writes, in program order: recorded in Numba's simulator.
+"""Records what each thread of a kernel reads and writes, in program order, in Numba's simulator.
 
     trace = simulate(layernorm_forward_v1, out=out, mean=mean, rstd=rstd, inp=inp, weight=weight, bias=bias)
 
-The threads of a block take turns, each up to its next barrier, so that a run is the same every time. A function of the
-CPU is recorded in the same way, run as plain Python: each iteration of its `prange` then stands for a thread.
+The threads of a block run one at a time, each to its next barrier, so a run is deterministic. A CPU function is
+recorded the same way, as plain Python: each iteration of its `prange` counts as a thread.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from llm_numba.util.cli import UserError, install
 
 
 class Access(NamedTuple):
-    """One element that one thread reads or writes.
+    """One access to one element by one thread.
 
-    launch: which kernel, or which prange; epoch: how many barriers the thread has passed; lane: the thread's number in
-    its block; offset: bytes from the array's start; site: which instruction of the program.
+    launch: which kernel launch or prange loop. epoch: how many barriers the thread has passed. lane: the thread's index
+    in its block. offset: bytes from the start of the array. site: the instruction in the program.
     """
 
     launch: int
@@ -46,8 +46,8 @@ class Access(NamedTuple):
 
 
 class Trace:
-    """accesses: all of them, in the order in which they happened; faults: what went wrong on the way, in words;
-    results: the arguments afterwards, by name; arrays: shape and dtype of each array, by name."""
+    """accesses: in the order in which they happened. faults: messages about errors during the run. results: the
+    arguments after the run, by name. arrays: (space, shape, dtype) of each array, by name."""
 
     def __init__(self):
         self.accesses: list[Access] = []
@@ -64,15 +64,15 @@ class Origin(NamedTuple):
 
 
 class OutOfBounds(IndexError):
-    """An index that an array does not have."""
+    """An index is out of bounds."""
 
 
 class Stopped(Exception):
-    """In a thread whose block ends because another one's program failed."""
+    """Ends a thread after another thread of its block has failed."""
 
 
 class Traced(np.ndarray):
-    """An array that records which of its elements are read and written."""
+    """An array that records reads and writes of its elements."""
 
     origin: Origin | None = None
 
@@ -80,16 +80,16 @@ class Traced(np.ndarray):
         self.origin = getattr(other, "origin", None)
 
     def __getitem__(self, index):
-        touch(self, index, "read")
+        record(self, index, "read")
         return np.ndarray.__getitem__(self, index)
 
     def __setitem__(self, index, value):
-        touch(self, index, "write")
+        record(self, index, "write")
         np.ndarray.__setitem__(self, index, value)
 
 
 def traced(array: np.ndarray, space: str, name: str) -> Traced:
-    """The array itself, seen as one that records."""
+    """A view of the array that records."""
     view = array.view(Traced)
     view.origin = Origin(space, name, array.__array_interface__["data"][0], array.nbytes)
     if _recorder:
@@ -98,7 +98,7 @@ def traced(array: np.ndarray, space: str, name: str) -> Traced:
 
 
 class Recorder:
-    """The recording that goes on; there is one at most. For the CPU, `position` is what a thread of CUDA has itself."""
+    """The state of the current recording. On the CPU, `position` plays the role of a CUDA thread's indices."""
 
     def __init__(self, trace: Trace):
         self.trace = trace
@@ -107,14 +107,13 @@ class Recorder:
         self.position = None
         self.loops = 0
 
-    def who(self):
-        """(launch, block, thread, lane, epoch) of whoever runs now; None outside of a kernel."""
+    def current_thread(self):
+        """(launch, block, thread, lane, epoch) of the running thread; None outside a kernel."""
         thread = threading.current_thread()
         if hasattr(thread, "epoch"):
             if thread.quiet:
                 return None
-            place = thread.blockIdx, thread.threadIdx
-            return self.launch(), tuple(place[0]), tuple(place[1]), thread.thread_id, thread.epoch
+            return self.launch(), tuple(thread.blockIdx), tuple(thread.threadIdx), thread.thread_id, thread.epoch
         return self.position
 
     def launch(self) -> int:
@@ -129,9 +128,9 @@ class Recorder:
 _recorder: Recorder | None = None
 
 
-def touch(array: Traced, index, kind: str) -> None:
-    """Record an access, after a look at whether the array has such an element."""
-    if _recorder is None or array.origin is None or (who := _recorder.who()) is None:
+def record(array: Traced, index, kind: str) -> None:
+    """Record an access. Errors: OutOfBounds if the array has no such element."""
+    if _recorder is None or array.origin is None or (who := _recorder.current_thread()) is None:
         return
     key = index if isinstance(index, tuple) else (index,)
     whole = all(isinstance(i, int | np.integer) for i in key)
@@ -143,16 +142,16 @@ def touch(array: Traced, index, kind: str) -> None:
     if whole and len(key) == array.ndim:
         elements = [(tuple(map(int, key)), sum(int(i) * s for i, s in zip(key, array.strides, strict=True)))]
     elif kind == "read":
-        return  # a part of the array, whose elements are read later
+        return  # a view; its elements are read later
     else:
-        part = np.ndarray.__getitem__(array, index)
-        first = address(part) - address(array)
+        view = np.ndarray.__getitem__(array, index)
+        first = address(view) - address(array)
         elements = [
-            (i, first + sum(a * s for a, s in zip(i, part.strides, strict=True))) for i in np.ndindex(part.shape)
+            (i, first + sum(a * s for a, s in zip(i, view.strides, strict=True))) for i in np.ndindex(view.shape)
         ]
     start = address(array) - array.origin.address
     for element, offset in elements:
-        if 0 <= start + offset < array.origin.nbytes:  # not what NumPy has computed from it
+        if 0 <= start + offset < array.origin.nbytes:  # not the result of a NumPy operation
             access = Access(
                 *who, array.origin.space, array.origin.name, kind, element, start + offset, array.itemsize, site, line
             )
@@ -167,16 +166,16 @@ def out_of_bounds(array: Traced, key: tuple, axis: int, kind: str, who: tuple, l
     name, written = array.origin.name, ", ".join(str(int(i)) for i in key)
     text = f"{name_of_thread(who[1], who[2])} {kind}s {name}[{written}], which is out of bounds: "
     if axis >= array.ndim:
-        return text + f"{name} has {array.ndim} axes only, {at_line(line)}"
+        return text + f"{name} has only {array.ndim} axes, {at_line(line)}"
     side = "the index" if array.ndim == 1 else f"the index of axis {axis}"
     bounds = f"{name} has shape {tuple(map(int, array.shape))}, so {side} must be 0 to {array.shape[axis] - 1}"
     return f"{text}{bounds}, {at_line(line)}"
 
 
 def name_of_thread(block: tuple, thread: tuple) -> str:
-    """A thread in words; only as many coordinates as it takes."""
+    """A thread's name, without trailing zero coordinates."""
     if not block:
-        return f"iteration {thread[0]} of prange" if thread else "the program outside of prange"
+        return f"iteration {thread[0]} of prange" if thread else "the program outside prange"
 
     def short(point):
         kept = point[: max((i + 1 for i, x in enumerate(point) if x), default=1)]
@@ -186,24 +185,24 @@ def name_of_thread(block: tuple, thread: tuple) -> str:
 
 
 def at_line(line: tuple[str, int]) -> str:
-    """A line of a program in words."""
+    """A line number and its source."""
     text = linecache.getline(*line).strip()
     return f"line {line[1]}: `{text}`" if text else f"line {line[1]}"
 
 
-_foreign: dict[CodeType, bool] = {}  # whether code is neither the simulator's nor the recording's
+_is_program: dict[CodeType, bool] = {}  # False for code of the simulator and of this file
 
 
 def where() -> tuple[tuple, tuple[str, int]]:
-    """(the instruction of the program that runs, with those that called its function; its line)."""
+    """(the running instruction of the program, with its call stack; its line)."""
     frame, site, line = sys._getframe(2), [], None
     while frame is not None and frame.f_code not in ENTRIES:
         code = frame.f_code
-        if code not in _foreign:
+        if code not in _is_program:
             name = code.co_filename.replace("\\", "/")
-            _foreign[code] = "/cuda/simulator/" not in name and name != __file__ and "/contextlib" not in name
-        if _foreign[code]:
-            site.append((code, place_in(code, frame.f_lasti)))
+            _is_program[code] = "/cuda/simulator/" not in name and name != __file__ and "/contextlib" not in name
+        if _is_program[code]:
+            site.append((code, position_of(code, frame.f_lasti)))
             line = line or (code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return tuple(site), line or ("", 0)
@@ -214,25 +213,30 @@ def positions(code: CodeType) -> list[tuple]:
     return list(code.co_positions())
 
 
-def place_in(code: CodeType, instruction: int) -> tuple:
-    """Lines and columns of an instruction: its number itself changes when the interpreter specialises it."""
+def position_of(code: CodeType, instruction: int) -> tuple:
+    """Line and column of an instruction. Its index changes when the interpreter specialises the code."""
     return positions(code)[instruction // 2]
 
 
-def simulate(function: Callable, **arguments) -> Trace:
-    """Run `function(*arguments)`, which launches CUDA kernels, on copies of the arrays, and record what these do.
-
-    An index out of bounds ends the run and becomes a fault; so do barriers that not all threads of a block come to. Any
-    other exception is the caller's. Errors: UserError if the simulator is missing or off.
-    """
+def require_numba_cuda() -> None:
+    """Errors: UserError if numba-cuda, which contains the simulator, is not installed."""
     if find_spec("numba_cuda") is None:
-        raise UserError(f"the lessons need the simulator of numba-cuda, which is not installed: {install('lessons')}")
+        raise UserError(f"numba-cuda, which simulates the CUDA kernels, is not installed: {install('lessons')}")
+
+
+def simulate(function: Callable, **arguments) -> Trace:
+    """Run `function(*arguments)`, which launches CUDA kernels, on copies of the arrays, and record the accesses.
+
+    An index out of bounds ends the run and is recorded as a fault; so is a barrier that some threads of a block do not
+    reach. Other exceptions propagate. Errors: UserError if numba-cuda is missing or the CUDA simulator is off.
+    """
+    require_numba_cuda()
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
     if not config.ENABLE_CUDASIM:
         raise UserError(
             "the lessons run kernels in Numba's simulator: import llm_numba.lessons before numba.cuda, and "
-            "leave NUMBA_ENABLE_CUDASIM alone or set it to 1"
+            "unset NUMBA_ENABLE_CUDASIM or set it to 1"
         )
     with recording() as recorder, simulator_that_records(recorder):
         trace = recorder.trace
@@ -241,22 +245,22 @@ def simulate(function: Callable, **arguments) -> Trace:
         try:
             function(*given)
         except OutOfBounds as error:
-            trace.faults.append(str(error).partition(": ")[2])  # the simulator has put the thread's number before it
+            trace.faults.append(str(error).partition(": ")[2])  # the simulator prepends the thread
         trace.results = copies
     return trace
 
 
 def simulate_cpu(function: Callable, **arguments) -> Trace:
-    """The same for a function of the CPU: as plain Python, in which each iteration of `prange` is a thread.
+    """The same for a CPU function: run as plain Python, with each iteration of `prange` as a thread.
 
-    Only what the function itself reads and writes, element by element, is seen: not what a function that it calls does.
+    Only element accesses in the function itself are recorded, not those in functions that it calls.
     """
     function = getattr(function, "py_func", function)
     with recording() as recorder:
         recorder.position = (0, (), (), 0, 0)
 
         def iterations(*bounds):
-            if recorder.position[2]:  # within another: one iteration of that one
+            if recorder.position[2]:  # nested: part of the outer iteration
                 yield from range(*bounds)
                 return
             recorder.loops += 1
@@ -289,7 +293,7 @@ def call(function: Callable, arguments: list) -> None:
 @contextlib.contextmanager
 def recording():
     global _recorder
-    assert _recorder is None, "two recordings at once"
+    assert _recorder is None, "recordings cannot be nested"
     _recorder = Recorder(Trace())
     try:
         yield _recorder
@@ -299,7 +303,7 @@ def recording():
 
 @contextlib.contextmanager
 def simulator_that_records(recorder: Recorder):
-    """Numba's simulator with threads that take turns, shared memory that records, and atomics that count as one."""
+    """Patch Numba's simulator: threads run one at a time, shared memory records, and an atomic counts as one access."""
     from numba.cuda.simulator import kernel, kernelapi
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
@@ -313,7 +317,7 @@ def simulator_that_records(recorder: Recorder):
     atomics = {name: f for name, f in vars(kernelapi.FakeCUDAAtomic).items() if not name.startswith("__")}
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(patched(owner, name, value))  # noqa: E731
-        patch(kernel.BlockManager, "run", take_turns)
+        patch(kernel.BlockManager, "run", run_block)
         patch(kernel.BlockThread, "syncthreads", wait_at_barrier)
         patch(FakeCUDAArray, "__getitem__", getitem)
         patch(kernelapi.FakeCUDAShared, "array", shared_array)
@@ -333,7 +337,7 @@ def patched(owner, name: str, value):
 
 
 def shared(recorder: Recorder, shape, dtype, caller) -> Traced:
-    """A block's array of a line that asks for one; all NaN, where it can be, as shared memory starts with anything."""
+    """The block's shared array for this line of the program. It starts as NaN, since shared memory is uninitialised."""
     from numba.cuda import types
     from numba.cuda.np import numpy_support
 
@@ -350,15 +354,15 @@ def shared(recorder: Recorder, shape, dtype, caller) -> Traced:
 
 
 def one_atomic(original: Callable) -> Callable:
-    """The simulator's atomic operation, recorded as one access and not as the reads and writes that it is made of."""
+    """The simulator's atomic operation, recorded as one access instead of a read and a write."""
 
     def atomic(self, array, *arguments):
         thread = threading.current_thread()
-        plain = getattr(array, "_item", array)
-        plain = getattr(plain, "_ary", plain)
-        index = arguments[0] if len(arguments) > 1 and original.__name__ != "compare_and_swap" else (0,) * plain.ndim
-        if isinstance(plain, Traced):
-            touch(plain, index, "atomic")
+        target = getattr(array, "_item", array)
+        target = getattr(target, "_ary", target)
+        index = arguments[0] if len(arguments) > 1 and original.__name__ != "compare_and_swap" else (0,) * target.ndim
+        if isinstance(target, Traced):
+            record(target, index, "atomic")
         thread.quiet = True
         try:
             return original(self, array, *arguments)
@@ -368,8 +372,8 @@ def one_atomic(original: Callable) -> Callable:
     return atomic
 
 
-def take_turns(manager, grid_point, *args) -> None:
-    """In place of BlockManager.run: the block's threads one after the other, each until its next barrier."""
+def run_block(manager, grid_point, *args) -> None:
+    """Replaces BlockManager.run: run the block's threads one after the other, each to its next barrier."""
     from numba.cuda.simulator.kernel import BlockThread
 
     back = locked()
@@ -404,13 +408,13 @@ def take_turns(manager, grid_point, *args) -> None:
                 stop(threads)
                 raise thread.exception[0].with_traceback(thread.exception[1])
         live = [thread for thread in threads if not thread.done]
-        fault = uneven(threads, live)
+        fault = divergent_barrier(threads, live)
         if fault and fault not in _recorder.trace.faults:
             _recorder.trace.faults.append(fault)
 
 
 def wait_at_barrier(thread) -> None:
-    """In place of BlockThread.syncthreads."""
+    """Replaces BlockThread.syncthreads."""
     thread.barrier = where()
     thread.back.release()
     thread.turn.acquire()
@@ -429,30 +433,30 @@ def stop(threads) -> None:
 
 
 def locked():
-    """A lock that somebody holds: whoever wants it waits until it is released."""
+    """A lock that is already held."""
     lock = threading.Lock()
     lock.acquire()
     return lock
 
 
-def uneven(threads, live) -> str:
-    """Words where some threads of a block wait at a barrier that others never come to, or wait at another one."""
+def divergent_barrier(threads, live) -> str:
+    """A message if some threads of a block wait at a barrier that others do not reach; else empty."""
     if not live:
         return ""
     first = live[0]
-    place = name_of_thread(tuple(first.blockIdx), tuple(first.threadIdx))
+    waiting = name_of_thread(tuple(first.blockIdx), tuple(first.threadIdx))
     gone = next((thread for thread in threads if thread.done), None)
     other = next((thread for thread in live if thread.barrier[0] != first.barrier[0]), None)
     absent = gone or other
     if absent is None:
         return ""
     who = f"thread {tuple(absent.threadIdx)}" if any(tuple(absent.threadIdx)[1:]) else f"thread {absent.threadIdx.x}"
-    does = "has ended" if gone else f"waits at another one, {at_line(other.barrier[1])}"
+    does = "has ended" if gone else f"waits at another barrier, {at_line(other.barrier[1])}"
     return (
-        f"{place} waits at syncthreads, {at_line(first.barrier[1])}, and {who} of its block {does}: every thread of a "
-        "block must come to every barrier"
+        f"{waiting} waits at syncthreads, {at_line(first.barrier[1])}, and {who} of its block {does}: every thread "
+        "of a block must reach every barrier"
     )
 
 
-# where the program ends and what runs it begins
-ENTRIES = {call.__code__, *(code for code in take_turns.__code__.co_consts if isinstance(code, CodeType))}
+# the call stack of a program ends here
+ENTRIES = {call.__code__, *(code for code in run_block.__code__.co_consts if isinstance(code, CodeType))}

@@ -20,6 +20,9 @@ class Model(Protocol):
 
     name: ClassVar[str]  # in checkpoints, and the key in MODELS
     PRESETS: ClassVar[dict[str, "Model"]]
+    huggingface: ClassVar[SimpleNamespace]  # optional: its names in Hugging Face's files
+    llmc: ClassVar[SimpleNamespace]  # optional: its names in llm.c's files
+    vocab_parameters: ClassVar[set[str]]  # parameters with a row for each token, which files pad differently
     max_seq_len: int  # the context: the longest T
     vocab_size: int  # V
     num_layers: int  # L

@@ -7,6 +7,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -16,6 +17,68 @@ import numpy as np
 
 from llm_numba.arena import TensorSpec, padded
 from llm_numba.util.cli import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2 in other programs' files
+
+# Hugging Face stores tensors per layer, and matrices as (in, out); ours are (out, in)
+HUGGINGFACE = SimpleNamespace(
+    architecture="GPT2LMHeadModel",
+    sizes={  # our fields -> keys of config.json
+        "max_seq_len": "n_positions",
+        "vocab_size": "vocab_size",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "channels": "n_embd",
+    },
+    accepted={  # values with which our model computes the same; the first is the default for a missing key
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    },
+    accepted_for=lambda model: {"n_inner": (None, 4 * model.channels)},
+    written={"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    tensors={
+        "wte": "wte.weight",
+        "wpe": "wpe.weight",
+        "ln1w": "h.{}.ln_1.weight",
+        "ln1b": "h.{}.ln_1.bias",
+        "qkvw": "h.{}.attn.c_attn.weight",
+        "qkvb": "h.{}.attn.c_attn.bias",
+        "attprojw": "h.{}.attn.c_proj.weight",
+        "attprojb": "h.{}.attn.c_proj.bias",
+        "ln2w": "h.{}.ln_2.weight",
+        "ln2b": "h.{}.ln_2.bias",
+        "fcw": "h.{}.mlp.c_fc.weight",
+        "fcb": "h.{}.mlp.c_fc.bias",
+        "fcprojw": "h.{}.mlp.c_proj.weight",
+        "fcprojb": "h.{}.mlp.c_proj.bias",
+        "lnfw": "ln_f.weight",
+        "lnfb": "ln_f.bias",
+    },
+    transposed={"qkvw", "attprojw", "fcw", "fcprojw"},
+    prefix="transformer.",  # of every tensor's name; may be missing
+    ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),  # attention masks, which old versions saved
+    tied={"lm_head.weight": "wte.weight"},  # may be saved twice
+)
+
+LLMC = SimpleNamespace(
+    model=20240326,  # magic numbers
+    state=20240327,
+    sizes=("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels"),  # header[2:7]; header[7] is Vp
+)
+
+
+def logits_rows(rows: int) -> int:
+    """Of this many rows (b, t), how many have their logits in memory at a time: a quarter, but at least 1024.
+
+    The logits of all rows would be the largest activation.
+    """
+    return min(rows, max(1024, padded(-(-rows // 4))))
 
 
 @dataclass(frozen=True)
@@ -30,6 +93,9 @@ class GPT2:
 
     name: ClassVar[str] = "gpt2"
     PRESETS: ClassVar[dict[str, "GPT2"]] = {}
+    huggingface: ClassVar[SimpleNamespace] = HUGGINGFACE
+    llmc: ClassVar[SimpleNamespace] = LLMC
+    vocab_parameters: ClassVar[set[str]] = {"wte"}  # a row for each token: Vp rows here, V to any number in files
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -106,8 +172,7 @@ class GPT2:
             TensorSpec("lnf", (B, T, C)),
             TensorSpec("lnf_mean", (B, T), **exact),
             TensorSpec("lnf_rstd", (B, T), **exact),
-            # a quarter of the rows at a time, but at least 1024: the logits are the largest activation
-            TensorSpec("logits", (B, T, self.padded_vocab_size), rows=min(B * T, max(1024, padded(-(-B * T // 4))))),
+            TensorSpec("logits", (B, T, self.padded_vocab_size), rows=logits_rows(B * T)),
             TensorSpec("losses", (B, T), **exact),
         ]
 

@@ -10,8 +10,10 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from llm_numba.data.shards import MAX_VOCAB_SIZE
 from llm_numba.models import Model, preset, presets
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
+from llm_numba.training.log import COLUMNS
 from llm_numba.training.outliers import WINDOW
 from llm_numba.training.override import split
 from llm_numba.training.schedule import SCHEDULES, WSD_DECAY
@@ -26,7 +28,7 @@ PRESET_DEFAULTS = {
 INIT_DEFAULTS = {"preset": "", "learning_rate": 3e-5}  # with --init: the sizes are known, and the weights are trained
 AUTO_TOKENIZER = {"nano": "bytes", "tiny": "bpe"}  # other presets: gpt2; with --init: the tokenizer of the weights
 FIXED_VOCABULARIES = {"gpt2": 50257, "bytes": 257}
-VOCAB_SIZES = {"bpe": (257, 65536), "none": (1, 65536)}  # 256 bytes and the end of a text; what a uint16 shard can hold
+VOCAB_SIZES = {"bpe": (257, MAX_VOCAB_SIZE), "none": (1, MAX_VOCAB_SIZE)}  # 257: the bytes and the end of a text
 SIZES = {"layers": "num_layers", "heads": "num_heads", "channels": "channels"}  # flag -> the size of the model it sets
 LARGEST = 2**31 - 1  # of an integer setting: what an int32 can hold
 
@@ -410,8 +412,7 @@ def _parser(all_flags: bool) -> argparse.ArgumentParser:
         "  %(prog)s --preset nano\n"
         "  %(prog)s --data book.txt --batch-size 16\n"
         "  %(prog)s --resume runs/tiny-000 --epochs 2",
-        epilog="A log line: loss and gradient norm, each with its z-score over the last 128 steps; learning rate; step "
-        "time; throughput; share of the measured peak.",
+        epilog=COLUMNS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what is given explicitly shows up in the result
         allow_abbrev=False,

@@ -12,6 +12,7 @@ from llm_numba.arena import DTYPES, Arena
 from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
+from llm_numba.data.shards import fingerprint
 from llm_numba.data.tokenizer import tokenizer_state
 from llm_numba.models import Model
 from llm_numba.ops import Ops
@@ -75,6 +76,7 @@ class Trainer:
         self.losses = scorer(self.ops, self.model, self.m)
         self.batches = np.empty(self.m.batches.shape, np.int32)
         self.flops_per_token = self.model.flops_per_token(self.batches.shape[-1])
+        self.fingerprint = fingerprint(self.corpus.train)
         self.expected = Reference(s, self.log)
         self.times: list[float] = []  # seconds of the last steps
 
@@ -229,7 +231,7 @@ class Trainer:
             "model": self.model.name,
             "config": asdict(self.model),
             "settings": settings.to_record(self.settings),
-            "data": data.fingerprint(self.corpus.train),
+            "data": self.fingerprint,
         }
         return tensors, record
 

@@ -59,16 +59,16 @@ def weights_of(stored: Checkpoint) -> Weights:
 
 
 def set_parameters(ops: Ops, arena: Arena, parameters: Iterator[tuple[str, np.ndarray]]) -> None:
-    """The arena's parameters = these."""
+    """The arena's parameters = these, with any padding of the vocabulary."""
     for name, values in tqdm(parameters, desc="weights", leave=False, disable=None):
-        set_parameter(ops, arena, name, padded_to(values, arena.tensors["parameters", name].shape))
+        set_parameter(ops, arena, name, padded(name, values, arena.model))
 
 
-def padded_to(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """values, with rows of zeros appended: files of other programs pad the vocabulary differently, or not at all."""
-    if values.shape == shape:
+def padded(name: str, values: np.ndarray, model: Model) -> np.ndarray:
+    """The parameter; if its rows are tokens, with Vp rows instead of any number >= V. Rows from V on are 0."""
+    if name not in model.vocab_parameters:
         return values
-    rows = min(len(values), shape[0])
-    padded = np.zeros(shape, np.float32)
-    padded[:rows] = values[:rows]
-    return padded
+    rows = next(spec.shape[0] for spec in model.parameters() if spec.name == name)
+    found = np.zeros((rows, *values.shape[1:]), np.float32)
+    found[: model.vocab_size] = values[: model.vocab_size]
+    return found

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and sizes in words."""
+"""Atomic writes, and sizes in bytes as text."""
 
 import os
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from llm_numba.util.cli import UserError
 
 
 def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
-    """Write a file, all of its parts or not at all. Errors: the folder cannot be written, the disk is full."""
+    """Write a file: all of its parts, or nothing. Errors: the folder cannot be written, the disk is full."""
     with writing_whole(path) as file:
         for part in parts:
-            file.write(part)
+            file.write(part if isinstance(part, bytes) else part.data)
 
 
 @contextmanager
 def writing_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name once the block is through; errors as for write_whole."""
+    """A file to write to, which replaces `path` when the block ends without an error; errors as for write_whole."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import math
 
@@ -20,7 +20,7 @@ def solution(params, grads, m, v, decays, rate, step):
 
 
 @njit(parallel=True)
-def not_corrected(params, grads, m, v, decays, rate, step):
+def no_bias_correction(params, grads, m, v, decays, rate, step):
     for i in prange(params.shape[0]):
         g = grads[i]
         m[i] = BETA1 * m[i] + (1 - BETA1) * g
@@ -61,7 +61,7 @@ def all_decay(params, grads, m, v, decays, rate, step):
 
 
 @njit(parallel=True)
-def corrected_in_place(params, grads, m, v, decays, rate, step):
+def stores_corrected_m_and_v(params, grads, m, v, decays, rate, step):
     for i in prange(params.shape[0]):
         g = grads[i]
         m[i] = (BETA1 * m[i] + (1 - BETA1) * g) / (1 - BETA1**step)
@@ -71,7 +71,7 @@ def corrected_in_place(params, grads, m, v, decays, rate, step):
 
 
 @njit(parallel=True)
-def uphill(params, grads, m, v, decays, rate, step):
+def wrong_sign(params, grads, m, v, decays, rate, step):
     for i in prange(params.shape[0]):
         g = grads[i]
         m[i] = BETA1 * m[i] + (1 - BETA1) * g
@@ -82,8 +82,8 @@ def uphill(params, grads, m, v, decays, rate, step):
 
 
 @njit(parallel=True)
-def a_run_each(params, grads, m, v, decays, rate, step):
-    """The whole run, by each of its parameters' iterations."""
+def whole_run_in_each_iteration(params, grads, m, v, decays, rate, step):
+    """Each iteration updates all parameters of its run."""
     for i in prange(params.shape[0]):
         run = i // RUN
         for j in range(run * RUN, (run + 1) * RUN):
@@ -95,7 +95,7 @@ def a_run_each(params, grads, m, v, decays, rate, step):
 
 
 @njit(parallel=True)
-def keeps_nothing(params, grads, m, v, decays, rate, step):
+def does_not_store_m_and_v(params, grads, m, v, decays, rate, step):
     for i in prange(params.shape[0]):
         g = grads[i]
         m_new = BETA1 * m[i] + (1 - BETA1) * g
@@ -106,15 +106,15 @@ def keeps_nothing(params, grads, m, v, decays, rate, step):
 
 
 WRONG = (
-    (not_corrected, ["runs=1, step=1: params[0] is", "all of params is wrong"]),
+    (no_bias_correction, ["runs=1, step=1: params[0] is", "all elements of params are wrong"]),
     (
         decay_in_the_gradient,
         ["runs=3, step=1: params[4] is", "4 of 12 elements are wrong", "from params[4]"],
     ),
     (a_decay_for_each_parameter, ["iteration 1 of prange reads decays[1], which is out of bounds", "must be 0 to 0"]),
-    (all_decay, ["runs=1, step=1: params[0] is", "all of params is wrong"]),
-    (corrected_in_place, ["runs=1, step=1: m[0] is", "all of m is wrong"]),
-    (uphill, ["runs=1, step=1: params[0] is", "all of params is wrong"]),
-    (a_run_each, ["a race: iteration 0 of prange writes m[0] and iteration 1 of prange", "one owner"]),
-    (keeps_nothing, ["m[0] is 0, but should be", "all of m is wrong"]),
+    (all_decay, ["runs=1, step=1: params[0] is", "all elements of params are wrong"]),
+    (stores_corrected_m_and_v, ["runs=1, step=1: m[0] is", "all elements of m are wrong"]),
+    (wrong_sign, ["runs=1, step=1: params[0] is", "all elements of params are wrong"]),
+    (whole_run_in_each_iteration, ["a race: iteration 0 of prange writes m[0] and iteration 1 of prange", "one owner"]),
+    (does_not_store_m_and_v, ["m[0] is 0, but should be", "all elements of m are wrong"]),
 )

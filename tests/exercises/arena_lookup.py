@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 from numba import njit
 
@@ -40,7 +40,7 @@ def sequence_as_position(out, tokens, memory, wte_at, wpe_at):
 
 
 @njit
-def column_after_column(out, tokens, memory, wte_at, wpe_at):
+def column_major(out, tokens, memory, wte_at, wpe_at):
     B, T, C = out.shape
     Vp = (wpe_at - wte_at) // C
     for b in range(B):
@@ -50,7 +50,7 @@ def column_after_column(out, tokens, memory, wte_at, wpe_at):
 
 
 @njit
-def rows_a_number_apart(out, tokens, memory, wte_at, wpe_at):
+def rows_one_element_apart(out, tokens, memory, wte_at, wpe_at):
     B, T, C = out.shape
     for b in range(B):
         for t in range(T):
@@ -59,7 +59,7 @@ def rows_a_number_apart(out, tokens, memory, wte_at, wpe_at):
 
 
 @njit
-def positions_go_on(out, tokens, memory, wte_at, wpe_at):
+def positions_continue_across_sequences(out, tokens, memory, wte_at, wpe_at):
     B, T, C = out.shape
     for b in range(B):
         for t in range(T):
@@ -88,11 +88,14 @@ def adds_in_place(out, tokens, memory, wte_at, wpe_at):
 
 WRONG = (
     (from_the_start_of_memory, ["B=1, T=1, C=1, Vp=1: out[0, 0, 0] is", "but should be"]),
-    (position_as_token, ["B=3, T=2, C=4, Vp=9: out[0, 0, 0] is", "all of out is wrong"]),
+    (position_as_token, ["B=3, T=2, C=4, Vp=9: out[0, 0, 0] is", "all elements of out are wrong"]),
     (sequence_as_position, ["B=3, T=2, C=4, Vp=9: ", "memory[49]", "out of bounds"]),
-    (column_after_column, ["B=3, T=2, C=4, Vp=9: out[0, 0, 0] is", "23 of 24 elements are wrong"]),
-    (rows_a_number_apart, ["B=3, T=2, C=4, Vp=9: out[0, 0, 0] is"]),
-    (positions_go_on, ["reads memory[49], which is out of bounds", "memory has shape (49,), so the index must be 0"]),
-    (only_the_first_sequence, ["nothing is ever written to out[1, 0, 0]", "16 of 24 elements are wrong"]),
+    (column_major, ["B=3, T=2, C=4, Vp=9: out[0, 0, 0] is", "23 of 24 elements are wrong"]),
+    (rows_one_element_apart, ["B=3, T=2, C=4, Vp=9: out[0, 0, 0] is"]),
+    (
+        positions_continue_across_sequences,
+        ["reads memory[49], which is out of bounds", "memory has shape (49,), so the index must be 0"],
+    ),
+    (only_the_first_sequence, ["out[1, 0, 0] is never written", "16 of 24 elements are wrong"]),
     (adds_in_place, ["it changes its input memory, at memory[5]"]),
 )

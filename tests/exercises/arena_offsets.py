@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 RUN = 64
 

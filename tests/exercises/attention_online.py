@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import math
 
@@ -66,7 +66,7 @@ WRONG = (
     (variant(shrink_out=False), ["T=3, HS=4: out[1, 0] is", "8 of 12 elements are wrong"]),
     (variant(shrink_total=False), ["T=3, HS=4: out[1, 0] is", "8 of 12 elements are wrong"]),
     (variant(divide=False), ["T=3, HS=4: out[1, 0] is", "7 of 12 elements are wrong"]),
-    (variant(keep_top=False), ["T=3, HS=4: out[0, 0] is nan, but should be", "all of out is wrong"]),
+    (variant(keep_top=False), ["T=3, HS=4: out[0, 0] is nan, but should be", "all elements of out are wrong"]),
     (variant(row=0), ["a race: iteration 0 of prange writes out[0, 0]", "each element must have one owner"]),
     (variant(last=lambda t, T: t + 2), ["iteration 2 of prange reads k[3, 0], which is out of bounds"]),
 )

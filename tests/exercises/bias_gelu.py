@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import math
 
@@ -22,7 +22,7 @@ def solution(out, inp, bias):
 
 
 @cuda.jit
-def one_number_each(out, inp, bias):
+def one_element_each(out, inp, bias):
     i = cuda.grid(1)
     if i < inp.shape[0]:
         out[i] = gelu(inp[i] + bias[i % bias.shape[0]])
@@ -35,13 +35,13 @@ def no_bound(out, inp, bias):
 
 
 @cuda.jit
-def strides_by_a_block(out, inp, bias):
+def stride_of_a_block(out, inp, bias):
     for i in range(cuda.grid(1), inp.shape[0], cuda.blockDim.x):
         out[i] = gelu(inp[i] + bias[i % bias.shape[0]])
 
 
 @cuda.jit
-def every_block_all(out, inp, bias):
+def every_block_does_all(out, inp, bias):
     for i in range(cuda.threadIdx.x, inp.shape[0], cuda.blockDim.x):
         out[i] = gelu(inp[i] + bias[i % bias.shape[0]])
 
@@ -66,10 +66,13 @@ def sum_in_memory(out, inp, bias):
 
 
 WRONG = (
-    (one_number_each, ["R=97, C=3: nothing is ever written to out[21, 1]", "227 of 291 elements are wrong"]),
+    (one_element_each, ["R=97, C=3: out[21, 1] is never written", "227 of 291 elements are wrong"]),
     (no_bound, ["R=1, C=1: thread 1 of block 0 reads inp[1], which is out of bounds", "must be 0 to 0"]),
-    (strides_by_a_block, ["a race: thread 0 of block 0 writes out[32]", "thread 0 of block 1 writes it", "any order"]),
-    (every_block_all, ["R=1, C=1: a race", "thread 0 of block 1 writes it", "no barrier holds between them"]),
+    (stride_of_a_block, ["a race: thread 0 of block 0 writes out[32]", "thread 0 of block 1 writes it", "any order"]),
+    (
+        every_block_does_all,
+        ["R=1, C=1: a race", "thread 0 of block 1 writes it", "does not synchronise"],
+    ),
     (bias_of_the_row, ["R=97, C=3: thread 0 of block 0 reads bias[21], which is out of bounds"]),
     (bias_afterwards, ["R=1, C=1: out[0, 0] is", "but should be"]),
     (sum_in_memory, ["it changes its input inp, at inp[0, 0]"]),

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 from numba import cuda
 
@@ -43,7 +43,7 @@ def no_barrier(dbias, dout):
 
 
 @cuda.jit
-def beyond_the_channels(dbias, dout):
+def reads_beyond_the_channels(dbias, dout):
     x, y = cuda.threadIdx.x, cuda.threadIdx.y
     c = cuda.blockIdx.x * COLUMNS + x
     R, C = dout.shape
@@ -138,7 +138,7 @@ def first_block_only(dbias, dout):
 
 
 @cuda.jit
-def some_slices_empty(dbias, dout):
+def slices_not_written(dbias, dout):
     x, y = cuda.threadIdx.x, cuda.threadIdx.y
     c = cuda.blockIdx.x * COLUMNS + x
     R, C = dout.shape
@@ -158,13 +158,13 @@ def some_slices_empty(dbias, dout):
 WRONG = (
     (no_barrier, ["a race: thread 0 of block 0 writes shared[0, 0]", "no barrier", "shared[y, x] = total"]),
     (
-        beyond_the_channels,
+        reads_beyond_the_channels,
         ["R=1, C=1: thread 1 of block 0 reads dout[0, 1], which is out of bounds", "axis 1 must be 0 to 0"],
     ),
     (barrier_for_some, ["waits at syncthreads", "of its block has ended", "every barrier"]),
     (every_slice_adds, ["a race: thread 0 of block 0 writes dbias[0]", "thread (0, 1) of block 0", "no barrier"]),
-    (only_its_own_slice, ["R=7, C=97: dbias[0] is", "all of dbias is wrong"]),
+    (only_its_own_slice, ["R=7, C=97: dbias[0] is", "all elements of dbias are wrong"]),
     (overwrites, ["R=1, C=1: dbias[0] is", "it is the only element of dbias"]),
-    (first_block_only, ["R=7, C=97: dbias[32] is", "65 of 97 elements are wrong, those from dbias[32] to dbias[96]"]),
-    (some_slices_empty, ["reads shared[1, 0] in shared memory before any thread of its block has written it"]),
+    (first_block_only, ["R=7, C=97: dbias[32] is", "65 of 97 elements are wrong, from dbias[32] to dbias[96]"]),
+    (slices_not_written, ["reads shared[1, 0] in shared memory before any thread of its block has written it"]),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 
 def from_formula(formula):
@@ -24,7 +24,7 @@ def unpadded_vocabulary(maxT, V, L, C):
     return right(maxT, V, L, C) - (padded(V) - V) * C
 
 
-def an_output_of_its_own(maxT, V, L, C):
+def separate_output_matrix(maxT, V, L, C):
     return right(maxT, V, L, C) + padded(V) * C
 
 
@@ -62,7 +62,7 @@ solution = from_formula(right)
 
 WRONG = (
     (from_formula(unpadded_vocabulary), ["n=1, V=1: total[0] is", "but should be"]),
-    (from_formula(an_output_of_its_own), ["n=1, V=1: total[0] is", "but should be"]),
+    (from_formula(separate_output_matrix), ["n=1, V=1: total[0] is", "but should be"]),
     (from_formula(without_biases), ["n=1, V=1: total[0] is", "but should be"]),
     (from_formula(one_layer), ["total[0] is 161, but should be 236"]),
     (from_formula(without_the_last_norm), ["n=1, V=1: total[0] is", "but should be"]),

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 from numba import njit, prange
 
@@ -16,7 +16,7 @@ def solution(dwte, dout, tokens):
 
 
 @njit(parallel=True)
-def rows_shared_out(dwte, dout, tokens):
+def parallel_over_rows(dwte, dout, tokens):
     n, C = dout.shape
     for i in prange(n):
         for c in range(C):
@@ -69,7 +69,7 @@ def forgets_the_tokens(dwte, dout, tokens):
 
 
 @njit(parallel=True)
-def clears_first(dwte, dout, tokens):
+def clears_dwte_first(dwte, dout, tokens):
     n, C = dout.shape
     for block in prange((C + BLOCK - 1) // BLOCK):
         for c in range(block * BLOCK, min(block * BLOCK + BLOCK, C)):
@@ -80,11 +80,11 @@ def clears_first(dwte, dout, tokens):
 
 
 WRONG = (
-    (rows_shared_out, ["a race: iteration", "of prange writes dwte[", "each element must have one owner"]),
+    (parallel_over_rows, ["a race: iteration", "of prange writes dwte[", "each element must have one owner"]),
     (blocks_overlap, ["a race: iteration 0 of prange writes dwte[", ", 4] and iteration 1 of prange"]),
     (beyond_the_channels, ["iteration 2 of prange reads", ", 10], which is out of bounds", "must be 0 to 9"]),
     (whole_blocks_only, ["n=7, C=10, V=3: dwte[", ", 8] is"]),
-    (keeps_the_last_row, ["n=7, C=10, V=3: dwte[0, 0] is", "all of dwte is wrong"]),
+    (keeps_the_last_row, ["n=7, C=10, V=3: dwte[0, 0] is", "all elements of dwte are wrong"]),
     (forgets_the_tokens, ["dwte[3, 0], which is out of bounds", "the index of axis 0 must be 0 to 2"]),
-    (clears_first, ["n=7, C=10, V=3: dwte[0, 0] is", "all of dwte is wrong"]),
+    (clears_dwte_first, ["n=7, C=10, V=3: dwte[0, 0] is", "all elements of dwte are wrong"]),
 )

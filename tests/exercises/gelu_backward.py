@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import math
 
@@ -87,7 +87,7 @@ def keeps_tanh_in_inp(dinp, inp, dout):
 
 
 @njit(parallel=True)
-def all_but_the_last_number(dinp, inp, dout):
+def all_but_the_last_element(dinp, inp, dout):
     R, C = inp.shape
     for row in prange(R):
         for c in range(max(C - 1, 1)):
@@ -105,7 +105,7 @@ WRONG = (
     (every_core_every_row, ["R=3, C=5: a race: iteration 0 of prange writes dinp[0, 0]", "one owner"]),
     (keeps_tanh_in_inp, ["it changes its input inp, at inp[0, 0]"]),
     (
-        all_but_the_last_number,
-        ["R=3, C=5: nothing is ever written to dinp[0, 4]", "3 of 15 elements are wrong, all of them at dinp[:, 4]"],
+        all_but_the_last_element,
+        ["R=3, C=5: dinp[0, 4] is never written", "3 of 15 elements are wrong, all of them in dinp[:, 4]"],
     ),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 
 def solution(start, end, seconds, launch):
@@ -15,7 +15,7 @@ def all_at_once(start, end, seconds, launch):
         end[i] = start[i] + seconds[i]
 
 
-def no_asking(start, end, seconds, launch):
+def no_launch_time(start, end, seconds, launch):
     free = 0.0
     for i in range(seconds.shape[0]):
         start[i] = free
@@ -23,7 +23,7 @@ def no_asking(start, end, seconds, launch):
         free = end[i]
 
 
-def asked_for_at_once(start, end, seconds, launch):
+def first_launch_is_free(start, end, seconds, launch):
     free = 0.0
     for i in range(seconds.shape[0]):
         start[i] = max(free, i * launch)
@@ -39,7 +39,7 @@ def python_waits(start, end, seconds, launch):
         free = end[i]
 
 
-def the_card_never_waits(start, end, seconds, launch):
+def gpu_never_waits(start, end, seconds, launch):
     free = launch
     for i in range(seconds.shape[0]):
         start[i] = free
@@ -47,7 +47,7 @@ def the_card_never_waits(start, end, seconds, launch):
         free = end[i]
 
 
-def after_the_start_before(start, end, seconds, launch):
+def waits_for_the_previous_start(start, end, seconds, launch):
     before = 0.0
     for i in range(seconds.shape[0]):
         start[i] = max(before, (i + 1) * launch)
@@ -55,13 +55,13 @@ def after_the_start_before(start, end, seconds, launch):
         before = start[i]
 
 
-def before_the_first(start, end, seconds, launch):
+def reads_before_the_first(start, end, seconds, launch):
     for i in range(seconds.shape[0]):
         start[i] = max(end[i - 1], (i + 1) * launch)
         end[i] = start[i] + seconds[i]
 
 
-def no_end(start, end, seconds, launch):
+def end_not_written(start, end, seconds, launch):
     free = 0.0
     for i in range(seconds.shape[0]):
         start[i] = max(free, (i + 1) * launch)
@@ -70,11 +70,11 @@ def no_end(start, end, seconds, launch):
 
 WRONG = (
     (all_at_once, ["start[", "but should be"]),
-    (no_asking, ["n=1: start[0] is 0, but should be 0.75"]),
-    (asked_for_at_once, ["n=1: start[0] is 0, but should be 0.75"]),
+    (no_launch_time, ["n=1: start[0] is 0, but should be 0.75"]),
+    (first_launch_is_free, ["n=1: start[0] is 0, but should be 0.75"]),
     (python_waits, ["start[", "but should be"]),
-    (the_card_never_waits, ["start[", "but should be"]),
-    (after_the_start_before, ["start[", "but should be"]),
-    (before_the_first, ["reads end[-1], which is out of bounds", "the index must be 0 to 0"]),
-    (no_end, ["n=1: nothing is ever written to end[0]"]),
+    (gpu_never_waits, ["start[", "but should be"]),
+    (waits_for_the_previous_start, ["start[", "but should be"]),
+    (reads_before_the_first, ["reads end[-1], which is out of bounds", "the index must be 0 to 0"]),
+    (end_not_written, ["n=1: end[0] is never written"]),
 )

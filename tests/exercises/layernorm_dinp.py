@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import numpy as np
 from numba import njit, prange
@@ -73,8 +73,8 @@ def rows_for_channels(dinp, dout, inp, weight, mean, rstd):
 
 
 @njit(parallel=True)
-def all_cores_at_one_row(dinp, dout, inp, weight, mean, rstd):
-    """The matrix of derivatives, column by column: right on paper."""
+def parallel_over_channels(dinp, dout, inp, weight, mean, rstd):
+    """Multiplies by the Jacobian column by column: the mathematics is right, but it races."""
     R, C = inp.shape
     for i in prange(C):
         for row in range(R):
@@ -118,10 +118,10 @@ def all_but_the_last_channel(dinp, dout, inp, weight, mean, rstd):
 
 WRONG = (
     (writes_instead_of_adding, ["R=1, C=1: dinp[0, 0] is 0, but should be", "it is the only element of dinp"]),
-    (forgets_the_variance, ["R=3, C=5: dinp[0, 0] is", "all of dinp is wrong"]),
+    (forgets_the_variance, ["R=3, C=5: dinp[0, 0] is", "all elements of dinp are wrong"]),
     (one_too_far, ["iteration 0 of prange reads weight[1], which is out of bounds", "the index must be 0 to 0"]),
-    (rows_for_channels, ["R=3, C=5: dinp[0, 0] is", "all of dinp is wrong"]),
-    (all_cores_at_one_row, ["R=3, C=5: a race: iteration 0 of prange writes dinp[0, 0]", "iteration 1", "one owner"]),
+    (rows_for_channels, ["R=3, C=5: dinp[0, 0] is", "all elements of dinp are wrong"]),
+    (parallel_over_channels, ["R=3, C=5: a race: iteration 0 of prange writes dinp[0, 0]", "iteration 1", "one owner"]),
     (keeps_dnorm_in_dout, ["it changes its input dout, at dout[0, 0]"]),
-    (all_but_the_last_channel, ["R=3, C=5: dinp[0, 4]", "3 of 15 elements are wrong, all of them at dinp[:, 4]"]),
+    (all_but_the_last_channel, ["R=3, C=5: dinp[0, 4]", "3 of 15 elements are wrong, all of them in dinp[:, 4]"]),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 from numba import cuda
 
@@ -154,10 +154,10 @@ WRONG = (
             "the index of axis 1 must be 0 to 0",
         ],
     ),
-    (not_divided, ["R=3, C=97: mean[0] is", "all of mean is wrong"]),
+    (not_divided, ["R=3, C=97: mean[0] is", "all elements of mean are wrong"]),
     (all_write, ["a race", "mean[0]", "thread 1"]),
     (barrier_for_some, ["waits at syncthreads", "thread 1 of its block has ended", "every barrier"]),
     (unwritten, ["thread 0 of block 0 reads shared[1] in shared memory before any thread of its block has written it"]),
-    (only_the_first, ["R=3, C=97", "nothing is ever written to mean[1]", "2 of 3 elements are wrong"]),
+    (only_the_first, ["R=3, C=97", "mean[1] is never written", "2 of 3 elements are wrong"]),
     (keeps_the_sum, ["it changes its input inp, at inp[0, 0]"]),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 from numba import cuda
 
@@ -13,7 +13,7 @@ def solution(flat, offsets, scales):
 
 
 @cuda.jit
-def one_number_each(flat, offsets, scales):
+def one_element_each(flat, offsets, scales):
     tensor, thread = cuda.blockIdx.x, cuda.threadIdx.x
     if offsets[tensor] + thread < offsets[tensor + 1]:
         flat[offsets[tensor] + thread] *= scales[tensor]
@@ -34,14 +34,14 @@ def one_too_many(flat, offsets, scales):
 
 
 @cuda.jit
-def everyone_does_all(flat, offsets, scales):
+def every_thread_does_all(flat, offsets, scales):
     tensor = cuda.blockIdx.x
     for i in range(offsets[tensor], offsets[tensor + 1]):
         flat[i] *= scales[tensor]
 
 
 @cuda.jit
-def in_steps_of_the_grid(flat, offsets, scales):
+def stride_of_the_grid(flat, offsets, scales):
     tensor, thread = cuda.blockIdx.x, cuda.threadIdx.x
     for i in range(offsets[tensor] + thread, offsets[tensor + 1], THREADS * cuda.gridDim.x):
         flat[i] *= scales[tensor]
@@ -62,19 +62,19 @@ def the_first_tensors_scale(flat, offsets, scales):
 
 
 @cuda.jit
-def a_tensor_short(flat, offsets, scales):
+def one_too_few(flat, offsets, scales):
     tensor, thread = cuda.blockIdx.x, cuda.threadIdx.x
     for i in range(offsets[tensor] + thread, offsets[tensor + 1] - 1, THREADS):
         flat[i] *= scales[tensor]
 
 
 WRONG = (
-    (one_number_each, ["N=3, n=97: flat[32] is", "elements are wrong"]),
+    (one_element_each, ["N=3, n=97: flat[32] is", "elements are wrong"]),
     (from_the_start_of_all, ["a race", "block", "flat["]),
     (one_too_many, ["flat[1], which is out of bounds", "flat has shape (1,)"]),
-    (everyone_does_all, ["a race: thread 0 of block 0 writes flat[0]", "thread 1 of block 0 reads it"]),
-    (in_steps_of_the_grid, ["N=3, n=97: flat[32] is"]),
+    (every_thread_does_all, ["a race: thread 0 of block 0 writes flat[0]", "thread 1 of block 0 reads it"]),
+    (stride_of_the_grid, ["N=3, n=97: flat[32] is"]),
     (scale_of_the_thread, ["scales[3], which is out of bounds", "scales has shape (3,)"]),
     (the_first_tensors_scale, ["N=3, n=97: flat[97] is"]),
-    (a_tensor_short, ["N=1, n=1: flat[0] is", "it is the only element of flat"]),
+    (one_too_few, ["N=1, n=1: flat[0] is", "it is the only element of flat"]),
 )

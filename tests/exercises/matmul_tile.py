@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 from numba import cuda
 
@@ -70,7 +70,7 @@ def no_second_barrier(out, inp, weight):
 
 
 @cuda.jit
-def beyond_the_edge(out, inp, weight):
+def reads_beyond_the_edge(out, inp, weight):
     x, y = cuda.threadIdx.x, cuda.threadIdx.y
     r0, o0 = cuda.blockIdx.y * TILE, cuda.blockIdx.x * TILE
     R, C = inp.shape
@@ -153,7 +153,7 @@ def only_the_last_step(out, inp, weight):
 
 
 @cuda.jit
-def some_go_home(out, inp, weight):
+def threads_exit_early(out, inp, weight):
     x, y = cuda.threadIdx.x, cuda.threadIdx.y
     r0, o0 = cuda.blockIdx.y * TILE, cuda.blockIdx.x * TILE
     R, C = inp.shape
@@ -199,11 +199,11 @@ def no_zeros(out, inp, weight):
 
 WRONG = (
     (no_first_barrier, ["R=1, C=1, OC=1: a race", "inp_tile[0, 0]", "no barrier"]),
-    (no_second_barrier, ["R=3, C=97, OC=1: a race", "no barrier (cuda.syncthreads) stands between the two"]),
-    (beyond_the_edge, ["R=1, C=1, OC=1: thread 1 of block 0 reads inp[0, 1], which is out of bounds"]),
+    (no_second_barrier, ["R=3, C=97, OC=1: a race", "no barrier (cuda.syncthreads) separates the two"]),
+    (reads_beyond_the_edge, ["R=1, C=1, OC=1: thread 1 of block 0 reads inp[0, 1], which is out of bounds"]),
     (whole_tiles_only, ["R=1, C=1, OC=1: out[0, 0] is 0, but should be"]),
     (wrong_row_of_weight, ["R=3, C=97, OC=1: out[1, 0] is"]),
-    (only_the_last_step, ["R=3, C=97, OC=1: out[0, 0] is", "all of out is wrong"]),
-    (some_go_home, ["waits at syncthreads", "of its block has ended", "every barrier"]),
+    (only_the_last_step, ["R=3, C=97, OC=1: out[0, 0] is", "all elements of out are wrong"]),
+    (threads_exit_early, ["waits at syncthreads", "of its block has ended", "every barrier"]),
     (no_zeros, ["in shared memory before any thread of its block has written it"]),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import numpy as np
 from numba import njit, prange
@@ -114,7 +114,7 @@ def strips_overlap(out, a, b):
 
 
 @njit(parallel=True)
-def terms_shared_out(out, a, b):
+def parallel_over_terms(out, a, b):
     R, K = a.shape
     O = b.shape[1]
     for r in range(R):
@@ -127,7 +127,7 @@ def terms_shared_out(out, a, b):
 
 
 @njit(parallel=True)
-def adds_to_what_was_there(out, a, b):
+def accumulates_into_garbage(out, a, b):
     R, K = a.shape
     O = b.shape[1]
     for strip in prange((R + MR - 1) // MR):
@@ -168,13 +168,13 @@ WRONG = (
     (beyond_the_lower_edge, ["iteration 1 of prange reads a[3, 0], which is out of bounds", "must be 0 to 2"]),
     (
         whole_strips_only,
-        ["nothing is ever written to out[2, 0]", "7 of 21 elements are wrong, all of them at out[2, :]"],
+        ["out[2, 0] is never written", "7 of 21 elements are wrong, all of them in out[2, :]"],
     ),
     (
         strips_overlap,
         ["a race: iteration 0 of prange writes out[1, 0] and iteration 1", "each element must have one owner"],
     ),
-    (terms_shared_out, ["a race", "out[0, 0]", "iteration 1 of prange"]),
-    (adds_to_what_was_there, ["out[0, 0] is nan", "all of out is wrong"]),
+    (parallel_over_terms, ["a race", "out[0, 0]", "iteration 1 of prange"]),
+    (accumulates_into_garbage, ["out[0, 0] is nan", "all elements of out are wrong"]),
     (indices_swapped, ["reads b[0, 7], which is out of bounds", "the index of axis 1 must be 0 to 6"]),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import math
 
@@ -11,33 +11,33 @@ from llm_numba.cuda.jit import float32, uint32
 def solution(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
-        number = inp[i]
-        if not math.isnan(number):
-            bits = uint32(number.view(uint32) + random[i]) & uint32(0xFFFF0000)
-            number = uint32(bits).view(float32)
-        out[i] = number
+        value = inp[i]
+        if not math.isnan(value):
+            bits = uint32(value.view(uint32) + random[i]) & uint32(0xFFFF0000)
+            value = uint32(bits).view(float32)
+        out[i] = value
 
 
 @cuda.jit
-def cuts_off(out, inp, random):
+def truncates(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
         out[i] = uint32(inp[i].view(uint32) & uint32(0xFFFF0000)).view(float32)
 
 
 @cuda.jit
-def to_the_nearest(out, inp, random):
+def rounds_to_nearest(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
-        number = inp[i]
-        if not math.isnan(number):
-            bits = uint32(number.view(uint32) + uint32(0x8000)) & uint32(0xFFFF0000)
-            number = uint32(bits).view(float32)
-        out[i] = number
+        value = inp[i]
+        if not math.isnan(value):
+            bits = uint32(value.view(uint32) + uint32(0x8000)) & uint32(0xFFFF0000)
+            value = uint32(bits).view(float32)
+        out[i] = value
 
 
 @cuda.jit
-def leaves_the_lower_half(out, inp, random):
+def keeps_the_lower_half(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
         out[i] = uint32(inp[i].view(uint32) + random[i]).view(float32)
@@ -55,16 +55,16 @@ def one_random_number_for_all(out, inp, random):
 def towards_minus_infinity(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
-        number = inp[i]
-        if number < float32(0):
-            bits = uint32(number.view(uint32) + (uint32(0xFFFF) - random[i])) & uint32(0xFFFF0000)
+        value = inp[i]
+        if value < float32(0):
+            bits = uint32(value.view(uint32) + (uint32(0xFFFF) - random[i])) & uint32(0xFFFF0000)
         else:
-            bits = uint32(number.view(uint32) + random[i]) & uint32(0xFFFF0000)
+            bits = uint32(value.view(uint32) + random[i]) & uint32(0xFFFF0000)
         out[i] = uint32(bits).view(float32)
 
 
 @cuda.jit
-def makes_a_number_of_nan(out, inp, random):
+def turns_nan_into_a_number(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
         bits = uint32(inp[i].view(uint32) + random[i]) & uint32(0xFFFF0000)
@@ -79,7 +79,7 @@ def no_bound(out, inp, random):
 
 
 @cuda.jit
-def in_place(out, inp, random):
+def writes_inp(out, inp, random):
     i = cuda.grid(1)
     if i < inp.shape[0]:
         inp[i] = uint32(uint32(inp[i].view(uint32) + random[i]) & uint32(0xFFFF0000)).view(float32)
@@ -87,12 +87,12 @@ def in_place(out, inp, random):
 
 
 WRONG = (
-    (cuts_off, ["n=3: out[1] is 1.25781, but should be 1.26562; 1 of 3 elements are wrong"]),
-    (to_the_nearest, ["n=97: out[", "of 97 elements are wrong"]),
-    (leaves_the_lower_half, ["n=1: out[0] is -0.296262, but should be -0.294922"]),
+    (truncates, ["n=3: out[1] is 1.25781, but should be 1.26562; 1 of 3 elements are wrong"]),
+    (rounds_to_nearest, ["n=97: out[", "of 97 elements are wrong"]),
+    (keeps_the_lower_half, ["n=1: out[0] is -0.296262, but should be -0.294922"]),
     (one_random_number_for_all, ["n=3: out[1] is 1.25781, but should be 1.26562"]),
     (towards_minus_infinity, ["n=3: out[0] is -0.296875, but should be -0.294922"]),
-    (makes_a_number_of_nan, ["n=97: out[4] is -0, but should be nan"]),
+    (turns_nan_into_a_number, ["n=97: out[4] is -0, but should be nan"]),
     (no_bound, ["n=1: thread 1 of block 0 reads inp[1], which is out of bounds"]),
-    (in_place, ["it changes its input inp, at inp[0]"]),
+    (writes_inp, ["it changes its input inp, at inp[0]"]),
 )

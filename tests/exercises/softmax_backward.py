@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import numpy as np
 from numba import njit, prange
@@ -41,7 +41,7 @@ def one_sum_for_all(dscores, dp, p):
             dscores[r, c] = p[r, c] * (dp[r, c] - total)
 
 
-def sum_in_a_shared_place(dscores, dp, p):
+def sum_in_a_shared_element(dscores, dp, p):
     for r in prange(p.shape[0]):
         dscores[0, 0] = ZERO
         for c in range(p.shape[1]):
@@ -51,7 +51,7 @@ def sum_in_a_shared_place(dscores, dp, p):
             dscores[r, c] = p[r, c] * (dp[r, c] - total)
 
 
-def adds_to_what_was_there(dscores, dp, p):
+def accumulates_into_garbage(dscores, dp, p):
     for r in prange(p.shape[0]):
         total = ZERO
         for c in range(p.shape[1]):
@@ -78,7 +78,7 @@ def one_too_far(dscores, dp, p):
             dscores[r, c] = p[r, c] * (dp[r, c] - total)
 
 
-def works_in_dp(dscores, dp, p):
+def overwrites_dp(dscores, dp, p):
     for r in prange(p.shape[0]):
         total = ZERO
         for c in range(p.shape[1]):
@@ -89,15 +89,15 @@ def works_in_dp(dscores, dp, p):
 
 
 WRONG = (
-    (without_the_sum, ["R=3, C=5: dscores[0, 0] is", "all of dscores is wrong"]),
-    (sum_of_dp, ["R=3, C=5: dscores[0, 0] is", "all of dscores is wrong"]),
+    (without_the_sum, ["R=3, C=5: dscores[0, 0] is", "all elements of dscores are wrong"]),
+    (sum_of_dp, ["R=3, C=5: dscores[0, 0] is", "all elements of dscores are wrong"]),
     (one_sum_for_all, ["R=3, C=5: dscores[1, 0] is", "10 of 15 elements are wrong"]),
     (
-        sum_in_a_shared_place,
+        sum_in_a_shared_element,
         ["a race: iteration 0 of prange writes dscores[0, 0] and iteration 1", "each element must have one owner"],
     ),
-    (adds_to_what_was_there, ["dscores[0, 0] is nan", "all of dscores is wrong"]),
-    (last_one_missing, ["nothing is ever written to dscores[0, 4]", "all of them at dscores[:, 4]"]),
+    (accumulates_into_garbage, ["dscores[0, 0] is nan", "all elements of dscores are wrong"]),
+    (last_one_missing, ["dscores[0, 4] is never written", "all of them in dscores[:, 4]"]),
     (one_too_far, ["iteration 0 of prange reads p[0, 5], which is out of bounds", "must be 0 to 4"]),
-    (works_in_dp, ["it changes its input dp, at dp[0, 0]"]),
+    (overwrites_dp, ["it changes its input dp, at dp[0, 0]"]),
 )

@@ -1,4 +1,4 @@
-"""The solution of the exercise, and wrong answers with what `check` has to say of each."""
+"""The solution, and wrong answers with the phrases that `check` must print for each."""
 
 import math
 
@@ -8,12 +8,12 @@ from numba import cuda
 from llm_numba.cuda.jit import float32
 
 THREADS = 32
-NOTHING = float32(-np.inf)
+NEG_INF = float32(-np.inf)
 
 
 @cuda.jit(device=True)
-def own_pair(inp, row):
-    top, total = NOTHING, float32(0)
+def pair_of_thread(inp, row):
+    top, total = NEG_INF, float32(0)
     for c in range(cuda.threadIdx.x, inp.shape[1], THREADS):
         before = top
         top = max(top, inp[row, c])
@@ -26,11 +26,11 @@ def solution(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
-        if thread < half and tops[thread + half] > NOTHING:
+        if thread < half and tops[thread + half] > NEG_INF:
             top = max(tops[thread], tops[thread + half])
             mine = totals[thread] * math.exp(tops[thread] - top)
             totals[thread] = mine + totals[thread + half] * math.exp(tops[thread + half] - top)
@@ -46,11 +46,11 @@ def no_barrier(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
-        if thread < half and tops[thread + half] > NOTHING:
+        if thread < half and tops[thread + half] > NEG_INF:
             top = max(tops[thread], tops[thread + half])
             mine = totals[thread] * math.exp(tops[thread] - top)
             totals[thread] = mine + totals[thread + half] * math.exp(tops[thread + half] - top)
@@ -61,11 +61,11 @@ def no_barrier(lse, inp):
 
 
 @cuda.jit
-def nothing_shrinks(lse, inp):
+def not_rescaled(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
@@ -79,11 +79,11 @@ def nothing_shrinks(lse, inp):
 
 
 @cuda.jit
-def not_a_number(lse, inp):
+def inf_minus_inf(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
@@ -103,11 +103,11 @@ def one_round_short(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 1:
-        if thread < half and tops[thread + half] > NOTHING:
+        if thread < half and tops[thread + half] > NEG_INF:
             top = max(tops[thread], tops[thread + half])
             mine = totals[thread] * math.exp(tops[thread] - top)
             totals[thread] = mine + totals[thread + half] * math.exp(tops[thread + half] - top)
@@ -123,11 +123,11 @@ def beyond_the_block(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
-        if tops[thread + half] > NOTHING:
+        if tops[thread + half] > NEG_INF:
             totals[thread] += totals[thread + half]
         cuda.syncthreads()
         half //= 2
@@ -140,7 +140,7 @@ def all_write(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     top, total = tops[0], float32(0)
     for i in range(THREADS):
@@ -155,7 +155,7 @@ def barrier_for_half(lse, inp):
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(THREADS, float32)
     totals = cuda.shared.array(THREADS, float32)
-    tops[thread], totals[thread] = own_pair(inp, row)
+    tops[thread], totals[thread] = pair_of_thread(inp, row)
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
@@ -170,7 +170,7 @@ def barrier_for_half(lse, inp):
 
 
 @cuda.jit
-def the_formula(lse, inp):
+def naive_formula(lse, inp):
     row = cuda.blockIdx.x
     if cuda.threadIdx.x == 0:
         total = float32(0)
@@ -180,12 +180,12 @@ def the_formula(lse, inp):
 
 
 WRONG = (
-    (no_barrier, ["a race: thread", "tops[", "no barrier (cuda.syncthreads) stands between the two"]),
-    (nothing_shrinks, ["R=2, C=257: lse[0] is", "all of lse is wrong"]),
-    (not_a_number, ["R=1, C=1: lse[0] is nan, but should be"]),
-    (one_round_short, ["R=2, C=257: lse[0] is", "all of lse is wrong"]),
+    (no_barrier, ["a race: thread", "tops[", "no barrier (cuda.syncthreads) separates the two"]),
+    (not_rescaled, ["R=2, C=257: lse[0] is", "all elements of lse are wrong"]),
+    (inf_minus_inf, ["R=1, C=1: lse[0] is nan, but should be"]),
+    (one_round_short, ["R=2, C=257: lse[0] is", "all elements of lse are wrong"]),
     (beyond_the_block, ["thread 16 of block 0 reads tops[32], which is out of bounds", "must be 0 to 31"]),
     (all_write, ["a race", "lse[0]", "thread 1"]),
-    (barrier_for_half, ["waits at syncthreads", "every thread of a block must come to every barrier"]),
-    (the_formula, ["R=2, C=257"]),
+    (barrier_for_half, ["waits at syncthreads", "every thread of a block must reach every barrier"]),
+    (naive_formula, ["R=2, C=257"]),
 )
