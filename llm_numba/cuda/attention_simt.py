@@ -25,6 +25,7 @@ from llm_numba.cuda.jit import (
     stream,
     to_float,
     to_storage,
+    uint32,
 )
 
 PAD = 4
@@ -153,7 +154,7 @@ def forward_kernel(width: int, GROUP: int):
         shrink, row = cuda.local.array(R, float32), cuda.local.array((R, 4), float32)
         x, y, h, b = cuda.threadIdx.x, cuda.threadIdx.y, cuda.blockIdx.y, cuda.blockIdx.z
         C = out.shape[2]
-        kv_head = h // GROUP
+        kv_head, kv_width = uint32(uint32(h) // GROUP), uint32(uint32(C) // GROUP)  # unsigned: division is cheap
         t0 = (cuda.gridDim.x - 1 - cuda.blockIdx.x) * BQ
         load_rows(q, qkv[b], t0, h * HS, HS, THREADS)
         clear(acc)
@@ -161,7 +162,7 @@ def forward_kernel(width: int, GROUP: int):
             top[r], total[r] = MASKED, ZERO
         for s0 in range(0, min(t0 + BQ, out.shape[1]), BK):
             load_rows(k, qkv[b], s0, C + kv_head * HS, HS, THREADS)
-            load_rows(v, qkv[b], s0, C + C // GROUP + kv_head * HS, HS, THREADS)
+            load_rows(v, qkv[b], s0, C + kv_width + kv_head * HS, HS, THREADS)
             cuda.syncthreads()
 
             # scores, and the maximum of each row so far
