@@ -3,6 +3,7 @@
 The path of a run: settings -> model and weights -> ops of the device -> data -> memory -> Trainer.run.
 """
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -25,7 +26,7 @@ from llm_numba.training.settings import Settings
 from llm_numba.training.step import initialise
 from llm_numba.training.trainer import State, Trainer, restore, steps_of
 from llm_numba.training.weights import Weights, open_weights, set_parameters, weights_of
-from llm_numba.util.cli import UserError, exit_with
+from llm_numba.util.cli import UserError, exit_with, note
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -55,9 +56,24 @@ def resume(given: Settings, explicit: set[str]) -> tuple[Settings, Checkpoint]:
         raise UserError(f"--resume {path}: expected a run folder, or RUN/checkpoints/step_NNNNNN.safetensors")
     stored = checkpoint.open_checkpoint(path)
     folder = stored.path.parent.parent
+    note_changes(folder / "settings.json", settings.to_record(stored.settings), stored.path)
     recorded = locate(stored.settings, stored.settings.out, folder)
     s = settings.resume_with(recorded, absolute(given), explicit)
     return replace(s, out=str(folder.absolute())), stored
+
+
+def note_changes(path: Path, recorded: dict, checkpoint_path: Path) -> None:
+    """Report a settings.json that does not say what the checkpoint says, which counts."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lasting = [name for name, f in settings.FIELDS.items() if not f.metadata["once"] and name != "out"]
+        differing = [name for name in lasting if found.get(name, recorded[name]) != recorded[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        problem = f"is missing or damaged ({error})"
+    else:
+        problem = f"differs in {', '.join(differing)}" if differing else ""
+    if problem:
+        note(f"note: {path} {problem}; the settings in {checkpoint_path} are used")
 
 
 def train(
@@ -74,7 +90,7 @@ def train(
     train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
     val_loader = Loader(corpus.val, s.batch_size, T, s.seed, s.shuffle, "--val-data or --val-fraction")
     steps = steps_of(s, T, train_loader.windows_per_epoch)
-    examples, note = hellaswag.read_examples(s.eval_data, corpus.encoding, T, 0, "--eval-data") if s.eval_every else (
+    examples, remark = hellaswag.read_examples(s.eval_data, corpus.encoding, T, 0, "--eval-data") if s.eval_every else (
         None, None)  # fmt: skip
     groups = run_groups(s, model, T, ops)
     check_memory(groups, s, model, ops)
@@ -107,8 +123,8 @@ def train(
         log.say(f"run folder {folder}: {trainer.describe()}")
         log.say(ops.describe_device())
         log.say(f"ops ready in {seconds:.1f} s (compiled, or loaded from an earlier start)")
-        if note:
-            log.say(note)
+        if remark:
+            log.say(remark)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
         return trainer.run()
 

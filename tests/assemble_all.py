@@ -1,13 +1,14 @@
-"""Compile and assemble every kernel, without a card: python tests/assemble_all.py [FILE ...]
+"""Compile and assemble every kernel, without a GPU: python tests/assemble_all.py [FILE ...]
 
 FILE is the name of a file of llm_numba/cuda, such as layernorm, whose cases are in kernel_cases/, or the path of a file
-with cases of its own; all of them if none is given. A file of cases has a function `cases` that returns a list of dict:
+that contains cases; by default all of llm_numba/cuda. A file of cases has a function `cases` that returns a list of
+dict:
 
-    kernel, signature (its arguments' Numba types), bf16 (whether only a card from 8.0 on runs it),
-    wide (True where 64-bit floating-point numbers are meant), contains (machine instructions that must be there)
+    kernel, signature (Numba types of the arguments), bf16 (True if it needs compute capability 8.0),
+    wide (True if 64-bit floats are intended), contains (machine instructions that must occur)
 
-Prints a line of JSON for each case and capability: file, what, registers, shared, problems (a list of str), seconds (of
-the processor); and one for each kernel that has no case.
+Prints a line of JSON for each case and compute capability: file, what, registers, shared, problems (a list of str),
+seconds (CPU time); and a line for each kernel without a case.
 """
 
 import ast
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from assembling import assemble, missing_packages
 
-CAPABILITIES = {False: [(7, 5), (8, 0), (9, 0)], True: [(8, 0), (9, 0)]}  # by whether bf16 is in it
+CAPABILITIES = {False: [(7, 5), (8, 0), (9, 0)], True: [(8, 0), (9, 0)]}  # by whether the case is bf16
 CUDA = Path(__file__).parents[1] / "llm_numba" / "cuda"
 CASES = Path(__file__).parent / "kernel_cases"
 
@@ -36,7 +37,7 @@ def all_files() -> list[str]:
 
 @functools.cache
 def cases_of(file: str) -> list[dict]:
-    """The cases of a file by its name or its path; none where nobody has written any."""
+    """The cases of a file by its name or its path; [] if it has none."""
     path = Path(file) if file.endswith(".py") else CASES / f"{file}.py"
     if not path.exists():
         return []
@@ -47,20 +48,20 @@ def cases_of(file: str) -> list[dict]:
 
 
 def problems_of(case: dict, found) -> list[str]:
-    """What is wrong with an assembled kernel."""
+    """What is wrong with an assembled kernel, in words."""
     checks = {
         f"{found.stack} bytes of stack": found.stack,
         f"{found.spills} bytes of spills": found.spills,
-        f"{found.wide} instructions on 64-bit floating-point numbers": found.wide and not case.get("wide"),
+        f"{found.wide} 64-bit floating-point instructions": found.wide and not case.get("wide"),
     }
     wanted = case.get("contains", ())
     checks |= {f"no {word}": word not in found.sass for word in ((wanted,) if isinstance(wanted, str) else wanted)}
-    return [problem for problem, is_there in checks.items() if is_there]
+    return [problem for problem, found_one in checks.items() if found_one]
 
 
 def run_case(task: tuple[str, int, tuple[int, int]]) -> dict:
     file, index, capability = task
-    case, start = cases_of(file)[index], processor_seconds()
+    case, start = cases_of(file)[index], cpu_seconds()
     types = ", ".join(map(str, case["signature"]))
     line = {"file": file, "what": f"{case['kernel'].py_func.__name__}({types}) for {capability[0]}.{capability[1]}"}
     try:
@@ -68,17 +69,17 @@ def run_case(task: tuple[str, int, tuple[int, int]]) -> dict:
         line |= {"registers": found.registers, "shared": found.shared, "problems": problems_of(case, found)}
     except Exception as error:
         line |= {"problems": [f"{type(error).__name__}: {error}"]}
-    return line | {"seconds": round(processor_seconds() - start, 2)}
+    return line | {"seconds": round(cpu_seconds() - start, 2)}
 
 
-def processor_seconds() -> float:
-    """Of this process and the programs that it has run."""
+def cpu_seconds() -> float:
+    """CPU time of this process and its children."""
     return sum(os.times()[:4])
 
 
 @functools.cache
 def all_cases() -> list[dict]:
-    """The cases of every file that can be imported; one that cannot is a problem of its own."""
+    """The cases of every file that can be imported; check_file reports the others."""
     found = []
     for path in CASES.glob("*.py"):
         with contextlib.suppress(Exception):
@@ -86,11 +87,11 @@ def all_cases() -> list[dict]:
     return found
 
 
-def forgotten(file: str) -> set[str]:
-    """The names of the file's kernels that no case is about.
+def without_case(file: str) -> set[str]:
+    """The names of the kernels of a file that have no case.
 
-    Kernels that exist, however they were made, are told apart by identity; those that a function makes when it is
-    called by their name in the source.
+    Existing kernels are compared by identity, kernels that a function makes when it is called by their name in the
+    source.
     """
     from numba.cuda.dispatcher import CUDADispatcher
 
@@ -110,12 +111,12 @@ def forgotten(file: str) -> set[str]:
 
 
 def check_file(file: str) -> list[dict]:
-    """Import a file of llm_numba/cuda and its cases: what is wrong before anything is compiled."""
+    """Import a file of llm_numba/cuda and its cases, and report problems found before compiling."""
     try:
         if not file.endswith(".py"):
             importlib.import_module(f"llm_numba.cuda.{file}")
         cases_of(file)
-        return [{"file": file, "what": name, "problems": ["no case"]} for name in sorted(forgotten(file))]
+        return [{"file": file, "what": name, "problems": ["no case"]} for name in sorted(without_case(file))]
     except Exception:
         return [{"file": file, "what": "import", "problems": [traceback.format_exc()]}]
 
@@ -135,7 +136,7 @@ def main(files: list[str]) -> int:
         for index, case in enumerate(cases_of(file))
         for capability in CAPABILITIES[case["bf16"]]
     ]
-    with multiprocessing.Pool(2, gc.disable) as pool:  # the compiler makes so many objects that it takes a third longer
+    with multiprocessing.Pool(2, gc.disable) as pool:  # garbage collection makes compiling a third slower
         for line in pool.imap_unordered(run_case, tasks):
             print(json.dumps(line), flush=True)
     return 0

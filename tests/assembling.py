@@ -1,4 +1,4 @@
-"""Kernels compiled for a card that is not there, and what the assembler says of them."""
+"""Compile kernels without a GPU, and read the assembler's report."""
 
 import re
 import subprocess
@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-TOOLS = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}  # a program -> the package that brings it
+TOOLS = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}  # program -> package
 WIDE = r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w+64H|(?:[FI]2[FI]|FRND)\S*\.F64)"  # 64-bit floating point
 
 
 def missing_packages() -> list[str]:
-    """What has to be installed before a kernel can be assembled."""
+    """The packages that are needed to assemble a kernel and not installed."""
     if find_spec("numba_cuda") is None:
         return ["numba-cuda[cu13]"]
     from cuda.pathfinder import find_nvidia_binary_utility
@@ -24,21 +24,21 @@ def array(code: str):
     """The type of a tensor: "h3" is bf16, 3-dimensional; f float32, h bf16, i int32, d float64, b uint8."""
     from numba.cuda import types
 
-    numbers = {"f": types.float32, "h": types.uint16, "i": types.int32, "d": types.float64, "b": types.uint8}
-    return types.Array(numbers[code[0]], int(code[1]), "C")
+    dtypes = {"f": types.float32, "h": types.uint16, "i": types.int32, "d": types.float64, "b": types.uint8}
+    return types.Array(dtypes[code[0]], int(code[1]), "C")
 
 
 def assemble(kernel, signature: tuple, capability: tuple[int, int]) -> SimpleNamespace:
     """Compile a kernel for Numba types and assemble it.
 
-    Returns registers, stack (bytes a thread), spills (bytes stored and loaded), shared (static bytes), wide (how many
+    Returns registers, stack (bytes per thread), spills (bytes stored and loaded), shared (static bytes), wide (count of
     64-bit floating-point instructions), ptx and sass (text).
     """
     from cuda.pathfinder import find_nvidia_binary_utility
     from numba.cuda import dispatcher
     from numba.cuda.compiler import compile as compile_kernel
 
-    # a kernel that calls a device function asks the driver which card there is
+    # Numba asks the driver for the GPU when a kernel calls a device function
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability, id=0)
     bounds = kernel.targetoptions.get("launch_bounds")
     ptx, _ = compile_kernel(kernel.py_func, signature, cc=capability, device=False, abi="numba", launch_bounds=bounds)
@@ -51,15 +51,15 @@ def assemble(kernel, signature: tuple, capability: tuple[int, int]) -> SimpleNam
         assert report.returncode == 0, report.stderr
         sass = subprocess.run([nvdisasm, "-ndf", cubin], capture_output=True, text=True, check=True).stdout
 
-    def number(pattern):
+    def value(pattern):
         found = re.search(pattern, report.stderr)
         return int(found[1]) if found else 0
 
     return SimpleNamespace(
-        registers=number(r"Used (\d+) registers"),
-        stack=number(r"(\d+) bytes stack frame"),
-        spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        shared=number(r"(\d+) bytes smem"),
+        registers=value(r"Used (\d+) registers"),
+        stack=value(r"(\d+) bytes stack frame"),
+        spills=value(r"(\d+) bytes spill stores") + value(r"(\d+) bytes spill loads"),
+        shared=value(r"(\d+) bytes smem"),
         wide=len(re.findall(WIDE, sass)),
         ptx=ptx,
         sass=sass,

@@ -1,6 +1,6 @@
-"""Compile what the lessons' CUDA rungs and the exercises' solutions launch, for a card that is not there.
+"""Compile the kernels that the CUDA rungs of the lessons and the solutions of the exercises launch, without a GPU.
 
-A program for a process without the simulator; prints a line for each rung, and exits with 1 where one does not compile.
+Runs in a process without the simulator. Prints a line for each rung; the exit status is 1 if one does not compile.
 """
 
 import sys
@@ -23,7 +23,7 @@ compiled = []
 
 
 def compile_only(kernel, configuration):
-    """In place of kernel[blocks, threads]: a launch that compiles for the types of its arguments, and runs nothing."""
+    """Replaces kernel[blocks, threads]: compiles for the types of the arguments and runs nothing."""
 
     def launch(*args):
         types = tuple(kernel.typeof_pyval(arg) for arg in args)
@@ -35,7 +35,7 @@ def compile_only(kernel, configuration):
 
 
 def tasks():
-    """(what, function, problem) of every rung of ours and every solution on CUDA."""
+    """(what, function, problem) of every CUDA rung in lessons/ and every CUDA solution."""
     for file in rung_files():
         for ladder in ladders(file):
             for rung in ladder.rungs:
@@ -49,8 +49,9 @@ def tasks():
 
 
 def main() -> int:
-    # a kernel that calls a device function asks the driver which card there is
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITY, id=0)
+    # Numba asks for the GPU when a kernel calls a device function, and so does the choice of variants
+    gpu = SimpleNamespace(compute_capability=CAPABILITY, id=0)
+    cuda.get_current_device = dispatcher.get_current_device = lambda: gpu
     dispatcher.CUDADispatcher.__getitem__ = compile_only
     cuda.stream = lambda: 0
     wrong = 0
@@ -60,7 +61,7 @@ def main() -> int:
             function(*arguments(problem, problem.sizes[-1]).values())
             print(f"{what}: {', '.join(compiled) or 'launches nothing'}")
             wrong += not compiled
-        except Exception as error:  # of the compiler, many lines long
+        except Exception as error:  # from the compiler
             print(f"{what}: {type(error).__name__}: {error}")
             wrong += 1
     return 1 if wrong else 0

@@ -1,7 +1,7 @@
-"""Every CUDA kernel compiles for every card it may meet, without a stack, without spills, in 32-bit numbers.
+"""Every CUDA kernel compiles for every supported GPU, without stack, spills or unintended 64-bit floats.
 
-The simulator, in which the other tests run, knows no types. So assemble_all.py compiles in a process without it; this
-needs no card.
+The other tests run in the simulator, which has no types. So assemble_all.py compiles in a process without the
+simulator; this needs no GPU.
 """
 
 import json
@@ -55,23 +55,23 @@ def spilling(x):
 
 @kernel
 def ill_typed(x):
-    x[0] = "a word"
+    x[0] = "text"
 
 @kernel
 def rounds(x, y):
     y[0] = to_storage(x[0], y)
 
 @kernel
-def forgotten(x):
+def without_case(x):
     x[0] = 0
 
-def variants(number):
+def make_variant(constant):
     @kernel
     def variant(x):
-        x[0] = number
+        x[0] = constant
     return variant
 
-ONE, OTHER = variants(1), variants(2)
+ONE, OTHER = make_variant(1), make_variant(2)
 
 def made_when_called():
     @kernel
@@ -98,7 +98,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def assemble():
-    """A function that assembles the cases of files and gives the lines that are printed of each."""
+    """A function that assembles the cases of files and returns the printed lines by file."""
 
     def run(*files):
         simulated = ("NUMBA_ENABLE_CUDASIM", "NUMBA_DISABLE_JIT")
@@ -115,37 +115,37 @@ def assemble():
 
 @pytest.fixture(scope="module")
 def assembled(assemble, request):
-    """The lines of each file whose test is to run, all assembled at once."""
+    """The lines of every file that is tested in this session, all assembled at once."""
     calls = (getattr(item, "callspec", None) for item in request.session.items)
     return assemble(*sorted({call.params["kernels_of"] for call in calls if call and "kernels_of" in call.params}))
 
 
 @pytest.mark.parametrize("kernels_of", FILES)
-def test_every_kernel_has_no_stack_no_spills_no_unmeant_64_bit_numbers(kernels_of, assembled):
+def test_no_stack_no_spills_no_unintended_64_bit_floats(kernels_of, assembled):
     problems = [f"{line['what']}: {problem}" for line in assembled[kernels_of] for problem in line["problems"]]
     assert not problems, "\n".join(["", *problems])
 
 
-def test_each_problem_is_told(assemble, tmp_path):
+def test_each_problem_is_reported(assemble, tmp_path):
     file = tmp_path / "examples.py"
     file.write_text(EXAMPLES)
-    told = defaultdict(str)
+    reported = defaultdict(str)
     for line in assemble(file)[str(file)]:
-        told[line["what"]] += "; ".join(line["problems"])
+        reported[line["what"]] += "; ".join(line["problems"])
 
     def of(kernel, capability):
-        return next(text for what, text in told.items() if what.startswith(kernel) and what.endswith(capability))
+        return next(text for what, text in reported.items() if what.startswith(kernel) and what.endswith(capability))
 
     for capability in ("for 8.0", "for 9.0"):
         assert of("good(", capability) == ""
-        assert of("wide_literal(array(float32", capability).endswith("instructions on 64-bit floating-point numbers")
+        assert of("wide_literal(array(float32", capability).endswith("64-bit floating-point instructions")
         assert of("wide_literal(array(float64", capability) == ""
-        assert of("wide_sum(", capability) == "1 instructions on 64-bit floating-point numbers"
+        assert of("wide_sum(", capability) == "1 64-bit floating-point instructions"
         assert of("stack(", capability) == "1024 bytes of stack"
         assert "bytes of spills" in of("spilling(", capability)
         assert of("ill_typed(", capability).startswith("TypingError: ")
         assert of("rounds(array(float32, 1d, C), array(uint16", capability) == ""
         assert of("rounds(array(float32, 1d, C), array(float32", capability) == "no HMMA"
     assert of("good(", "for 7.5") == ""
-    assert not [what for what in told if what.startswith("rounds") and what.endswith("7.5")]
-    assert {what for what, text in told.items() if text == "no case"} == {"forgotten", "variant", "late"}
+    assert not [what for what in reported if what.startswith("rounds") and what.endswith("7.5")]
+    assert {what for what, text in reported.items() if text == "no case"} == {"without_case", "variant", "late"}

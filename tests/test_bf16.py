@@ -1,7 +1,7 @@
-"""The model in bf16: each tensor at most twice as far from float64 as that of PyTorch in bf16.
+"""The model in bf16: the error of each tensor against float64 is at most twice that of PyTorch in bf16.
 
-Both start from the same parameters, rounded to bf16. PyTorch keeps every tensor in bf16, as we do, but for parameter
-gradients, means and deviations, statistics and losses, which are float32 here. Errors are norms of whole tensors.
+Both start from the same parameters, rounded to bf16. PyTorch stores every tensor in bf16; we store parameter gradients,
+means, standard deviations, lse and losses in float32. Errors are norms of whole tensors.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from llm_numba.ops import get_ops
 
 pytestmark = pytest.mark.gpu
 
-torch = pytest.importorskip("torch", reason="bf16 is measured against PyTorch's, which is not installed")
+torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
 torch_gpt2 = pytest.importorskip("torch_gpt2")
 
 SIZES = [  # L, NH, C, maxT, V, B, T
@@ -69,5 +69,5 @@ def test_errors_beside_torch(ops, sizes):
         assert tensor.shape == expected.shape, (kind, key)
         worst[kind, name, layer] = error(tensor, expected) / error(theirs, expected)
     assert max(worst.values()) <= 2, {key: ratio for key, ratio in worst.items() if ratio > 2}
-    # a loss moves by at most twice what the furthest logit does
+    # the error of a loss is at most twice the largest error of a logit
     assert abs(loss - exact.loss) <= 2 * np.abs(logits - exact.activations["logits", None]).max()

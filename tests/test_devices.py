@@ -1,4 +1,4 @@
-"""Runs on a GPU, or in the simulator of one: beside the CPU's, over to it and back, and the same bits every time."""
+"""Runs on a GPU or in the simulator: the losses of the CPU, moving between devices, the same bits every time."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def text(tmp_path_factory):
 
 
 def test_a_run_moves_between_devices(device, text, tmp_path):
-    """A step on the CPU, one there, one on the CPU again: the losses are those of a run that stayed on the CPU."""
+    """One step on the CPU, one on the device, one on the CPU: the losses of a run that stayed on the CPU."""
     for steps, where in (1, "cpu"), (2, device), (3, "cpu"):
         begin = ("--resume", tmp_path / "run") if steps > 1 else (*TINY, "--data", text, "--out", tmp_path / "run")
         run_here(*begin, "--steps", steps, "--device", where)
@@ -26,12 +26,12 @@ def test_a_run_moves_between_devices(device, text, tmp_path):
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(tmp_path / "cpu"), rtol=1e-6)
 
 
-# on a card: what the simulator has not
+# on a GPU only: too slow for the simulator
 
 
 @pytest.fixture
 def train(device, text, tmp_path):
-    """A function that trains on the device with these flags and returns the run's folder."""
+    """A function that trains on the device with these flags and returns the folder of the run."""
 
     def run(name, *flags, steps=6):
         run_here(*REAL, "--data", text, "--steps", steps, "--device", device, "--out", tmp_path / name, *flags)
@@ -48,8 +48,8 @@ ALIKE = ["--no-graph", "--recompute=gelu", "--recompute=gelu+layernorm", "--chec
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda flags: flags[-1].strip("-"))
 @pytest.mark.parametrize("how", ["", *ALIKE])
-def test_the_same_bits_however_it_runs(train, precision, how):
-    """Again, launch by launch instead of as a graph, recomputing, and looked at."""
+def test_the_same_bits_in_every_mode(train, precision, how):
+    """A second run, without a CUDA graph, with recomputation, or with the NaN check."""
     first, second = train("first", *precision), train("second", *precision, *([how] if how else []))
     assert rows_of(first) == rows_of(second)
     assert content_of(first)[0] == content_of(second)[0]
@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(device, train, precision):
 @pytest.mark.real
 @pytest.mark.gpu
 def test_bf16_learns_like_float32(train):
-    """Sixty steps, at a rate that does not make them chaotic: apart by far less than what they learn."""
+    """Sixty steps at a rate that is not chaotic: the losses differ by far less than they fall."""
     calm = ("--learning-rate", 5e-4)
     runs = {flags: losses_of(train("-".join(flags), *flags, *calm, steps=60)) for flags in PRECISIONS}
     exact = np.array(runs[PRECISIONS[0]])
@@ -77,9 +77,9 @@ def test_bf16_learns_like_float32(train):
         assert np.abs(np.array(runs[flags]) - exact).max() < 0.05 * (exact[0] - exact[-1]), flags
 
 
-PLAIN_INSTALL = """
+WITHOUT_NUMBA_CUDA = """
 import sys
-sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "NumbaCudaFinder"]  # as if it were not
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "NumbaCudaFinder"]
 import numpy as np
 from llm_numba.ops import get_ops
 ops = get_ops("cudasim")
@@ -95,6 +95,6 @@ print("right")
 
 
 def test_the_simulator_without_numba_cuda():
-    """A plain install has Numba's own, an older one."""
-    run = subprocess.run([sys.executable, "-c", PLAIN_INSTALL], env=environment(), capture_output=True, text=True)
+    """A plain install has the older simulator that is part of Numba."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA_CUDA], env=environment(), capture_output=True, text=True)
     assert run.stdout == "right\n", run.stderr

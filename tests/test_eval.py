@@ -117,7 +117,7 @@ def test_hellaswag_is_what_pytorch_says(tmp_path, capsys, rng, parameters, T, wo
 
     trained = evaluation.read(folder)
     read, note = hellaswag.read_examples(file, trained.encoding, T, 0, "--data")
-    assert (f"{cut} of 100 endings are" in note) if cut else note is None
+    assert (f"{cut} of 100 contexts with endings are longer than {T} tokens" in note) if cut else note is None
     assert (cut > 0) == (words > 1)
     for B in 1, 7, 100:
         found = hellaswag.losses_of(read, evaluation.on_device(trained, B, T, ops, "float32"), B, T)
@@ -197,7 +197,7 @@ def test_a_resumed_run_takes_it_up(trained, tmp_path, capfd, rng):
         run_here("--resume", out, *more)
         results.append(rows_of(out, "hellaswag_acc")[3:])
     assert results[0] == results[1] and [row["step"] for row in results[0]] == [302, 304]
-    assert "are, with their beginning, longer than 32 tokens" in (tmp_path / "a" / "train.log").read_text()
+    assert "contexts with endings are longer than 32 tokens" in (tmp_path / "a" / "train.log").read_text()
     found, _ = evaluate(tmp_path / "a", "--task", "hellaswag", "--data", file, capsys=capfd)
     assert (found["acc"], found["acc_norm"]) == (results[0][1]["hellaswag_acc"], results[0][1]["hellaswag_acc_norm"])
 

@@ -1,4 +1,4 @@
-"""Cores and memory, as files of a machine of our own making say."""
+"""Usable cores and memory, read from the files of a made-up machine."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ MIB = 2**20
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function (cpu -> its core's twins, cpu.max) that makes a machine all of whose cpus this process may use."""
+    """A function (logical core -> the list of its physical core, cpu.max) that makes a machine."""
 
     def make(twins, quota="max 100000"):
         for cpu, siblings in twins.items():
@@ -31,7 +31,7 @@ def machine(monkeypatch, tmp_path):
     return make
 
 
-def test_limits_of_cgroups_count_from_the_own_to_the_root(machine, tmp_path, monkeypatch):
+def test_the_lowest_limit_of_a_cgroup_and_its_parents_counts(machine, tmp_path, monkeypatch):
     own = tmp_path / "a" / "b"
     own.mkdir(parents=True)
     (tmp_path / "cpu.max").write_text("max 100000\n")
@@ -63,9 +63,8 @@ print(*(",".join(map(str, sorted(cpus))) for cpus in others if cpus != before))
 
 @pytest.mark.compiled
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux binds threads to cores")
-def test_workers_have_a_core_each_and_the_main_thread_none():
-    """Where threads take all cores; not with fewer, nor where somebody else decided. On a machine of one core nothing
-    is bound."""
+def test_worker_threads_are_bound_to_cores_and_the_main_thread_is_not():
+    """If the threads take all cores; not with fewer threads, nor if OMP_PROC_BIND is set, nor on a single core."""
     cores = {",".join(map(str, sorted(core))) for core in host.usable_cores()}
 
     def bound(threads=0, **changes):
@@ -86,19 +85,19 @@ FOUR_CORES = {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 4: "0,4", 5: "1,5", 6: "2,
     "twins, quota, threads",
     [
         (FOUR_CORES, "max 100000", 4),  # eight logical cores
-        ({0: "0,4", 4: "0,4", 1: "1,5"}, "max 100000", 2),  # of which this process may use three
+        ({0: "0,4", 4: "0,4", 1: "1,5"}, "max 100000", 2),  # this process may use three
         ({0: "0", 1: "1"}, "max 100000", 2),
         (FOUR_CORES, "250000 100000", 2),
         (FOUR_CORES, "50000 100000", 1),  # half a core
         (FOUR_CORES, "900000 100000", 4),
     ],
 )
-def test_a_thread_for_each_physical_core(machine, twins, quota, threads):
+def test_one_thread_per_physical_core(machine, twins, quota, threads):
     machine(twins, quota)
     assert host.sensible_threads() == threads
 
 
-def test_cores_where_the_system_does_not_tell(machine, monkeypatch):
+def test_threads_if_the_system_does_not_report_cores(machine, monkeypatch):
     machine({})
     monkeypatch.setattr(host, "usable_cpus", lambda: {0, 1, 2})
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
@@ -109,7 +108,7 @@ def test_cores_where_the_system_does_not_tell(machine, monkeypatch):
     assert host.sensible_threads() == 3
 
 
-def test_memory_of_a_container(machine, tmp_path):
+def test_the_memory_of_a_container(machine, tmp_path):
     machine({0: "0"})
     free = host.available_memory()
     assert 0 < free <= psutil.virtual_memory().total

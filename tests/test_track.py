@@ -27,7 +27,7 @@ def text(tmp_path_factory):
 
 
 def numbers_in(folder):
-    """{(name, step): number} of all that log.jsonl says."""
+    """{(name, step): number} of everything in log.jsonl."""
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return {
         (name, row["step"]): float(value)
@@ -38,7 +38,7 @@ def numbers_in(folder):
 
 
 def test_tensorboard(text, tmp_path, capsys):
-    """Its own reader finds every number; those of a part that a resumed run does again, once."""
+    """TensorBoard's reader finds every number; those of repeated steps once."""
     pytest.importorskip("tensorboardX")
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "run"
@@ -53,7 +53,7 @@ def test_tensorboard(text, tmp_path, capsys):
 
 
 def stand_in(monkeypatch, name, fails_at=None):
-    """A module with the functions that wandb and trackio document; returns the list of what was called."""
+    """Install a fake module with the documented functions of wandb and trackio; return the list of its calls."""
     calls = []
 
     def init(project=None, name=None, config=None, resume=None, **more):
@@ -72,7 +72,7 @@ def stand_in(monkeypatch, name, fails_at=None):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_what_has_wandb_s_functions(text, tmp_path, monkeypatch, capsys, name):
+def test_wandb_and_trackio_get_every_number(text, tmp_path, monkeypatch, capsys, name):
     calls, folder = stand_in(monkeypatch, name), tmp_path / "run"
     run_here(*QUICK, "--data", text, *RUN, "--track", name, "--out", folder)
     init, *logs, finish = calls
@@ -84,28 +84,28 @@ def test_what_has_wandb_s_functions(text, tmp_path, monkeypatch, capsys, name):
     assert sent == numbers_in(folder)
 
     del calls[:]
-    run_here("--resume", folder, "--steps", 6)  # the flag holds for a resumed run, and it goes on in the same place
+    run_here("--resume", folder, "--steps", 6)  # the flag is kept, and the run has the same id
     assert calls[0][1] == identity and [call[1] for call in calls[1:-1] if "loss" in call[2]] == [5, 6]
 
 
 def records_in(file):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KB, behind a header of 7 bytes."""
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
     content, at, record = file.read_bytes(), 7, b""
     while at + 7 <= len(content):
         left = 32768 - at % 32768
-        if left < 7:  # what is left of a block is padding
+        if left < 7:  # the rest of a block is padding
             at += left
             continue
         length, kind = struct.unpack_from("<HB", content, at + 4)
         record += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield record
             record = b""
 
 
 def test_wandb_itself(text, tmp_path, monkeypatch, capsys):
-    """Offline; its file has every number."""
+    """Offline: its file contains every number."""
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
@@ -122,7 +122,7 @@ def test_wandb_itself(text, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fails_at", [1, 3])
 def test_a_tracker_that_fails(text, tmp_path, monkeypatch, capsys, fails_at):
-    """It is told once, in one line, and left alone from then on; the run is the same."""
+    """The failure is reported once, in one line, and the run is the same."""
     calls, folder = stand_in(monkeypatch, "trackio", fails_at), tmp_path / "run"
     run_here(*QUICK, "--data", text, *RUN, "--out", tmp_path / "without")
     run_here(*QUICK, "--data", text, *RUN, "--track", "trackio", "--out", folder)
@@ -145,7 +145,7 @@ def test_a_tracker_that_does_not_start(text, tmp_path, monkeypatch, capsys):
 
 
 def test_a_package_that_is_missing(text, tmp_path, monkeypatch, capfd):
-    """It is told before anything is done."""
+    """It is reported before anything is written."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refused(capfd, *QUICK, "--data", text, "--track", "tensorboard", "--out", tmp_path / "run")
     assert "--track tensorboard" in line and 'pip install -e ".[tensorboard]"' in line

@@ -19,8 +19,9 @@ from llm_numba.util.cli import UserError, command, discard
 from llm_numba.util.files import write_whole
 
 COLUMNS = (
-    "Columns of the log: loss and gradient norm, each with its z-score over the last 128 steps; learning rate; step "
-    "time; throughput; share of the measured peak; time left."
+    "Columns of the log: loss and gradient norm, each with its z-score over the last 128 steps; learning rate; step\n"
+    "time; throughput; share of the measured peak; time left. A terminal shows a live line and a tenth of the steps;\n"
+    "train.log in the run folder has all of them."
 )
 CLEAR = "\r\x1b[K"  # a terminal's current line
 

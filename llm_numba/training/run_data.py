@@ -49,10 +49,11 @@ def data_of(stored: Checkpoint) -> data.Corpus:
 def absolute(s: Settings) -> Settings:
     """The settings with absolute paths, so that the run can be resumed from another folder."""
 
-    def paths(values):
-        return tuple(os.path.abspath(os.path.expanduser(value)) for value in values)
+    def path(value):
+        return os.path.abspath(os.path.expanduser(value)) if value else value
 
-    return replace(s, data=paths(s.data), val_data=paths(s.val_data))
+    data, val_data = tuple(map(path, s.data)), tuple(map(path, s.val_data))
+    return replace(s, data=data, val_data=val_data, eval_data=path(s.eval_data))
 
 
 def locate(s: Settings, recorded_folder: str, folder: Path) -> Settings:

@@ -13,6 +13,7 @@ from pathlib import Path
 from llm_numba.data.shards import MAX_VOCAB_SIZE
 from llm_numba.models import Model, preset, presets
 from llm_numba.ops import CONTRACT, DEVICES, WRITES
+from llm_numba.training.log import COLUMNS
 from llm_numba.training.outliers import WINDOW
 from llm_numba.training.override import split
 from llm_numba.training.schedule import SCHEDULES, WSD_DECAY
@@ -411,8 +412,7 @@ def _parser(all_flags: bool) -> argparse.ArgumentParser:
         "  %(prog)s --preset nano\n"
         "  %(prog)s --data book.txt --batch-size 16\n"
         "  %(prog)s --resume runs/tiny-000 --epochs 2",
-        epilog="A log line: loss and gradient norm, each with its z-score over the last 128 steps; learning rate; step "
-        "time; throughput; share of the measured peak.",
+        epilog=COLUMNS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what is given explicitly shows up in the result
         allow_abbrev=False,

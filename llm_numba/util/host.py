@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory, also in a container."""
+"""The cores and the memory that this process may use, also in a container."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ CPUS = Path("/sys/devices/system/cpu")
 
 
 def usable_cpus() -> set[int]:
-    """The numbers of the logical cores that this process may run on."""
+    """The ids of the logical cores that this process may run on."""
     return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
 
 
 def usable_cores() -> list[set[int]]:
-    """The logical cores of each physical one that this process may run on; none where the machine does not say."""
+    """For each physical core that this process may run on, its logical cores; empty if the system does not say."""
     cores = {}
     try:
         for n in sorted(usable_cpus()):
@@ -26,8 +26,8 @@ def usable_cores() -> list[set[int]]:
 
 
 def sensible_threads() -> int:
-    """A thread for each physical core among the usable ones, where its twin would only share its arithmetic; and no
-    more than a cgroup gives processor time for, as the threads of an op wait for one another."""
+    """One thread per usable physical core, since hyperthreads share their arithmetic units; not more than the CPU quota
+    of the cgroup, since the threads of an op wait for one another."""
     logical = len(usable_cpus())
     count = len(usable_cores()) or min(logical, psutil.cpu_count(logical=False) or logical)
     quota = cgroup_limit("cpu.max")
@@ -35,13 +35,13 @@ def sensible_threads() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without pushing others out of memory, or this process out of its container."""
+    """Bytes that can be allocated without swapping, or exceeding the memory limit of the container."""
     limit, available = cgroup_limit("memory.max"), psutil.virtual_memory().available
     return available if limit is None else max(0, min(available, int(limit) - psutil.Process().memory_info().rss))
 
 
 def cgroup_limit(file: str) -> float | None:
-    """The least that cpu.max (cores) or memory.max (bytes) allows in this process's cgroup and those above it."""
+    """The lowest limit of cpu.max (in cores) or memory.max (in bytes) of this process's cgroup and its parents."""
     try:
         lines = OWN_CGROUP.read_text().splitlines()
         own = CGROUPS / next(line[3:].strip("/") for line in lines if line.startswith("0::"))

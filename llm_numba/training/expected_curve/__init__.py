@@ -21,10 +21,10 @@ class Reference:
 
     def __init__(self, settings: Settings, log: RunLog):
         self.log, self.curve, self.losses, self.reported = log, [], [], False
-        known = json.loads(CURVE.read_text(encoding="utf-8"))
-        settings_of_run = to_record(settings)
-        if all(settings_of_run.get(name) == value for name, value in known["settings"].items()):
-            self.curve = known["curve"]
+        if CURVE.exists():
+            known, own = json.loads(CURVE.read_text(encoding="utf-8")), to_record(settings)
+            if all(own.get(name) == value for name, value in known["settings"].items()):
+                self.curve = known["curve"]
         self.expected = dict(self.curve)
 
     def compare(self, step: int, loss: float) -> None:
