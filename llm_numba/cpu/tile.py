@@ -70,7 +70,7 @@ def start_of(context, builder, kind, array):
 
 
 @intrinsic
-def _add_scaled(typing_context, sums, x, numbers):
+def _add_scaled(typing_context, sums, x, row):
     """`add_scaled` as one operation on vectors of NR float32."""
 
     def generate(context, builder, signature, arguments):
@@ -85,12 +85,12 @@ def _add_scaled(typing_context, sums, x, numbers):
         builder.store(builder.fadd(builder.load(to, align=4), product, fused), to, align=4)
         return context.get_dummy_value()
 
-    return types.none(sums, x, numbers), generate
+    return types.none(sums, x, row), generate
 
 
 @intrinsic
-def _prefetch(typing_context, numbers):
-    """Prefetch the cache line of numbers[0] for reading and writing."""
+def _prefetch(typing_context, row):
+    """Prefetch the cache line of row[0] for reading and writing."""
 
     def generate(context, builder, signature, arguments):
         word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
@@ -100,11 +100,11 @@ def _prefetch(typing_context, numbers):
         builder.call(fetch, [place, word(0), word(3), word(1)])
         return context.get_dummy_value()
 
-    return types.none(numbers), generate
+    return types.none(row), generate
 
 
 @intrinsic
-def _transpose_square(typing_context, to, numbers):
+def _transpose_square(typing_context, to, square):
     """`transpose_square` on vectors: in log2(LANES) rounds with d = 1, 2, 4, ..., rows that are d apart swap elements
     that are d apart.
 
@@ -136,31 +136,31 @@ def _transpose_square(typing_context, to, numbers):
             builder.store(row, place, align=4)
         return context.get_dummy_value()
 
-    return types.none(to, numbers), generate
+    return types.none(to, square), generate
 
 
-def add_scaled(sums, x, numbers):
-    """sums += x * numbers, two contiguous rows of NR elements."""
-    sums += x * numbers
+def add_scaled(sums, x, row):
+    """sums += x * row, two contiguous rows of NR elements."""
+    sums += x * row
 
 
 def prefetch(rows):
     """Load rows (n, m), each contiguous, into the cache without waiting for them."""
 
 
-def transpose_square(to, numbers):
-    """to = numbers transposed, both (LANES, LANES), their rows contiguous."""
-    to[:] = numbers.T
+def transpose_square(to, square):
+    """to = square transposed, both (LANES, LANES), their rows contiguous."""
+    to[:] = square.T
 
 
 @overload(transpose_square, inline="always")
-def _transpose_square_compiled(to, numbers):
-    return lambda to, numbers: _transpose_square(to, numbers)
+def _transpose_square_compiled(to, square):
+    return lambda to, square: _transpose_square(to, square)
 
 
 @overload(add_scaled, inline="always")
-def _add_scaled_compiled(sums, x, numbers):
-    return lambda sums, x, numbers: _add_scaled(sums, x, numbers)
+def _add_scaled_compiled(sums, x, row):
+    return lambda sums, x, row: _add_scaled(sums, x, row)
 
 
 @overload(prefetch, inline="always")
