@@ -212,8 +212,8 @@ def test_the_printed_command_finds_the_shards(hub, tmp_path):
     folder = tmp_path / "my [data] *"
     fetch("fineweb", folder)
     words = shlex.split(datasets.command("fineweb", folder / "data"))
-    assert words[:3] == ["python", "-m", "llm_numba.train"]
-    given, _ = settings.parse(words[3:])
+    assert words[:2] == ["llm-numba", "train"]
+    given, _ = settings.parse(words[2:])
     assert [path.name for path in find_files(given.data)] == ["fineweb_train_000001.bin"]
     assert find_files(given.val_data) == [folder / "data" / "fineweb_val_000000.bin"]
 

@@ -147,12 +147,12 @@ def table() -> str:
 def command(name: str, folder: Path) -> str:
     """The command that uses a data set in `folder`, quoted for the shell."""
     places = {"glob": glob.escape(str(folder)), "path": str(folder)}
-    return "python -m llm_numba." + shlex.join(part.format(**places) for part in DATASETS[name].use.split())
+    return "llm-numba " + shlex.join(part.format(**places) for part in DATASETS[name].use.split())
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m llm_numba.data",
+        prog="llm-numba data",
         description="Download a data set and print the command that uses it. Files that are already there\n"
         "are checked, and downloaded again only if they differ.\n\n" + table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -177,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.name is None or args.list:
-        print(f"{table()}\n\nDownload one:  python -m llm_numba.data NAME")
+        print(f"{table()}\n\nDownload one:  llm-numba data NAME")
         return
     dataset = DATASETS[args.name]
     folder = (args.out.expanduser() if args.out else folder_of(args.name)).absolute()

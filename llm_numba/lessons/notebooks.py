@@ -6,7 +6,6 @@ from llm_numba.lessons import FOLDER
 from llm_numba.util.cli import UserError, install
 from llm_numba.util.files import write_whole
 
-MISSING = f"the packages for notebooks are not installed: {install('lessons')}"
 TIMEOUT = 900  # seconds for one cell
 # a notebook's metadata, without traces of the machine that ran it
 KERNEL = {
@@ -46,7 +45,7 @@ def cells(path: Path) -> list[tuple[str, str]]:
 
 
 def missing_package(error: ImportError) -> UserError:
-    return UserError(f'{error.name} is not installed: pip install -e ".[lessons]"')
+    return UserError(f"{error.name} is not installed: {install('lessons')}")
 
 
 def build(script: Path) -> Path:

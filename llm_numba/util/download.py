@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, install
 
 
 def from_hub(repository: str, name: str, **options) -> Path:
@@ -37,7 +37,7 @@ def _one_line_errors(what: str, package: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f'{what}: downloads need {package}: pip install -e ".[download]"') from error
+        raise UserError(f"{what}: downloads need {package}: {install('download')}") from error
     except Exception as error:  # errors of the network, the server and the disk share no class
         error = error.__cause__ or error  # the hub's library wraps what happened in "cannot locate the file"
         reason = getattr(error, "strerror", None) or str(error).rpartition("Caused by ")[2]
