@@ -85,9 +85,9 @@ def adamw_kernel(
     v_keep, v_gain, v_log_beta = v_factors
     m_correction, v_correction = correction(step[0], m_log_beta), correction(step[0], v_log_beta)
     first = cuda.blockIdx.x * BLOCK + cuda.threadIdx.x
-    for number in range(first, min(first + BLOCK, params.shape[0]), THREADS):
-        i = uint64(number)  # unsigned: no check for negative indices
-        decay = weight_decay if decays[uint64(number // RUN)] else ZERO
+    for index in range(first, min(first + BLOCK, params.shape[0]), THREADS):
+        i = uint64(index)  # unsigned: no check for negative indices
+        decay = weight_decay if decays[uint64(index // RUN)] else ZERO
         gradient, weight = grads[i] * scale, to_float(weights[i])
         m_new = m_keep * m[i] + m_gain * gradient
         v_new = v_keep * v[i] + v_gain * gradient * gradient
@@ -96,7 +96,7 @@ def adamw_kernel(
         move = m_new * m_correction / (math.sqrt(v_new * v_correction) + eps)
         weight -= rate * (move + decay * weight)
         if weights.itemsize == 2:
-            weight = round_stochastically(weight, random_bits(number, step[0], seed[0]))
+            weight = round_stochastically(weight, random_bits(index, step[0], seed[0]))
         weights[i] = to_storage(weight, weights)
         if has_master:
             params[i] = to_storage(weight, params)

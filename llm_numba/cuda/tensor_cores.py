@@ -52,7 +52,7 @@ def instruction(text, constraints, arguments, result=types.void, pure=False):
         clobbers = constraints if pure else ",".join(filter(None, [constraints, "~{memory}"]))
         return builder.asm(kind, text, clobbers, values, not pure)
 
-    # Numba inspects the number of parameters
+    # Numba inspects the signature
     names = ("typingctx", *(f"argument{i}" for i in range(len(arguments))))
     emit.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
     return intrinsic(emit)

@@ -59,7 +59,7 @@ def reason_against(family: str, name: str, dtype, *sizes: int) -> str:
     from llm_numba.cuda.jit import SIMULATED
 
     if SIMULATED and name in NOT_SIMULATED:
-        return "is not in the simulator"
+        return "not in the simulator"
     return _load(family, name).supports(dtype, *sizes)
 
 
