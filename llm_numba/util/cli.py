@@ -1,6 +1,7 @@
 """How every command starts and ends: its parser, its streams, Ctrl-C, and errors as one line."""
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -108,7 +109,7 @@ def prepare_streams() -> None:
             flags = os.O_RDWR if name == "stderr" else os.O_RDONLY  # a write to standard output then fails
             setattr(sys, name, open(os.open(os.devnull, flags), mode, encoding="utf-8"))
     for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
