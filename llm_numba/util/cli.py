@@ -124,16 +124,16 @@ def _failed(message: str | None) -> int | None:
         return FAILED
 
 
-def _write_failure(text: str = "") -> OSError | None:
+def _write_failure() -> OSError | None:
     """The error of writing to standard output, where there is one."""
     try:
-        print(end=text, flush=True)
+        sys.stdout.flush()
     except OSError as error:
         return error
 
 
 def _output_failure(error: Exception) -> str | None:
-    if isinstance(error, OSError) and not error.filename and (failure := _write_failure("\n")):
+    if isinstance(error, OSError) and not error.filename and (failure := _write_failure()):
         return f"standard output cannot be written ({failure.strerror})"
 
 
