@@ -127,7 +127,7 @@ def _failed(message: str | None) -> int | None:
 def _write_failure() -> OSError | None:
     """The error of writing to standard output, where there is one."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # without a buffer, only a write fails
     except OSError as error:
         return error
 
