@@ -119,7 +119,8 @@ def try_an_op(device: str) -> str:
         return "an op runs and its result is right"
     import numba
 
-    threads, layer = numba.get_num_threads(), numba.threading_layer()
+    threads = numba.get_num_threads()
+    layer = numba.threading_layer()  # pyright: ignore[reportPrivateImportUsage]  (public, but not in __all__)
     return f"an op runs and its result is right, on {threads} threads, thread layer {layer}"
 
 

@@ -101,7 +101,7 @@ def get_ops(
     if device == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
     if device != "cpu":
-        variants.force(value.partition("=")[::2] for value in variant)
+        variants.force((family, name) for family, _, name in (value.partition("=") for value in variant))
     elif variant:
         raise UserError(
             f"--variant {' '.join(variant)}: the CPU has no variants; remove the flag, or use --device cuda"
@@ -109,7 +109,7 @@ def get_ops(
     if no_jit:
         from numba import config  # imported here: the command line reads the contract without loading Numba
 
-        config.DISABLE_JIT = True
+        config.DISABLE_JIT = True  # pyright: ignore[reportAttributeAccessIssue]  (Numba adds its settings at run time)
     found = {}
     for file in CONTRACT | BACKEND:
         module = importlib.import_module(f"llm_numba.{'cpu' if device == 'cpu' else 'cuda'}.{file}")

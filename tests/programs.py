@@ -56,9 +56,8 @@ def run_here(*arguments, program=train):
 
 def environment(**changes):
     """The environment of a user, with the caches of these tests; None removes a variable."""
-    ours = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": numba.config.CACHE_DIR, **changes}
-    for name in "NUMBA_NUM_THREADS", "PYTHONUNBUFFERED":  # set by the tests, or by the user who runs them
-        ours.pop(name, None)
+    unset = dict.fromkeys(("NUMBA_NUM_THREADS", "PYTHONUNBUFFERED"))  # set by the tests, or by the user who runs them
+    ours = {**os.environ, **unset, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": numba.config.CACHE_DIR, **changes}
     return {name: value for name, value in ours.items() if value is not None}
 
 

@@ -214,7 +214,8 @@ def test_a_signal_cuts_it_short(folder, tmp_path, rng):
             stop.append(15)
         return np.ones(tokens.shape, np.float32)
 
-    assert hellaswag.losses_of(examples, losses, 4, 32, stop) is None and asked == [4, 4, 4]
+    hellaswag.losses_of(examples, losses, 4, 32, stop)
+    assert asked == [4, 4, 4]
 
 
 # --- loss

@@ -34,20 +34,20 @@ class Toy:
         ]
 
     def activations(self, B, T, recompute="none"):
-        C, layer = self.channels, dict(per_layer=True)
+        C = self.channels
         return [
             TensorSpec("encoded", (B, T, C)),
-            TensorSpec("hidden", (B, T, C), **layer),
-            TensorSpec("active", (B, T, C), **layer),
+            TensorSpec("hidden", (B, T, C), per_layer=True),
+            TensorSpec("active", (B, T, C), per_layer=True),
             TensorSpec("logits", (B, T, self.vocab_size)),
             TensorSpec("losses", (B, T), dtype="float32"),
         ]
 
     def activation_gradients(self, B, T):
-        C, layer = self.channels, dict(per_layer=True)
+        C = self.channels
         return [
-            TensorSpec("dactive", (B, T, C), shares="dactive", **layer),
-            TensorSpec("dhidden", (B, T, C), shares="dhidden", **layer),
+            TensorSpec("dactive", (B, T, C), shares="dactive", per_layer=True),
+            TensorSpec("dhidden", (B, T, C), shares="dhidden", per_layer=True),
             TensorSpec("dencoded", (B, T, C), shares="dactive"),
         ]
 

@@ -98,11 +98,12 @@ def _example(line: bytes, where: str) -> tuple[str, list[str], int]:
     return context, endings, label
 
 
-def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> tuple[np.ndarray, np.ndarray] | None:
-    """The sum and the mean of each ending's losses, both (examples, ENDINGS) float64; None if `stop` becomes non-empty.
+def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> tuple[np.ndarray, np.ndarray]:
+    """The sum and the mean of each ending's losses, both (examples, ENDINGS) float64.
 
     losses: a function of (tokens, targets), both (B, T) int32, that returns the losses, (B, T). Rows are padded on the
-    right with token 0, which does not change them, because attention is causal.
+    right with token 0, which does not change them, because attention is causal. As soon as `stop` is not empty, the
+    rest is skipped, and the result means nothing.
     """
     from tqdm import tqdm
 
@@ -121,8 +122,8 @@ def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> 
                 sums[start + b], means[start + b] = ending.sum(), ending.mean()
             progress.update((start + len(batch)) // ENDINGS - progress.n)
             if stop:
-                return None
-    if not np.isfinite(sums).all():
+                break
+    if not stop and not np.isfinite(sums).all():
         raise UserError("the model's losses are not finite: use an earlier checkpoint")
     return sums.reshape(-1, ENDINGS), means.reshape(-1, ENDINGS)
 

@@ -93,7 +93,7 @@ def _learn(texts: Iterable[str], vocab_size: int | None) -> list[bytes]:
 
     if vocab_size is None or vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size}: --tokenizer bpe needs 257 or more: the bytes and {END_OF_TEXT}")
-    learner = rustbpe.Tokenizer()
+    learner = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]  (it has no types)
     learner.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in sorted(learner.get_mergeable_ranks(), key=lambda pair: pair[1])]
     if len(tokens) < vocab_size - 1:

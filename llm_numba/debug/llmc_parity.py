@@ -5,7 +5,6 @@ trains ten steps on that batch and compares their losses.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from llm_numba.arena import Arena
 from llm_numba.formats.llmc import read_model, read_state
 from llm_numba.ops import DEVICES, choose_device, get_ops
 from llm_numba.training.memory_plan import complete, training_groups
+from llm_numba.training.settings import Settings
 from llm_numba.training.step import gradients, training_step
 from llm_numba.training.weights import set_parameters
 from llm_numba.util.cli import Parser, UserError, exit_with
@@ -24,7 +24,7 @@ from llm_numba.util.cli import Parser, UserError, exit_with
 NORM_TOLERANCE = 1e-4  # |ours - theirs| / |theirs|, Euclidean norms
 ELEMENT_TOLERANCE = 3e-4  # the largest |ours - theirs| / (|theirs| + rms of theirs)
 LOSS_TOLERANCE = 1e-3  # absolute; ten steps of Adam amplify rounding errors
-OPTIMISER = SimpleNamespace(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=0.0)
+OPTIMISER = Settings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=0.0)
 LEARNING_RATE = 1e-4
 # Losses of GPT-2 124M on llm.c's batch, from llm.c's test; a state with the first loss is taken to be that batch
 PUBLISHED = (5.270007, 4.059707, 3.375123, 2.800783, 2.315382, 1.849029, 1.394656, 0.999147, 0.624080, 0.376511)

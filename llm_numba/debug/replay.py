@@ -54,8 +54,8 @@ def replay(path: Path, device: str, dtype: str | None, no_jit: bool) -> tuple[fl
 def read_inputs(tensors, record, shape: tuple, vocab_size: int, path: Path) -> dict:
     """The step's inputs. Errors: they are missing, or do not fit the model's sizes."""
     batches, scalars = tensors.get("batches"), record.get("inputs")
-    whole = batches is not None and isinstance(scalars, dict) and scalars.keys() == {"learning_rate", "step", "limits"}
-    if not whole or batches.shape != shape or batches.dtype != "int32":
+    whole = isinstance(scalars, dict) and scalars.keys() == {"learning_rate", "step", "limits"}
+    if not whole or batches is None or batches.shape != shape or batches.dtype != "int32":
         raise UserError(f"{path}: not a step that --check-finite saved, or damaged")
     if batches.min() < 0 or batches.max() >= vocab_size:
         raise UserError(f"{path}: holds tokens beyond the vocabulary of {vocab_size}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Model(Protocol):
     `ops` are the ops of one device, `m` a namespace of the arena's tensors (`Arena.namespace`).
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]  # in checkpoints, and the key in MODELS
     PRESETS: ClassVar[dict[str, "Model"]]
     huggingface: ClassVar[SimpleNamespace]  # optional: its names in Hugging Face's files
@@ -43,8 +44,8 @@ class Model(Protocol):
         """Add to m and m.layers the names that connect layers, such as a layer's input."""
         ...
 
-    def initial_parameters(self, seed: int) -> Iterator[tuple[str, np.ndarray | float]]:
-        """(name, values) of every parameter at the start of training."""
+    def initial_parameters(self, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, values) of every parameter at the start of training; a single value fills the parameter."""
         ...
 
     def forward(self, ops, m) -> None:

@@ -124,22 +124,22 @@ class GPT2:
     def parameters(self) -> list[TensorSpec]:
         """The parameters, in llm.c's order. The projections into the residual stream start smaller, because 2*L of
         them add up in it (Radford et al. 2019, section 2.3)."""
-        C, residual_std, layer = self.channels, 0.02 / math.sqrt(2 * self.num_layers), dict(per_layer=True)
+        C, residual_std = self.channels, 0.02 / math.sqrt(2 * self.num_layers)
         return [
             TensorSpec("wte", (self.padded_vocab_size, C), std=0.02, decays=True),
             TensorSpec("wpe", (self.max_seq_len, C), std=0.02, decays=True),
-            TensorSpec("ln1w", (C,), fill=1, **layer),
-            TensorSpec("ln1b", (C,), **layer),
-            TensorSpec("qkvw", (3 * C, C), std=0.02, decays=True, **layer),
-            TensorSpec("qkvb", (3 * C,), **layer),
-            TensorSpec("attprojw", (C, C), std=residual_std, decays=True, **layer),
-            TensorSpec("attprojb", (C,), **layer),
-            TensorSpec("ln2w", (C,), fill=1, **layer),
-            TensorSpec("ln2b", (C,), **layer),
-            TensorSpec("fcw", (4 * C, C), std=0.02, decays=True, **layer),
-            TensorSpec("fcb", (4 * C,), **layer),
-            TensorSpec("fcprojw", (C, 4 * C), std=residual_std, decays=True, **layer),
-            TensorSpec("fcprojb", (C,), **layer),
+            TensorSpec("ln1w", (C,), fill=1, per_layer=True),
+            TensorSpec("ln1b", (C,), per_layer=True),
+            TensorSpec("qkvw", (3 * C, C), std=0.02, decays=True, per_layer=True),
+            TensorSpec("qkvb", (3 * C,), per_layer=True),
+            TensorSpec("attprojw", (C, C), std=residual_std, decays=True, per_layer=True),
+            TensorSpec("attprojb", (C,), per_layer=True),
+            TensorSpec("ln2w", (C,), fill=1, per_layer=True),
+            TensorSpec("ln2b", (C,), per_layer=True),
+            TensorSpec("fcw", (4 * C, C), std=0.02, decays=True, per_layer=True),
+            TensorSpec("fcb", (4 * C,), per_layer=True),
+            TensorSpec("fcprojw", (C, 4 * C), std=residual_std, decays=True, per_layer=True),
+            TensorSpec("fcprojb", (C,), per_layer=True),
             TensorSpec("lnfw", (C,), fill=1),
             TensorSpec("lnfb", (C,)),
         ]
@@ -149,46 +149,46 @@ class GPT2:
 
         recompute: what the backward pass computes again, so that all layers can share its memory.
         """
-        C, layer, exact = self.channels, dict(per_layer=True), dict(dtype="float32")
-        norm = dict(shares="norm" if "layernorm" in recompute else "")
-        gelu = dict(shares="gelu" if "gelu" in recompute else "")
+        C = self.channels
+        norm = "norm" if "layernorm" in recompute else ""
+        gelu = "gelu" if "gelu" in recompute else ""
         return [
             TensorSpec("encoded", (B, T, C)),
-            TensorSpec("ln1", (B, T, C), **layer, **norm),
-            TensorSpec("ln1_mean", (B, T), **layer, **exact),
-            TensorSpec("ln1_rstd", (B, T), **layer, **exact),
-            TensorSpec("qkv", (B, T, 3 * C), **layer),
-            TensorSpec("lse", (B, self.num_heads, T), **layer, **exact),  # log-sum-exp of each query's scores
-            TensorSpec("atty", (B, T, C), **layer),
-            TensorSpec("attproj", (B, T, C), shares="branch", **layer),
-            TensorSpec("residual2", (B, T, C), **layer),
-            TensorSpec("ln2", (B, T, C), **layer, **norm),
-            TensorSpec("ln2_mean", (B, T), **layer, **exact),
-            TensorSpec("ln2_rstd", (B, T), **layer, **exact),
-            TensorSpec("fch", (B, T, 4 * C), **layer),
-            TensorSpec("fch_gelu", (B, T, 4 * C), **layer, **gelu),
-            TensorSpec("fcproj", (B, T, C), shares="branch", **layer),
-            TensorSpec("residual3", (B, T, C), **layer),
+            TensorSpec("ln1", (B, T, C), per_layer=True, shares=norm),
+            TensorSpec("ln1_mean", (B, T), "float32", per_layer=True),
+            TensorSpec("ln1_rstd", (B, T), "float32", per_layer=True),
+            TensorSpec("qkv", (B, T, 3 * C), per_layer=True),
+            TensorSpec("lse", (B, self.num_heads, T), "float32", per_layer=True),  # log-sum-exp of each query's scores
+            TensorSpec("atty", (B, T, C), per_layer=True),
+            TensorSpec("attproj", (B, T, C), per_layer=True, shares="branch"),
+            TensorSpec("residual2", (B, T, C), per_layer=True),
+            TensorSpec("ln2", (B, T, C), per_layer=True, shares=norm),
+            TensorSpec("ln2_mean", (B, T), "float32", per_layer=True),
+            TensorSpec("ln2_rstd", (B, T), "float32", per_layer=True),
+            TensorSpec("fch", (B, T, 4 * C), per_layer=True),
+            TensorSpec("fch_gelu", (B, T, 4 * C), per_layer=True, shares=gelu),
+            TensorSpec("fcproj", (B, T, C), per_layer=True, shares="branch"),
+            TensorSpec("residual3", (B, T, C), per_layer=True),
             TensorSpec("lnf", (B, T, C)),
-            TensorSpec("lnf_mean", (B, T), **exact),
-            TensorSpec("lnf_rstd", (B, T), **exact),
+            TensorSpec("lnf_mean", (B, T), "float32"),
+            TensorSpec("lnf_rstd", (B, T), "float32"),
             TensorSpec("logits", (B, T, self.padded_vocab_size), rows=logits_rows(B * T)),
-            TensorSpec("losses", (B, T), **exact),
+            TensorSpec("losses", (B, T), "float32"),
         ]
 
     def activation_gradients(self, B: int, T: int) -> list[TensorSpec]:
         """What `loss` and `backward` write, in their order. The gradient of the logits replaces the logits."""
-        C, layer = self.channels, dict(per_layer=True)
+        C = self.channels
         return [
             TensorSpec("dlnf", (B, T, C), shares="dbranch"),
-            TensorSpec("dresidual3", (B, T, C), shares="dstream", **layer),
-            TensorSpec("dfch_gelu", (B, T, 4 * C), shares="dwide", **layer),
-            TensorSpec("dfch", (B, T, 4 * C), shares="dfch", **layer),
-            TensorSpec("dln2", (B, T, C), shares="dbranch", **layer),
-            TensorSpec("dresidual2", (B, T, C), shares="dstream", **layer),
-            TensorSpec("datty", (B, T, C), shares="dbranch", **layer),
-            TensorSpec("dqkv", (B, T, 3 * C), shares="dwide", **layer),
-            TensorSpec("dln1", (B, T, C), shares="dbranch", **layer),
+            TensorSpec("dresidual3", (B, T, C), per_layer=True, shares="dstream"),
+            TensorSpec("dfch_gelu", (B, T, 4 * C), per_layer=True, shares="dwide"),
+            TensorSpec("dfch", (B, T, 4 * C), per_layer=True, shares="dfch"),
+            TensorSpec("dln2", (B, T, C), per_layer=True, shares="dbranch"),
+            TensorSpec("dresidual2", (B, T, C), per_layer=True, shares="dstream"),
+            TensorSpec("datty", (B, T, C), per_layer=True, shares="dbranch"),
+            TensorSpec("dqkv", (B, T, 3 * C), per_layer=True, shares="dwide"),
+            TensorSpec("dln1", (B, T, C), per_layer=True, shares="dbranch"),
             TensorSpec("dencoded", (B, T, C), shares="dstream"),
         ]
 
@@ -205,12 +205,12 @@ class GPT2:
             owner, norm = (m.layers[l + 1], "ln1") if l + 1 < self.num_layers else (m, "lnf")
             layer.next = SimpleNamespace(**{part: getattr(owner, norm + end) for part, end in parts.items()})
 
-    def initial_parameters(self, seed: int) -> Iterator[tuple[str, np.ndarray | float]]:
+    def initial_parameters(self, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, values) of every parameter at the start of training. Rows of wte that only pad the vocabulary are 0
         and stay 0."""
         rng = np.random.default_rng(seed)
         for spec in self.parameters():
-            values = np.float32(spec.fill)
+            values = np.array(spec.fill, np.float32)
             if spec.std:
                 layers = (self.num_layers,) if spec.per_layer else ()
                 values = rng.standard_normal((*layers, *spec.shape), np.float32) * np.float32(spec.std)

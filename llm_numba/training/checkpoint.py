@@ -29,6 +29,7 @@ NAME = re.compile(r"step_(\d+)\.safetensors")
 TEMPORARY = ("*.safetensors.tmp", ".tmp*")  # ours; those of the safetensors library, which it renames to ours
 
 Tokenizer = tuple[dict, bytes]
+Stored = tuple[dict[str, np.ndarray], dict, Tokenizer | None]  # (tensors, state, tokenizer) as `save` takes them
 
 
 class Checkpoint(NamedTuple):
@@ -99,8 +100,8 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenize
             temporary.unlink()
 
 
-def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
-    """(tensors, state, tokenizer) as `save` got them.
+def load(path: str | Path) -> Stored:
+    """What `save` wrote.
 
     Errors: UserError for a file that is missing, truncated, damaged or not a checkpoint. It names the last whole
     checkpoint before it in the same run.
@@ -110,8 +111,7 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | Non
         return _read(path)
     except UserError as error:
         message = str(error)
-    step = _step(path)
-    for other in reversed([p for p in _checkpoints(path.parent) if step is not None and _step(p) < step]):
+    for other in reversed([p for p in _checkpoints(path.parent) if _step(p) < _step(path)]):
         with contextlib.suppress(UserError):
             _read(other)
             message += f"; use the last whole one before it: {other}"
@@ -119,7 +119,7 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | Non
     raise UserError(message)
 
 
-def load_newest(run_folder: str | Path) -> tuple[Path, tuple, list[str]]:
+def load_newest(run_folder: str | Path) -> tuple[Path, Stored, list[str]]:
     """(path, what `load` returns, what is wrong with each newer one) of the run's newest whole checkpoint.
 
     Errors: UserError if there is none.
@@ -204,7 +204,7 @@ def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
             raise UserError(f"cannot remove the old checkpoint {path}: {error.strerror}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict, Tokenizer | None]:
+def _read(path: Path) -> Stored:
     try:
         with open(path, "rb"):  # its error messages are clearer than those of safetensors
             pass
@@ -239,12 +239,13 @@ def _sha256(texts: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by step, without temporary files."""
-    return sorted((p for p in folder.glob("step_*.safetensors") if _step(p) is not None), key=_step)
+    return sorted((p for p in folder.glob("step_*.safetensors") if _step(p) >= 0), key=_step)
 
 
-def _step(path: Path) -> int | None:
+def _step(path: Path) -> int:
+    """The step in the name of a checkpoint, -1 for another name."""
     match = NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -139,12 +139,9 @@ def finish(axis, logarithmic: str) -> None:
 
 def legend(axis, runs: list[Run]) -> None:
     """Each run's name, with its last step and loss."""
-    from matplotlib.lines import Line2D
-
     axis.axis("off")
-    lines = [
-        Line2D([], [], color=colour, linestyle=style, linewidth=2.5) for colour, style in map(look, range(len(runs)))
-    ]
+    looks = map(look, range(len(runs)))
+    lines = [axis.plot([], [], color=colour, linestyle=style, linewidth=2.5)[0] for colour, style in looks]
     labels = [f"{os.fsencode(run.name).decode(errors='replace')}\n{summary(run)}" for run in runs]
     axis.legend(lines, labels, loc="upper left", frameon=False, labelspacing=1, handlelength=2.5, borderaxespad=0)
 

@@ -75,6 +75,7 @@ def load(module: str, value: str) -> ModuleType:
         # a unique name, by which Numba finds the module again when it loads a compiled function from disk
         name = f"own_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader  # every .py file has them
         sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
         return loaded
@@ -101,15 +102,16 @@ def compare(ops: Ops, own: Ops, values: Iterable[str], step: Callable[[Ops], Non
         written = [i for i, name in enumerate(parameters_of(original)) if name in WRITES[op]]
 
         def call(*arguments):
-            copies = [copy(ops, x) if i in written and x is not None else x for i, x in enumerate(arguments)]
+            outputs = [i for i in written if arguments[i] is not None]
+            copies = [copy(ops, x) if i in outputs else x for i, x in enumerate(arguments)]
             for i, (function, given) in enumerate(((original, copies), (mine, arguments))):
-                result = next(given[w] for w in written if given[w] is not None).reshape(-1)[:1]
+                result = given[outputs[0]].reshape(-1)[:1]
                 ops.to_host(result)  # waits for a GPU
                 start = time.perf_counter()
                 function(*given)
                 ops.to_host(result)
                 seconds[op][-1][i] += time.perf_counter() - start
-            errors[op] += [distance(ops, arguments[i], copies[i]) for i in written if arguments[i] is not None]
+            errors[op] += [distance(ops, arguments[i], copies[i]) for i in outputs]
 
         return call
 

@@ -9,6 +9,7 @@ import math
 import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from llm_numba.data.shards import MAX_VOCAB_SIZE
 from llm_numba.models import Model, preset, presets
@@ -214,12 +215,12 @@ def parse(argv: list[str]) -> tuple[Settings, set[str]]:
     `--help` and `--help-all` print and exit. Errors: UserError for an unknown flag, or a value of the wrong type or
     choice. `check` comes later, since a resumed run may bring other values.
     """
-    given, unknown = _parser("--help-all" in argv).parse_known_args(argv)
+    typed, unknown = _parser("--help-all" in argv).parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], map(_flag, FIELDS), 1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown argument {shlex.quote(unknown[0])}{hint} (--help-all lists them all)")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(typed).items()}
     defaults = INIT_DEFAULTS if given.get("init") else PRESET_DEFAULTS.get(given.get("preset", Settings.preset), {})
     asked = _change(Settings(**defaults), given)
     if "warmup" not in given and asked.steps:  # a run shorter than the preset's has a shorter warm-up

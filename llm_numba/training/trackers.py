@@ -56,8 +56,9 @@ def tensorboard(name: str, folder: Path, record: dict, step: int | None) -> tupl
     """(send, finish) that write event files into the run folder; TensorBoard hides older events after `step`."""
     from tensorboardX import SummaryWriter
 
-    options = dict(flush_secs=10, filename_suffix=f".from-step-{step or 0}")  # default names differ only by the second
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1, **options)
+    purge_step = None if step is None else step + 1
+    suffix = f".from-step-{step or 0}"  # default names differ only by the second
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
 
     def send(row, step):
         for name, value in row.items():

@@ -74,7 +74,7 @@ class Trainer:
             self.ops = without_graphs(self.ops)
         self.device_step = self.ops.capture(lambda: training_step(self.ops, self.model, self.m, s))
         self.losses = scorer(self.ops, self.model, self.m)
-        self.batches = np.empty(self.m.batches.shape, np.int32)
+        self.batches: np.ndarray = np.empty(self.m.batches.shape, np.int32)
         self.flops_per_token = self.model.flops_per_token(self.batches.shape[-1])
         self.fingerprint = fingerprint(self.corpus.train)
         self.expected = Reference(s, self.log)
@@ -91,8 +91,8 @@ class Trainer:
                 last = state.step == self.steps
                 if last or is_time(state.step, s.val_every):
                     self.validate()
-                if s.eval_every and (last or is_time(state.step, s.eval_every)):
-                    self.test_on_hellaswag(stop)
+                if self.examples and (last or is_time(state.step, s.eval_every)):
+                    self.test_on_hellaswag(self.examples, stop)
                 if s.sample_tokens and (last or is_time(state.step, s.sample_every)):
                     self.show_sample()
                 if is_time(state.step, s.checkpoint_every):
@@ -100,13 +100,12 @@ class Trainer:
             if not checkpoint.checkpoint_path(self.folder, state.step).exists():  # the end, or a signal
                 self.save()
             log.picture(self.expected.curve)
-            if stop or log.unwritable:
-                cause = signal.Signals(stop[0]).name if stop else f"an error of its output ({log.unwritable.strerror})"
-                log.say(f"stopped by {cause} after step {state.step}; the checkpoint is saved")
-                log.say(f"resume it with:  {command('train', '--resume', self.folder)}")
-                if not stop:
-                    raise log.unwritable
+            if stop:
+                self.say_stopped(signal.Signals(stop[0]).name)
                 return 128 + stop[0]
+            if log.unwritable:
+                self.say_stopped(f"an error of its output ({log.unwritable.strerror})")
+                raise log.unwritable
             self.say_what_next()
             return 0
 
@@ -201,11 +200,12 @@ class Trainer:
             model.loss(ops, m, 1.0 / batches, write_dlogits=False)
         self.log.validation(self.state.step, float(ops.to_host(m.loss)[0]))
 
-    def test_on_hellaswag(self, stop: list[int]) -> None:
+    def test_on_hellaswag(self, examples: hellaswag.Examples, stop: list[int]) -> None:
         """All examples, in rows of the training's batches; a signal ends it early, without a score."""
-        found = hellaswag.losses_of(self.examples, self.losses, *self.m.tokens.shape, stop)
-        if found:
-            self.log.hellaswag(self.state.step, hellaswag.score(*found, self.examples.labels))
+        B, T = self.m.tokens.shape
+        found = hellaswag.losses_of(examples, self.losses, B, T, stop)
+        if not stop:
+            self.log.hellaswag(self.state.step, hellaswag.score(*found, examples.labels))
 
     def show_sample(self) -> None:
         """A text that the model writes now; its random numbers depend only on (seed, step)."""
@@ -253,6 +253,10 @@ class Trainer:
             f"{self.model.name}, {parameters:,} parameters ({sizes}); {tokens:,} tokens to train on, {held_out:,} held "
             f"out; {self.steps} steps of {accumulate * B} x {T} tokens; arena {format_bytes(self.arena.nbytes)}"
         )
+
+    def say_stopped(self, cause: str) -> None:
+        self.log.say(f"stopped by {cause} after step {self.state.step}; the checkpoint is saved")
+        self.log.say(f"resume it with:  {command('train', '--resume', self.folder)}")
 
     def say_what_next(self) -> None:
         folder, say = self.folder, self.log.say

@@ -1,6 +1,7 @@
 """How every command starts and ends: its parser, its streams, Ctrl-C, and errors as one line."""
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -108,7 +109,7 @@ def prepare_streams() -> None:
             flags = os.O_RDWR if name == "stderr" else os.O_RDONLY  # a write to standard output then fails
             setattr(sys, name, open(os.open(os.devnull, flags), mode, encoding="utf-8"))
     for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -123,16 +124,16 @@ def _failed(message: str | None) -> int | None:
         return FAILED
 
 
-def _write_failure(text: str = "") -> OSError | None:
+def _write_failure() -> OSError | None:
     """The error of writing to standard output, where there is one."""
     try:
-        print(end=text, flush=True)
+        print(end="", flush=True)  # without a buffer, only a write fails
     except OSError as error:
         return error
 
 
 def _output_failure(error: Exception) -> str | None:
-    if isinstance(error, OSError) and not error.filename and (failure := _write_failure("\n")):
+    if isinstance(error, OSError) and not error.filename and (failure := _write_failure()):
         return f"standard output cannot be written ({failure.strerror})"
 
 

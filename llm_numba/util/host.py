@@ -11,7 +11,7 @@ CPUS = Path("/sys/devices/system/cpu")
 
 def usable_cpus() -> set[int]:
     """The ids of the logical cores that this process may run on."""
-    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def usable_cores() -> list[set[int]]:
