@@ -31,15 +31,13 @@ class RunLog:
 
     train.log and log.jsonl get every step. A terminal gets one live line, and the full line of every tenth of the run,
     of outliers, and of each step after which something else is printed. Other outputs get every line.
-    step: that of the checkpoint from which a run resumes; later rows are removed from log.jsonl. None for a new run.
-    track: a tracker that gets the rows too. unwritable: why the screen can no longer be written, if so.
-    Errors: UserError if the folder of a new run already contains one, another process is writing it, or a file cannot
-    be written.
+    step: that of the checkpoint from which a run resumes (later rows are removed from log.jsonl); None for a new run.
+    Errors: UserError if a new run's folder contains a run, another process writes it, or a file cannot be written.
     """
 
     def __init__(self, folder: Path, record: dict, step: int | None, track: str = "none"):
         self.folder, self.path = folder, folder / "log.jsonl"
-        self.unwritable: OSError | None = None
+        self.unwritable: OSError | None = None  # why the screen can no longer be written
         self.is_terminal, self.is_live, self.hidden = sys.stdout.isatty(), False, ""
         self.lock = FileLock(folder / ".lock")  # released by the system however the process ends
         try:
@@ -47,9 +45,8 @@ class RunLog:
             self.lock.acquire(timeout=0)
             self._open(record, step)
         except Timeout as error:
-            raise UserError(
-                f"{folder}: another process is writing this run; wait until it ends, or choose another --out"
-            ) from error
+            problem = "another process is writing this run; wait until it ends, or choose another --out"
+            raise UserError(f"{folder}: {problem}") from error
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -76,7 +73,7 @@ class RunLog:
         return self
 
     def __exit__(self, *_):
-        self.tracker.close()
+        self.tracker.attempt(self.tracker.finish)
         self._show("")
         for file in self.text, self.json:
             with contextlib.suppress(OSError):  # a line that could not be written, which was reported then
@@ -117,25 +114,22 @@ class RunLog:
 
     def step(self, step: int, steps: int, seconds_left: float, **values) -> None:
         """A training step, in the format that COLUMNS describes."""
-
-        def z(value):
-            return "    -" if math.isnan(value) else f"{value:5.2f}"
-
         v = values
-        share = f" | {v['share_of_peak']:4.0%} of peak" if v["share_of_peak"] is not None else ""
+        loss_z, norm_z = ("    -" if math.isnan(z) else f"{z:5.2f}" for z in (v["loss_z"], v["norm_z"]))
         number = f"step {step:>{len(str(steps))}}/{steps} | loss {v['loss']:7.4f}"
+        speed = f"{v['tokens_per_second']:7,.0f} tok/s"
+        share = f" | {v['share_of_peak']:4.0%} of peak" if v["share_of_peak"] is not None else ""
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02} left"
         line = (
-            f"{number} (z {z(v['loss_z'])}) | norm {v['norm']:7.4f} (z {z(v['norm_z'])}) | "
-            f"lr {v['learning_rate']:.2e} | {v['ms']:7.1f} ms | {v['tokens_per_second']:7,.0f} tok/s{share} | {left}"
-            + (" | SKIPPED: an outlier" if v["skipped"] else "")
+            f"{number} (z {loss_z}) | norm {v['norm']:7.4f} (z {norm_z}) | lr {v['learning_rate']:.2e} | "
+            f"{v['ms']:7.1f} ms | {speed}{share} | {left}{' | SKIPPED: an outlier' if v['skipped'] else ''}"
         )
         if not self.is_terminal or v["skipped"] or step == 1 or step % max(1, steps // 10) == 0:
             self.hidden = ""
             self.say(line)
         else:
             self.hidden = line + "\n"
-            self._show(f"{number} | {v['tokens_per_second']:7,.0f} tok/s | {left}", live=True)
+            self._show(f"{number} | {speed} | {left}", live=True)
             self._write(self.text, line)
         self.record(step=step, **values)
 
@@ -162,13 +156,11 @@ class RunLog:
         write_figure(self.folder / "loss.png", runs, LOSSES)
 
 
-def share_of_peak(
-    flops: float, peak: float | None, measure: Callable[[], float | None]
-) -> tuple[float | None, float | None]:
-    """(share, peak): which part of `peak` the `flops` per second of a step are; None if no peak is known.
+def share_of_peak(flops: float, peak: float | None, measure: Callable[[], float | None]):
+    """(share, peak): the part of `peak` that the `flops` per second of a step are, or None if no peak is known.
 
-    A step that exceeds the peak proves that the machine was busy when it was measured, so it is measured again; if the
-    step exceeds that too, the peak stays unknown.
+    A step above the peak means that the machine was busy during the measurement, so it is repeated. If the step is
+    above that too, the peak stays unknown.
     """
     if peak and flops > peak:
         peak = measure()
