@@ -23,10 +23,9 @@ from llm_numba.training.log import RunLog, share_of_peak
 from llm_numba.training.memory_plan import micro_batches
 from llm_numba.training.nan_check import NotFinite, checked, save_bad_step, without_graphs
 from llm_numba.training.schedule import learning_rate
-from llm_numba.training.scoring import scorer
 from llm_numba.training.settings import Settings
 from llm_numba.training.signals import finish_step_on_signals
-from llm_numba.training.step import exact_parameters, gradients, set_parameter, training_step
+from llm_numba.training.step import exact_parameters, gradients, scorer, set_parameter, training_step
 from llm_numba.util.cli import UserError, command
 from llm_numba.util.files import format_bytes
 
@@ -117,9 +116,8 @@ class Trainer:
             self.train_loader.restore(START)
         windows = [window for batch in self.batches for window in self.train_loader.next_batch(*batch)]
         rate = learning_rate(state.step, self.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
-        loss_limit = outliers.limit(state.loss_history, s.skip_loss_z)
-        norm_limit = outliers.limit(state.norm_history, s.skip_norm_z)
-        inputs = dict(batches=self.batches, learning_rate=rate, step=state.step + 1, limits=[loss_limit, norm_limit])
+        limits = [outliers.limit(state.loss_history, s.skip_loss_z), outliers.limit(state.norm_history, s.skip_norm_z)]
+        inputs = dict(batches=self.batches, learning_rate=rate, step=state.step + 1, limits=limits)
         set_inputs(ops, m, inputs)
         if s.check_finite:
             self.checked_step(inputs)
@@ -135,10 +133,8 @@ class Trainer:
             self.give_up(loss, norm)
         state.step += 1
 
-        outlier = {}
-        if skipped or loss_z > outliers.REMARKABLE or norm_z > outliers.REMARKABLE:
-            outlier = {"windows": data.describe_windows(windows)}
-
+        remarkable = skipped or loss_z > outliers.REMARKABLE or norm_z > outliers.REMARKABLE
+        outlier = {"windows": data.describe_windows(windows)} if remarkable else {}
         seconds = time.perf_counter() - start
         self.times = [*self.times[-19:], seconds]
         tokens_per_second = self.batches[:, 0].size / seconds
@@ -147,8 +143,7 @@ class Trainer:
         left = (self.steps - state.step) * sum(self.times) / len(self.times)
         self.log.step(
             state.step, self.steps, left, loss=loss, loss_z=loss_z, norm=norm, norm_z=norm_z, learning_rate=rate,
-            ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped,
-            **outlier,
+            ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped, **outlier,
         )  # fmt: skip
         self.expected.compare(state.step, loss)
 
@@ -178,11 +173,8 @@ class Trainer:
             self.train_loader.next_batch(*batch)
         self.train_loader.restore(position)
         self.ops.to_device(self.m.batches, self.batches)
-
-        def step(ops):
-            gradients(ops, self.model, self.m)
-
-        for line in override.compare(self.production, self.ops, self.settings.use, step):
+        once = lambda ops: gradients(ops, self.model, self.m)  # noqa: E731
+        for line in override.compare(self.production, self.ops, self.settings.use, once):
             self.log.say(line)
 
     def validate(self) -> None:
@@ -194,8 +186,7 @@ class Trainer:
         ops.zero(m.loss)
         for _ in range(batches):
             self.val_loader.next_batch(tokens, targets)
-            ops.to_device(m.tokens, tokens)
-            ops.to_device(m.targets, targets)
+            set_inputs(ops, m, dict(tokens=tokens, targets=targets))
             model.forward(ops, m)
             model.loss(ops, m, 1.0 / batches, write_dlogits=False)
         self.log.validation(self.state.step, float(ops.to_host(m.loss)[0]))
@@ -209,31 +200,24 @@ class Trainer:
 
     def show_sample(self) -> None:
         """A text that the model writes now; its random numbers depend only on (seed, step)."""
-        encoding = self.corpus.encoding
-        if encoding is None:
-            return
-        rng = np.random.default_rng([self.settings.seed, self.state.step])
-        tokens = generate(self.ops, self.arena, encode_prompt(encoding, ""), Choice(), rng)
-        self.log.sample(self.state.step, "".join(text_of(tokens, encoding, self.settings.sample_tokens)))
+        if encoding := self.corpus.encoding:
+            rng = np.random.default_rng([self.settings.seed, self.state.step])
+            tokens = generate(self.ops, self.arena, encode_prompt(encoding, ""), Choice(), rng)
+            self.log.sample(self.state.step, "".join(text_of(tokens, encoding, self.settings.sample_tokens)))
 
     def contents(self) -> tuple[dict, dict]:
         """(tensors, record) of a checkpoint: everything that the next step depends on.
 
         Random numbers have no state: those of the data order and of samples follow from the seed and the epoch or step.
         """
-        tensors = {name: self.ops.to_host(tensor) for name, tensor in exact_parameters(self.arena).items()}
+        on_device = exact_parameters(self.arena)
         for group in MOMENTS:
-            named = self.arena.named(group).items()
-            tensors |= {f"{group}.{name}": self.ops.to_host(tensor) for name, tensor in named}
+            on_device |= {f"{group}.{name}": tensor for name, tensor in self.arena.named(group).items()}
         record = {
-            **vars(self.state),
-            "loader": self.train_loader.state(),
-            "model": self.model.name,
-            "config": asdict(self.model),
-            "settings": settings.to_record(self.settings),
-            "data": self.fingerprint,
-        }
-        return tensors, record
+            **vars(self.state), "loader": self.train_loader.state(), "model": self.model.name,
+            "config": asdict(self.model), "settings": settings.to_record(self.settings), "data": self.fingerprint,
+        }  # fmt: skip
+        return {name: self.ops.to_host(tensor) for name, tensor in on_device.items()}, record
 
     def save(self) -> None:
         """Write a checkpoint and remove the oldest."""
