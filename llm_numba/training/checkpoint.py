@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from llm_numba.models import Model, model_of
 from llm_numba.training import settings
 from llm_numba.training.outliers import WINDOW
 from llm_numba.training.settings import Settings
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, note
 
 FORMAT = "llm_numba checkpoint 1"
 RANKS = "tokenizer.ranks"
@@ -54,15 +53,27 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        path, stored, problems = load_newest(path)
-        for problem in problems:
-            print(f"note: {problem}; using {path}", file=sys.stderr)
+        path, (tensors, record, tokenizer) = _load_newest(path)
     else:
-        stored = load(path)
-    tensors, record, tokenizer = stored
+        tensors, record, tokenizer = load(path)
     model = check_record(path, tensors, record)
     recorded = settings.from_record(record["settings"], path)
     return Checkpoint(path, tensors, record, tokenizer and tokenizer_from_state(*tokenizer), model, recorded)
+
+
+def _load_newest(run_folder: Path) -> tuple[Path, Stored]:
+    newest(run_folder)
+    problems = []
+    for path in reversed(_checkpoints(run_folder / "checkpoints")):
+        try:
+            stored = _read(path)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                note(f"note: {problem}; using {path}")
+            return path, stored
+    raise UserError(f"{problems[0]}; {run_folder} has no whole checkpoint")
 
 
 def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
@@ -75,8 +86,7 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenize
     """
     path = Path(path)
     texts = {"format": FORMAT, "state": json.dumps(state), "tokenizer": json.dumps(tokenizer and tokenizer[0])}
-    # safetensors ignores strides
-    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # safetensors ignores strides
     if tokenizer:
         tensors[RANKS] = np.frombuffer(tokenizer[1], np.uint8)
     texts["sha256"] = _sha256(texts, tensors)
@@ -117,21 +127,6 @@ def load(path: str | Path) -> Stored:
             message += f"; use the last whole one before it: {other}"
             break
     raise UserError(message)
-
-
-def load_newest(run_folder: str | Path) -> tuple[Path, Stored, list[str]]:
-    """(path, what `load` returns, what is wrong with each newer one) of the run's newest whole checkpoint.
-
-    Errors: UserError if there is none.
-    """
-    newest(run_folder)
-    problems = []
-    for path in reversed(_checkpoints(Path(run_folder) / "checkpoints")):
-        try:
-            return path, _read(path), problems
-        except UserError as error:
-            problems.append(str(error))
-    raise UserError(f"{problems[0]}; {run_folder} has no whole checkpoint")
 
 
 def check_record(path: str | Path, tensors: dict[str, np.ndarray], record: dict) -> Model:
@@ -179,22 +174,17 @@ def set_aside(path: str | Path) -> list[Path]:
 
     They become step_000200.safetensors.aside, aside2 and so on. Returns their new paths.
     """
-    path = Path(path)
-    newer = [p for p in _checkpoints(path.parent) if _step(p) > _step(path)]
-    return [p.rename(_free(p.with_name(p.name + ".aside"))) for p in newer]
-
-
-def _free(path: Path) -> Path:
-    """The path itself, or the first of path2, path3, ... that does not exist."""
-    return next(p for i in itertools.count(1) if not (p := path.with_name(f"{path.name}{i if i > 1 else ''}")).exists())
+    renamed = []
+    for newer in _checkpoints(Path(path).parent):
+        if _step(newer) > _step(Path(path)):
+            names = (newer.with_name(f"{newer.name}.aside{i if i > 1 else ''}") for i in itertools.count(1))
+            renamed.append(newer.rename(next(name for name in names if not name.exists())))
+    return renamed
 
 
 def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
-    """Remove the run's checkpoints except the last `keep` (at least 1) and every `keep_every`-th step (0: none).
-
-    Temporary files of killed writers are removed too, so nothing else may be writing a checkpoint at the same time.
-    Errors: UserError if a file cannot be removed.
-    """
+    """Remove the run's checkpoints except the last `keep` (at least 1) and every `keep_every`-th step (0: none), and
+    the temporary files of killed writers. Errors: UserError if a file cannot be removed."""
     folder = Path(run_folder) / "checkpoints"
     old = [p for p in _checkpoints(folder)[:-keep] if not keep_every or _step(p) % keep_every]
     for path in [*old, *(p for pattern in TEMPORARY for p in folder.glob(pattern))]:
@@ -206,8 +196,7 @@ def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
 
 def _read(path: Path) -> Stored:
     try:
-        with open(path, "rb"):  # its error messages are clearer than those of safetensors
-            pass
+        open(path, "rb").close()  # its error messages are clearer than those of safetensors
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     try:

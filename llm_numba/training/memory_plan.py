@@ -9,9 +9,9 @@ import numpy as np
 from llm_numba.arena import DTYPES, RUN, Arena, Groups, TensorSpec, count, format_map, in_precision, layout
 from llm_numba.models import Model
 from llm_numba.ops import Ops
-from llm_numba.training import step
 from llm_numba.training.generate import generation_groups, generation_step
 from llm_numba.training.settings import Settings
+from llm_numba.training.step import training_step
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import format_bytes
 
@@ -31,16 +31,13 @@ def training_groups(
     exact = [spec._replace(dtype="float32") for spec in parameters]
     inputs = [
         TensorSpec("batches", (micro_batches, 2, B, T), "int32"),  # tokens and targets
-        TensorSpec("tokens", (B, T), "int32"),
-        TensorSpec("targets", (B, T), "int32"),
+        *(TensorSpec(name, (B, T), "int32") for name in ("tokens", "targets")),
         TensorSpec("decays", (count(parameters, model.num_layers) // RUN,), "uint8"),
         TensorSpec("learning_rate", (1,), "float32"),
-        TensorSpec("step", (1,), "int32"),
-        TensorSpec("seed", (1,), "int32"),
+        *(TensorSpec(name, (1,), "int32") for name in ("step", "seed")),
         TensorSpec("limits", (2,), "float64"),  # no update above this loss and this gradient norm
         TensorSpec("grad_scale", (1,), "float32"),
-        TensorSpec("loss", (1,), "float64"),
-        TensorSpec("grad_norm_squared", (1,), "float64"),
+        *(TensorSpec(name, (1,), "float64") for name in ("loss", "grad_norm_squared")),
     ]
     return {
         "parameters": parameters,
@@ -88,10 +85,10 @@ def run_groups(s: Settings, model: Model, T: int, ops: Ops) -> Groups:
     master = s.dtype == "bf16" and not s.stochastic_rounding
     groups = training_groups(model, s.batch_size, T, master, micro_batches(s, T), s.recompute)
 
-    def training_step(ops, arena):
-        step.training_step(ops, arena.model, arena.training(s.recompute), s)
+    def training(ops, arena):
+        training_step(ops, arena.model, arena.training(s.recompute), s)
 
-    return complete(groups | generation_groups(model), model, ops, DTYPES[s.dtype], training_step, generation_step)
+    return complete(groups | generation_groups(model), model, ops, DTYPES[s.dtype], training, generation_step)
 
 
 def micro_batches(s: Settings, T: int) -> int:
@@ -130,11 +127,9 @@ def check_memory(groups: Groups, s: Settings, model: Model, ops: Ops) -> None:
 
 def largest_batch(sizes: range, s: Settings, model: Model, T: int, ops: Ops) -> int:
     """The largest of these batch sizes whose arena fits into the available memory; one less than all if none does."""
-
-    def bytes_of(B):
-        return arena_bytes(replace(s, batch_size=B, tokens_per_step=0), model, T, ops)
-
-    return sizes.start + bisect_right(sizes, ops.available_memory(), key=bytes_of) - 1
+    s, memory = replace(s, tokens_per_step=0), ops.available_memory()
+    fitting = bisect_right(sizes, memory, key=lambda B: arena_bytes(replace(s, batch_size=B), model, T, ops))
+    return sizes.start + fitting - 1
 
 
 def arena_bytes(s: Settings, model: Model, T: int, ops: Ops) -> int:

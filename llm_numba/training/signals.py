@@ -8,8 +8,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def finish_step_on_signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP (the terminal was closed). A second signal
-    raises KeyboardInterrupt."""
+    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; a second signal raises KeyboardInterrupt."""
     received = []
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
