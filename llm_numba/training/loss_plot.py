@@ -117,7 +117,7 @@ def finish(axis, logarithmic: str) -> None:
         unit, size = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
         axis.set_xlabel(unit)
         ticks = MaxNLocator(8, integer=True).tick_values(0, longest / size)
-        axis.xaxis.set_major_locator(FixedLocator(ticks * size))
+        axis.xaxis.set_major_locator(FixedLocator([n * size for n in ticks]))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
     elif longest >= 1000:
         axis.xaxis.set_major_formatter(thousands)

@@ -404,8 +404,8 @@ def _parser(all_flags: bool) -> argparse.ArgumentParser:
 def _help(name: str) -> str:
     """The help of a setting, with its default, those of the presets, and whether a resumed run may change it."""
     f = FIELDS[name]
-    words = {True: "on", False: "off"} if f.type is bool else {"": "none", (): "none"}
-    defaults = [str(words.get(f.default, f.default))]
+    words = {"True": "on", "False": "off", "": "none", "()": "none"}
+    defaults = [words.get(str(f.default), str(f.default))]
     defaults += [f"{preset} {d[name]}" for preset, d in PRESET_DEFAULTS.items() if name in d]
     defaults += [f"--init {INIT_DEFAULTS[name] or 'none'}"] if name in INIT_DEFAULTS else []
     free = "; may change on resume" if f.metadata["free"] and not f.metadata["once"] else ""
