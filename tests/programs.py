@@ -57,7 +57,8 @@ def run_here(*arguments, program=train):
 def environment(**changes):
     """The environment of a user, with the caches of these tests; None removes a variable."""
     unset = dict.fromkeys(("NUMBA_NUM_THREADS", "PYTHONUNBUFFERED"))  # set by the tests, or by the user who runs them
-    ours = {**os.environ, **unset, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": numba.config.CACHE_DIR, **changes}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    ours = {**os.environ, **unset, "PYTHONPATH": path, "NUMBA_CACHE_DIR": numba.config.CACHE_DIR, **changes}
     return {name: value for name, value in ours.items() if value is not None}
 
 
@@ -101,8 +102,9 @@ def wait_until(true, process, seconds=120):
 
 
 def error_line(status, stderr):
-    """The error of a command that failed: one line, and exit status 2."""
+    """The error of a command that failed: one line after any notes, and exit status 2."""
     assert status == 2, stderr
+    stderr = "".join(line for line in stderr.splitlines(True) if not line.startswith("note: "))
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
     return stderr
 

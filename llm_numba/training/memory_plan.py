@@ -83,12 +83,15 @@ def plan_of(s: Settings) -> str:
 def run_groups(s: Settings, model: Model, T: int, ops: Ops) -> Groups:
     """All that a training run puts into the arena."""
     master = s.dtype == "bf16" and not s.stochastic_rounding
-    groups = training_groups(model, s.batch_size, T, master, micro_batches(s, T), s.recompute)
+    groups = training_groups(model, s.batch_size, T, master, 1, s.recompute) | generation_groups(model)
 
     def training(ops, arena):
         training_step(ops, arena.model, arena.training(s.recompute), s)
 
-    return complete(groups | generation_groups(model), model, ops, DTYPES[s.dtype], training, generation_step)
+    # all micro-batches need the same scratch, so the dry run has one
+    groups = complete(groups, model, ops, DTYPES[s.dtype], training, generation_step)
+    batches, *rest = groups["inputs"]
+    return groups | {"inputs": [batches._replace(shape=(micro_batches(s, T), *batches.shape[1:])), *rest]}
 
 
 def micro_batches(s: Settings, T: int) -> int:
