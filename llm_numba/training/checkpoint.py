@@ -52,10 +52,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Errors: UserError if there is none, or if no run wrote it.
     """
     path = Path(path)
-    if path.is_dir():
-        path, (tensors, record, tokenizer) = _load_newest(path)
-    else:
-        tensors, record, tokenizer = load(path)
+    path, (tensors, record, tokenizer) = _load_newest(path) if path.is_dir() else (path, load(path))
     model = check_record(path, tensors, record)
     recorded = settings.from_record(record["settings"], path)
     return Checkpoint(path, tensors, record, tokenizer and tokenizer_from_state(*tokenizer), model, recorded)
@@ -79,9 +76,8 @@ def _load_newest(run_folder: Path) -> tuple[Path, Stored]:
 def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
     """Write a checkpoint. After a crash or a power cut, `path` holds either its old content or all of the new one.
 
-    tensors:   any shapes; float32, uint8, int64 ... are restored bit for bit
-    state:     JSON types; floats are restored exactly, nan and inf included
-    tokenizer: a dict of JSON types and the bytes of the ranks
+    tensors: any shapes and dtypes, restored bit for bit; state: JSON types, floats restored exactly, nan and inf too;
+    tokenizer: a dict of JSON types and the bytes of the ranks.
     Errors: UserError if the file cannot be written (disk full, folder not writable ...); no temporary file stays.
     """
     path = Path(path)
@@ -111,11 +107,8 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenize
 
 
 def load(path: str | Path) -> Stored:
-    """What `save` wrote.
-
-    Errors: UserError for a file that is missing, truncated, damaged or not a checkpoint. It names the last whole
-    checkpoint before it in the same run.
-    """
+    """What `save` wrote. Errors: UserError for a file that is missing, damaged or no checkpoint, which names the last
+    whole checkpoint before it in the same run."""
     path = Path(path)
     try:
         return _read(path)
@@ -130,10 +123,8 @@ def load(path: str | Path) -> Stored:
 
 
 def check_record(path: str | Path, tensors: dict[str, np.ndarray], record: dict) -> Model:
-    """The model of a checkpoint's tensors and record.
-
-    Errors: UserError for a whole file that no run wrote, in which something that a run reads is missing or misfit.
-    """
+    """The model of a checkpoint's tensors and record. Errors: UserError if something that a run reads is missing or
+    does not fit, as in a whole file that no run wrote."""
     try:
         model = model_of(record)
         for spec in model.parameters():
@@ -163,17 +154,14 @@ def checkpoint_path(run_folder: str | Path, step: int) -> Path:
 def newest(run_folder: str | Path) -> Path:
     """The run's checkpoint with the most steps. Errors: UserError if there is none."""
     folder = Path(run_folder) / "checkpoints"
-    checkpoints = _checkpoints(folder)
-    if not checkpoints:
-        raise UserError(f"no checkpoint in {folder}: is {run_folder} a run folder?")
-    return checkpoints[-1]
+    if checkpoints := _checkpoints(folder):
+        return checkpoints[-1]
+    raise UserError(f"no checkpoint in {folder}: is {run_folder} a run folder?")
 
 
 def set_aside(path: str | Path) -> list[Path]:
-    """Rename the checkpoints of the same run with more steps than this one, since the run continues from this one.
-
-    They become step_000200.safetensors.aside, aside2 and so on. Returns their new paths.
-    """
+    """Rename the run's checkpoints with more steps than this one, from which it continues, to NAME.aside, NAME.aside2
+    and so on. Returns their new paths."""
     renamed = []
     for newer in _checkpoints(Path(path).parent):
         if _step(newer) > _step(Path(path)):

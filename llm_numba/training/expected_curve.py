@@ -50,10 +50,8 @@ def record(run: Path) -> None:
         losses = [row["loss"] for row in rows if "loss" in row]
         deciding = [name for name, f in FIELDS.items() if not f.metadata["free"] and name != "out"]
         ends = range(SMOOTH, len(losses) + 1, SMOOTH)
-        known = {
-            "settings": {name: settings[name] for name in (*deciding, "steps", "epochs")},
-            "curve": [[end, round(sum(losses[end - SMOOTH : end]) / SMOOTH, 4)] for end in ends],
-        }
+        curve = [[end, round(sum(losses[end - SMOOTH : end]) / SMOOTH, 4)] for end in ends]
+        known = {"settings": {name: settings[name] for name in (*deciding, "steps", "epochs")}, "curve": curve}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run}: not the folder of a finished run ({error})") from error
     write_whole(CURVE, json.dumps(known, indent=1).encode() + b"\n")

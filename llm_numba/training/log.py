@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from llm_numba.data.hellaswag import Score
 from llm_numba.training.loss_plot import LOSSES, write_figure
 from llm_numba.training.read_log import Run, columns_in
 from llm_numba.training.trackers import Tracker
@@ -60,10 +59,8 @@ class RunLog:
         if step is None and (self.folder / "settings.json").exists():
             resume = command("train", "--resume", self.folder)
             raise UserError(f"--out {self.folder}: already contains a run; resume it with {resume}, or choose another")
-        lines = []
-        if step is not None and self.path.exists():
-            with open(self.path, encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n")]  # the last line may be cut off
+        rows = self.path.read_text(encoding="utf-8") if step is not None and self.path.exists() else ""
+        lines = rows[: rows.rfind("\n") + 1].splitlines(keepends=True)  # the last line may be cut off
         write_whole(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
         write_whole(self.folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
         self.text = open(self.folder / "train.log", "a", encoding="utf-8", errors="surrogateescape")
@@ -133,17 +130,10 @@ class RunLog:
             self._write(self.text, line)
         self.record(step=step, **values)
 
-    def validation(self, step: int, loss: float) -> None:
-        self.say(f"validation at step {step}: loss {loss:.4f}")
-        self.record(step=step, val_loss=loss)
-
-    def hellaswag(self, step: int, score: Score) -> None:
-        self.say(f"hellaswag at step {step}: {score}")
-        self.record(step=step, **{f"hellaswag_{name}": value for name, value in score._asdict().items()})
-
-    def sample(self, step: int, text: str) -> None:
-        self.say(f"--- sample at step {step} ---\n{text}\n---")
-        self.record(step=step, sample=text)
+    def event(self, line: str, **row) -> None:
+        """A line and a row about something else than a training step."""
+        self.say(line)
+        self.record(**row)
 
     def picture(self, expected: list[list[float]]) -> None:
         """loss.png: the losses so far, and the expected curve [(step, loss)] if there is one."""

@@ -82,16 +82,12 @@ def look(i: int) -> dict[str, str]:
 
 
 def spacing(steps: np.ndarray) -> float:
-    """The number of steps from one value to the next."""
     return float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
 
 
 def smooth(values: np.ndarray, spacing: float = 1.0) -> np.ndarray:
-    """The mean of each value and those before it: over SMOOTH steps, or in a long run over one hundredth of it. At the
-    start, where the loss falls fast, over a quarter of the values so far.
-
-    spacing: the steps from one value to the next; values SMOOTH steps apart stay as they are.
-    """
+    """The mean of each value and those before it: over SMOOTH steps (`spacing` steps from one value to the next), or in
+    a long run over a hundredth of it; at the start, where the loss falls fast, over a quarter of the values so far."""
     sums = np.cumsum(np.concatenate(([0.0], values)))
     ends = np.arange(1, len(values) + 1)
     starts = ends - np.clip(ends // 4, 1, max(1, int(SMOOTH / spacing), len(values) // 100))

@@ -23,10 +23,7 @@ Program = Callable[[Ops, Arena], None]
 def training_groups(
     model: Model, B: int, T: int, master: bool = False, micro_batches: int = 1, recompute: str = "none"
 ) -> Groups:
-    """All tensors of training but scratch, group by group.
-
-    master: keep the parameters in float32 too; recompute: "none", "gelu" or "gelu+layernorm".
-    """
+    """All tensors of training but scratch, group by group. master: keep the parameters in float32 too."""
     parameters = model.parameters()
     exact = [spec._replace(dtype="float32") for spec in parameters]
     inputs = [
@@ -52,10 +49,8 @@ def training_groups(
 
 
 def complete(groups: Groups, model: Model, ops: Ops, dtype: str, *programs: Program) -> Groups:
-    """The groups in the precision of the run, and the scratch that the ops of these programs need.
-
-    The programs run once without memory: every op only reports how much scratch it needs for its arguments' shapes.
-    """
+    """The groups in the precision of the run, and the scratch that the ops of these programs need: the programs run
+    once without memory, and every op only reports how much scratch it needs for its arguments' shapes."""
     needed = [0]
 
     def report(name, op):
@@ -123,9 +118,8 @@ def check_memory(groups: Groups, s: Settings, model: Model, ops: Ops) -> None:
         hint = f"--batch-size {fits} would fit"
     else:
         hint = f"no batch size fits: choose a smaller {'model' if s.init else '--preset'}"
-    raise UserError(
-        f"{flag}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of memory are available; {hint}"
-    )
+    sizes = f"{format_bytes(needed)}, but {format_bytes(available)} of memory are available"
+    raise UserError(f"{flag}: the arena needs {sizes}; {hint}")
 
 
 def largest_batch(sizes: range, s: Settings, model: Model, T: int, ops: Ops) -> int:

@@ -64,13 +64,10 @@ class Settings:
     """Everything that decides a run. A field `batch_size` is the flag `--batch-size`."""
 
     # fmt: off
-    out: str = option(
-        "run", "", "folder for settings, log and checkpoints; default: the next free runs/PRESET-NNN", "FOLDER")
-    resume: str = option(
-        "run", "", "continue a run: its folder (for its newest checkpoint) or a checkpoint file", "PATH", once=True)
+    out: str = option("run", "", "the run's folder; default: the next free runs/PRESET-NNN", "FOLDER")
+    resume: str = option("run", "", "continue a run: its folder, or one of its checkpoints", "PATH", once=True)
     seed: int = option("run", 42, "seed of the initial weights, the data order and samples", "N")
-    threads: int = option(
-        "run", 0, "CPU threads; 0: one for each physical core that this process may use", "THREADS", free=True)
+    threads: int = option("run", 0, "CPU threads; 0: one for each physical core", "THREADS", free=True)
     plan_memory: bool = option("run", False, "print how much memory these settings need, and stop", once=True)
     device: str = option(
         "run", "auto", "where to train: auto is a CUDA GPU if there is one, else the CPU; cudasim runs the CUDA "
@@ -79,14 +76,12 @@ class Settings:
         "run", "fp32", "precision of parameters and activations; bf16 needs a CUDA GPU, and is several times faster",
         choices=("fp32", "bf16"), free=True)
     stochastic_rounding: bool = option(
-        "run", False, "with bf16: round each update stochastically instead of keeping float32 master weights",
-        free=True, rare=True)
+        "run", False, "with bf16: round updates stochastically, without float32 master weights", free=True, rare=True)
     recompute: str = option(
         "run", "none", "what the backward pass computes again instead of storing it: slower, with less memory",
         choices=("none", "gelu", "gelu+layernorm"), free=True, rare=True)
     graph: bool = option(
-        "run", True, "on a CUDA GPU, replay each step as one CUDA graph; --no-graph is for debugging",
-        free=True, rare=True)
+        "run", True, "replay each step as one CUDA graph; --no-graph is for debugging", free=True, rare=True)
     variant: tuple = option(
         "run", (), "force a variant of an op family, such as matmul=simt; llm-numba doctor lists them", "FAMILY=NAME",
         once=True, rare=True)
@@ -99,8 +94,7 @@ class Settings:
         "model", "", "start from trained weights, with their sizes and tokenizer, instead of a --preset and random "
         "weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded), a Hugging Face folder, an llm.c .bin, a run "
         "or a checkpoint", "SOURCE")
-    sequence_length: int = option(
-        "model", 0, "T, the tokens of a training sequence; 0: the model's context", "TOKENS")
+    sequence_length: int = option("model", 0, "T, the tokens of a sequence; 0: the model's context", "TOKENS")
 
     data: tuple = option(
         "data", (), "text files, folders, globs or token shards to train on; default: the Python standard library's "
@@ -111,23 +105,18 @@ class Settings:
         "data", "auto", "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's, bytes makes each byte "
         "a token, none is for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init "
         "that of the weights", choices=("auto", "bpe", "gpt2", "bytes", "none"))
-    vocab_size: int = option(
-        "data", 0, "V, the vocabulary of a bpe tokenizer or of your token shards; 0: the model's", "TOKENS")
+    vocab_size: int = option("data", 0, "V, for a bpe tokenizer or token shards; 0: the model's", "TOKENS")
     val_fraction: float = option(
-        "data", 0.05, "the part of the training data to hold out for validation if there is no --val-data, from 0 to 1",
-        "FRACTION", must="above 0 and below 1", rare=True)
-    shuffle: bool = option(
-        "data", True, "read the training and validation data in random order, a new one each epoch")
+        "data", 0.05, "the part of the training data to validate on if there is no --val-data, from 0 to 1", "FRACTION",
+        must="above 0 and below 1", rare=True)
+    shuffle: bool = option("data", True, "read training and validation data in random order, a new one each epoch")
 
     batch_size: int = option("batch", 8, "B, the sequences of a micro-batch", "SEQUENCES", must="at least 1")
     tokens_per_step: int = option(
-        "batch", 0, "the tokens of an update: gradients accumulate over TOKENS / (B T) micro-batches; 0: B T, one "
-        "micro-batch", "TOKENS")
+        "batch", 0, "tokens of an update: gradients accumulate over TOKENS / (B T) micro-batches; 0: B T", "TOKENS")
     steps: int = option("batch", 0, "the number of updates; 0: as many as --epochs needs", "STEPS", free=True)
-    epochs: float = option(
-        "batch", 1.0, "passes over the training data, if --steps is 0", "EPOCHS", must="above 0", free=True)
-    overfit: bool = option(
-        "batch", False, "train on the first batch only: its loss must approach 0, or something is wrong")
+    epochs: float = option("batch", 1.0, "passes over the data, if --steps is 0", "EPOCHS", must="above 0", free=True)
+    overfit: bool = option("batch", False, "train on the first batch only: its loss must approach 0")
 
     learning_rate: float = option("optimiser", 3e-4, "the peak learning rate", "RATE")
     schedule: str = option(
@@ -135,45 +124,36 @@ class Settings:
         f"or wsd (only over the last {WSD_DECAY:.0%} of the steps)", choices=SCHEDULES)
     warmup: int = option("optimiser", 0, "steps over which the learning rate first rises to its peak", "STEPS")
     final_fraction: float = option(
-        "optimiser", 0.1, "the learning rate at the end, as a fraction of its peak, from 0 to 1", "FRACTION",
-        must="at least 0 and at most 1")
+        "optimiser", 0.1, "the last learning rate, relative to the peak", "FRACTION", must="at least 0 and at most 1")
     beta1: float = option(
         "optimiser", 0.9, "AdamW: decay of the mean of the gradients", "BETA", must="at least 0 and below 1", rare=True)
     beta2: float = option(
-        "optimiser", 0.95, "AdamW: decay of the mean of the squared gradients", "BETA", must="at least 0 and below 1",
-        rare=True)
+        "optimiser", 0.95, "AdamW: decay of the mean of squares", "BETA", must="at least 0 and below 1", rare=True)
     eps: float = option("optimiser", 1e-8, "AdamW: added to the denominator", "EPS", must="above 0", rare=True)
-    weight_decay: float = option(
-        "optimiser", 0.1, "AdamW: weight decay of matrices (biases and LayerNorms have none)", "RATE")
-    grad_clip: float = option(
-        "optimiser", 1.0, "scale gradients down to this norm if theirs is larger; 0: never", "NORM")
+    weight_decay: float = option("optimiser", 0.1, "AdamW: weight decay of matrices, not of biases", "RATE")
+    grad_clip: float = option("optimiser", 1.0, "scale larger gradients down to this norm; 0: never", "NORM")
     skip_loss_z: float = option(
         "optimiser", 0.0, "skip an update whose loss is more than Z standard deviations above the mean of the last "
         f"{WINDOW} steps; 0: never", "Z", rare=True)
     skip_norm_z: float = option("optimiser", 0.0, "the same for the norm of the gradients; 0: never", "Z", rare=True)
 
     val_every: int = option("logging", 50, "steps between validations; 0: only at the end", "STEPS")
-    val_batches: int = option(
-        "logging", 20, "batches over which a validation averages the loss", "BATCHES", must="at least 1")
+    val_batches: int = option("logging", 20, "batches of a validation", "BATCHES", must="at least 1")
     eval_every: int = option("logging", 0, "steps between tests on all of HellaSwag; 0: no test", "STEPS")
     eval_data: str = option(
-        "logging", "", "HellaSwag's examples, as JSON lines; default: those that llm-numba data hellaswag downloads",
-        "FILE", rare=True)
+        "logging", "", "HellaSwag as JSON lines; default: what llm-numba data hellaswag downloads", "FILE", rare=True)
     sample_every: int = option("logging", 0, "steps between samples of text; 0: only at the end", "STEPS")
     sample_tokens: int = option("logging", 64, "length of a sample; 0: no samples", "TOKENS")
     checkpoint_every: int = option("logging", 100, "steps between checkpoints; 0: only at the end", "STEPS")
     keep: int = option("logging", 3, "how many of the last checkpoints to keep", "N", must="at least 1")
-    keep_every: int = option(
-        "logging", 0, "keep the checkpoint of every STEPS-th step permanently; 0: none", "STEPS", rare=True)
+    keep_every: int = option("logging", 0, "keep each STEPS-th step's checkpoint permanently", "STEPS", rare=True)
     track: str = option(
         "logging", "none", "send the log to a tracker too: tensorboard (into the run folder), wandb or trackio",
         choices=("none", "tensorboard", "wandb", "trackio"))
 
-    no_jit: bool = option(
-        "debugging", False, "run every op as plain Python, so that a debugger can step in: slow, use --preset nano")
+    no_jit: bool = option("debugging", False, "run every op as plain Python, for a debugger; slow: use --preset nano")
     interpret: tuple = option(
-        "debugging", (), "run these as plain Python and compile the rest: layers (layernorm) or ops "
-        "(layernorm_backward)", "NAME")
+        "debugging", (), "run these layers (layernorm) or ops (layernorm_backward) as plain Python", "NAME")
     use: tuple = option(
         "debugging", (), "replace ops with functions of yours: OP=MODULE:NAME, such as "
         "matmul_forward=llm_numba.cpu.naive:matmul_forward, or a .py file as MODULE; on the first batch the run prints "

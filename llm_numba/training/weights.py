@@ -47,10 +47,8 @@ def open_weights(source: str) -> Weights:
         return Weights(model, tokenizer, iter(parameters.items()))
     if path.is_file() or (path / "checkpoints").is_dir():
         return weights_of(open_checkpoint(path))
-    raise UserError(
-        f"{source}: expected one of {', '.join(pretrained.PUBLISHED)}, a folder with a {huggingface.CONFIG}, "
-        "an llm.c .bin, a run folder or a checkpoint"
-    )
+    known = f"{', '.join(pretrained.PUBLISHED)}, a folder with a {huggingface.CONFIG}"
+    raise UserError(f"{source}: expected one of {known}, an llm.c .bin, a run folder or a checkpoint")
 
 
 def weights_of(stored: Checkpoint) -> Weights:
