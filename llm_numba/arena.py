@@ -88,13 +88,11 @@ def layout(groups: Groups, L: int, plan: str) -> tuple[list[Place], int]:
             if plan == "reuse" and 0 < spec.rows < math.prod(spec.shape[:2]):
                 shape = (1, spec.rows, *spec.shape[2:])
             nbytes = slot_sizes[shares] if shares else nbytes_of(shape, spec.dtype)
-            if shares in slots:
-                places.append(Place(group, spec, shape, stacked, slots[shares], 0))
-                continue
+            offset, own = (slots[shares], 0) if shares in slots else (end, nbytes)
             if shares:
-                slots[shares] = end
-            places.append(Place(group, spec, shape, stacked, end, nbytes))
-            end += nbytes
+                slots[shares] = offset
+            places.append(Place(group, spec, shape, stacked, offset, own))
+            end += own
     return places, end
 
 
@@ -123,29 +121,22 @@ class Arena:
         return {name: tensor for (owner, name), tensor in self.tensors.items() if owner == group}
 
     def flat(self, group: str):
-        """A whole group of parameters, gradients or moments as one flat array, or None if the arena has no such group.
-
-        The padding between tensors stays 0.
-        """
+        """A whole group of parameters, gradients or moments as one flat array, in which the padding between tensors
+        stays 0, or None if the arena has no such group."""
         places = [p for p in self.places if p.group == group]
-        if not places:
-            return None
-        specs = [p.spec for p in places]
-        return self._view(places[0].offset, (count(specs, self.model.num_layers),), specs[0].dtype)
+        size = (count([p.spec for p in places], self.model.num_layers),)
+        return self._view(places[0].offset, size, places[0].spec.dtype) if places else None
 
     def namespace(self, *groups: str) -> SimpleNamespace:
-        """The tensors of these groups by name, wired by the model.
-
-        `layers` holds one namespace per layer with the views of its tensors. `blocks` holds one namespace for each
-        block of rows (see `_blocks`). `recompute` says what the backward pass computes again.
-        """
+        """The tensors of these groups by name, wired by the model; beside them `layers`, a namespace per layer with the
+        views of its tensors, `blocks`, a namespace per block of rows (see `_blocks`), and `recompute`, "none"."""
         places = [p for p in self.places if p.group in groups]
         m = SimpleNamespace(**{p.spec.name: self.tensors[p.group, p.spec.name] for p in places}, recompute="none")
-        m.layers = []
-        for l in range(self.model.num_layers):
-            layer = {p.spec.name: getattr(m, p.spec.name) for p in places if p.spec.per_layer}
-            stacked = {p.spec.name for p in places if p.stacked}
-            m.layers.append(SimpleNamespace(**{name: x[l] if name in stacked else x for name, x in layer.items()}))
+        layer = {p.spec.name: (getattr(m, p.spec.name), p.stacked) for p in places if p.spec.per_layer}
+        m.layers = [
+            SimpleNamespace(**{name: x[l] if stacked else x for name, (x, stacked) in layer.items()})
+            for l in range(self.model.num_layers)
+        ]
         m.blocks = self._blocks(m, places)
         self.model.wire(m)
         return m

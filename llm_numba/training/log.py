@@ -147,11 +147,8 @@ class RunLog:
 
 
 def share_of_peak(flops: float, peak: float | None, measure: Callable[[], float | None]):
-    """(share, peak): the part of `peak` that the `flops` per second of a step are, or None if no peak is known.
-
-    A step above the peak means that the machine was busy during the measurement, so it is repeated. If the step is
-    above that too, the peak stays unknown.
-    """
+    """(share, peak): the part of `peak` that the `flops` per second of a step are, or None if no peak is known. A step
+    above the peak means that the machine was busy when it was measured, so it is measured again, once."""
     if peak and flops > peak:
         peak = measure()
     if not peak or flops > peak:

@@ -42,10 +42,8 @@ def split(value: str) -> tuple[str, str, str]:
 
 
 def override(ops: Ops, values: Iterable[str], interpret: Iterable[str] = ()) -> Ops:
-    """The ops with these functions in their places, as plain Python if `interpret` names the op or its layer.
-
-    Errors: UserError for a module that cannot be loaded, a function that it does not have, or another signature.
-    """
+    """The ops with these functions in their places, as plain Python if `interpret` names the op or its layer. Errors:
+    UserError for a module that cannot be loaded, a function that it does not have, or another signature."""
     found = {}
     for value in values:
         op, module, name = split(value)
@@ -86,11 +84,9 @@ def parameters_of(function: Callable) -> list[str]:
 
 
 def compare(ops: Ops, own: Ops, values: Iterable[str], step: Callable[[Ops], None], say: Callable[[str], None]) -> None:
-    """Say for each replaced op the time of both in a step, median and range, and how much their results differ.
-
-    step: runs the ops that it is given, on a batch that is in place. Each call is made twice, first by the production
-    op, on copies of what it writes.
-    """
+    """Print for each replaced op the time of both in a step, median and range, and how much their results differ.
+    Each call in `step`, which runs the ops that it is given, is made twice, by the production op on copies of what it
+    writes."""
     names = {split(value)[0]: value for value in values}
     runs, errors = [], dict.fromkeys(names, 0.0)
 

@@ -26,9 +26,8 @@ SLOWEST = CONTRACT["attention"].keys()  # to compile, on a CPU
 def precompile(ops: Ops, model: Model, s: Settings) -> float:
     """Run a training step and generate a token with the smallest model of the kind; returns the seconds it took.
 
-    Numba compiles a function for types, and on a GPU for a head size, so this compiles everything that a run of any
-    size calls. Numba stores the result on disk; the next start only loads it. If nothing is stored yet, a second
-    process compiles attention, on a CPU the largest part of the work, at the same time.
+    Numba compiles for types, and on a GPU for a head size, so this compiles what a run of any size calls, and stores it
+    on disk. If nothing is stored yet, a second process compiles attention, on a CPU most of the work, at the same time.
     """
     start = time.perf_counter()
     with announced(ops, len(WRITES)) as shown:

@@ -25,10 +25,8 @@ class Run(NamedTuple):
 
 
 def read_run(path: Path) -> tuple[Run, int]:
-    """(run, number of damaged lines, which are skipped) of a run folder or a log file.
-
-    Errors: UserError if the file cannot be read, is empty, or contains no losses in a known format.
-    """
+    """(run, number of damaged lines, which are skipped) of a run folder or a log file. Errors: UserError if the file
+    cannot be read, is empty, or contains no losses in a known format."""
     file = path
     if path.is_dir():
         file = next((path / name for name in LOGS if (path / name).exists()), None)
@@ -47,10 +45,8 @@ def read_run(path: Path) -> tuple[Run, int]:
 
 
 def columns_in(text: str) -> tuple[dict, int]:
-    """(columns of a Run, number of damaged lines). If a step occurs twice, the last row counts.
-
-    With "ms" there are also "seconds" of training up to each step, and with "tokens_per_second" the "tokens".
-    """
+    """(columns of a Run, number of damaged lines). If a step occurs twice, the last row counts. "ms" becomes "seconds"
+    of training up to each step, and with "tokens_per_second" there are "tokens" too."""
     rows = [row_of(line) for line in text.splitlines() if line.strip()]
     found: dict[str, dict[float, float]] = {}
     for row in filter(None, rows):

@@ -20,9 +20,7 @@ Tokenizer = Callable[[], tiktoken.Encoding | None]
 
 def read_data(s: Settings, model: Model, own_tokenizer: Tokenizer | None) -> data.Corpus:
     """The data, as tokens of the model. own_tokenizer: that of the weights that the run starts or continues from.
-
-    Errors: UserError for a tokenizer, or token shards, of another vocabulary than the model's.
-    """
+    Errors: UserError for a tokenizer, or token shards, of another vocabulary than the model's."""
     tokenizer = settings.tokenizer_kind(s)
     if tokenizer == "init":
         known = "gpt2" if model.vocab_size == settings.FIXED_VOCABULARIES["gpt2"] else "none"

@@ -168,10 +168,8 @@ FIELDS = {f.name: f for f in fields(Settings)}
 
 
 def parse(argv: list[str]) -> tuple[Settings, set[str]]:
-    """The settings that a command line asks for, and the names of those that it gives explicitly.
-
-    `--help` and `--help-all` print and exit. Errors: UserError for an unknown flag, or a value of the wrong type or
-    choice. `check` comes later, since a resumed run may bring other values.
+    """The settings that a command line asks for, and the names of those that it gives explicitly. Errors: UserError for
+    an unknown flag, or a value of the wrong type or choice. `check` comes later: a resumed run may bring other values.
     """
     typed, unknown = _parser("--help-all" in argv).parse_known_args(argv)
     if unknown:
@@ -215,8 +213,7 @@ def check(settings: Settings) -> None:
     near = (difflib.get_close_matches(interpreted or "", [*CONTRACT, *WRITES], 1) or ["layernorm_backward"])[0]
     # fmt: off
     for wrong, message in (
-        (s.threads > cores,
-         f"--threads {s.threads}: this process may use {cores} cores; give 1 to {cores}, or 0"),
+        (s.threads > cores, f"--threads {s.threads}: this process may use {cores} cores; give 1 to {cores}, or 0"),
         (s.device.startswith("cuda") and (s.no_jit or s.interpret),
          f"--{'no-jit' if s.no_jit else 'interpret'}: is for --device cpu; to step into a CUDA kernel use --device "
          "cudasim"),
@@ -248,9 +245,8 @@ def check_lengths(settings: Settings, context: int) -> None:
     s = settings
     if s.sequence_length > context:
         source = f"--init {s.init}" if s.init else f"--preset {s.preset}"
-        raise UserError(
-            f"--sequence-length {s.sequence_length}: the context of {source} is {context}; give 1 to {context}"
-        )
+        problem = f"the context of {source} is {context}; give 1 to {context}"
+        raise UserError(f"--sequence-length {s.sequence_length}: {problem}")
     T = s.sequence_length or context
     micro_batch = s.batch_size * T
     if s.tokens_per_step % micro_batch:
@@ -277,11 +273,8 @@ def preset_model(settings: Settings) -> Model:
 
 
 def resume_with(recorded: Settings, given: Settings, explicit: set[str]) -> Settings:
-    """The settings of a resumed run: those it was started with, with the changes of the command line.
-
-    given, explicit: what `parse` returned. Settings for one start only come from `given` alone.
-    Errors: UserError for an explicit setting that differs and is not free. The result is not checked yet.
-    """
+    """The settings of a resumed run: those it was started with, changed by what `parse` returned (given, explicit).
+    Errors: UserError for an explicit setting that differs and is not free. The result is not checked yet."""
     once = {name: getattr(given, name) for name, f in FIELDS.items() if f.metadata["once"]}
     if "dtype" in explicit and given.dtype == "fp32":  # which has nothing to round
         recorded = replace(recorded, stochastic_rounding=False)
@@ -302,11 +295,8 @@ def to_record(settings: Settings) -> dict:
 
 
 def from_record(record: dict, source: str | Path) -> Settings:
-    """The settings that `to_record` made into `record`; `source`, the file it was read from, is named in errors.
-
-    A setting that is missing has its default: an older version wrote the record.
-    Errors: UserError for an unknown key, or a value of another type. The result is not checked yet.
-    """
+    """The settings that `to_record` made into `record`; one that is missing, as in older versions, has its default.
+    Errors: UserError, which names the file `source`, for an unknown key or a value of another type."""
     if not isinstance(record, dict):
         raise UserError(f"{source}: expected a JSON object of settings, found {record!r:.40}")
     if unknown := sorted(record.keys() - FIELDS.keys()):

@@ -21,8 +21,7 @@ def check(name: str) -> None:
 class Tracker:
     """Sends rows until that fails. A failure is reported once and never stops a run.
 
-    name: a key of PACKAGES, or "none"; record: the settings, as JSON types; step: that of the checkpoint from which the
-    run resumes, None for a new run; say: a function that prints a line.
+    record: the settings, as JSON types; step: that of the checkpoint from which the run resumes, None for a new run.
     """
 
     def __init__(self, name: str, folder: Path, record: dict, step: int | None, say: Callable[[str], None]):

@@ -29,10 +29,7 @@ class Weights(NamedTuple):
 
 def open_weights(source: str) -> Weights:
     """The weights that `source` names: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a Hugging Face folder; an llm.c .bin,
-    or the folder of an exported one; a run folder or a checkpoint.
-
-    Errors: UserError if it is none of these, not a model that is known here, or damaged.
-    """
+    or the folder of an exported one; a run folder or a checkpoint. Errors: UserError for anything else, or damage."""
     if source in pretrained.PUBLISHED:
         return Weights(*pretrained.open_published(source))
     path = Path(source).expanduser()
