@@ -63,13 +63,13 @@ def copy(short, tmp_path):
 KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from llm_numba import oracle, train
+from llm_numba.ops import Ops
 from llm_numba.util.cli import exit_with
 
 own = dict(is_compiled=lambda: False, set_threads=lambda n: None, capture=lambda f: f, describe_device=lambda: "NumPy",
            peak_flops=lambda dtype: 1e9)
-train.get_ops = lambda *_: SimpleNamespace(**vars(oracle) | own)
+train.get_ops = lambda *_: Ops(**vars(oracle) | own)
 
 def start(*what):
     child = os.fork()
