@@ -31,7 +31,7 @@ GROUPS = {  # heading -> {name: (module, what it does)}
     },
     "Learn and develop": {
         "lessons": ("lessons.__main__", "list the lessons, check an exercise"),
-        "record-curve": ("training.expected_curve.__main__", "make a run the expected curve of later runs"),
+        "record-curve": ("training.expected_curve", "make a run the expected curve of later runs"),
     },
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}

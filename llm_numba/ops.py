@@ -20,10 +20,7 @@ from llm_numba.util.cli import UserError
 CONTRACT = {
     "memory": {"zero": ("tensor",), "copy": ("out",), "to_device": ("tensor",)},
     "encoder": {"encoder_forward": ("out",), "encoder_backward": ("dwte", "dwpe")},
-    "layernorm": {
-        "layernorm_forward": ("out", "mean", "rstd"),
-        "layernorm_backward": ("dinp", "dweight", "dbias"),
-    },
+    "layernorm": {"layernorm_forward": ("out", "mean", "rstd"), "layernorm_backward": ("dinp", "dweight", "dbias")},
     "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
     "attention": {
         "attention_forward": ("out", "lse"),
@@ -50,10 +47,9 @@ BACKEND = {
         "set_threads",
         "capture",
         "describe_device",
-    ),
+    ),  # fmt: skip
     "peak": ("peak_flops", "peak_bandwidth", "timed"),
 }
-
 
 DEVICES = ("auto", "cpu", "cuda", "cudasim")  # cudasim: the CUDA kernels in Numba's simulator
 
@@ -92,11 +88,7 @@ def simulate() -> None:
 
 
 def get_ops(
-    device: str,
-    dtype: str = "fp32",
-    interpret: Iterable[str] = (),
-    no_jit: bool = False,
-    variant: Iterable[str] = (),
+    device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_jit=False, variant: Iterable[str] = ()
 ) -> Ops:
     """The ops of a device ("cpu", "cuda" or "cudasim").
 
@@ -116,9 +108,7 @@ def get_ops(
     if device != "cpu":
         variants.force((family, name) for family, _, name in (value.partition("=") for value in variant))
     elif variant:
-        raise UserError(
-            f"--variant {' '.join(variant)}: the CPU has no variants; remove the flag, or use --device cuda"
-        )
+        raise UserError(f"--variant {' '.join(variant)}: the CPU has no variants; leave it out, or use --device cuda")
     if no_jit:
         from numba import config  # imported here: the command line reads the contract without loading Numba
 
