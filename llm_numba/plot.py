@@ -8,12 +8,14 @@ from llm_numba.util.cli import Parser, UserError, exit_with, note
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="llm-numba plot", description="Draw the losses, gradient norms, learning rates and speeds of "
-                    "runs in one figure.")  # fmt: skip
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder, a log.jsonl, llm.c's main.log "
-                        "or JSON with step or iter, and loss or train/loss")  # fmt: skip
-    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("runs.png"),
-                        help=".png, .svg or .pdf (default: runs.png)")  # fmt: skip
+    parser = Parser(
+        prog="llm-numba plot",
+        description="Draw the losses, gradient norms, learning rates and speeds of runs in one figure.",
+    )
+    runs_help = "a run folder, a log.jsonl or llm.c's main.log"
+    out_help = ".png, .svg or .pdf (default: runs.png)"
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=runs_help)
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("runs.png"), help=out_help)
     args = parser.parse_args(argv)
     if args.out.suffix not in FORMATS:
         raise UserError(f"--out {args.out}: expected a file name ending in {', '.join(FORMATS)}")
@@ -24,9 +26,8 @@ def main(argv: list[str] | None = None) -> None:
         if damaged:
             note(f"note: {path}: skipped {damaged} damaged lines")
     names = [run.name for run in runs]
-    for i, path in enumerate(args.runs):
-        if names.count(names[i]) > 1:
-            runs[i] = runs[i]._replace(name=str(path))
+    pairs = zip(runs, args.runs, strict=True)
+    runs = [run if names.count(run.name) == 1 else run._replace(name=str(path)) for run, path in pairs]
     write_figure(args.out, runs)
     print(args.out)
 

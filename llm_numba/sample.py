@@ -1,6 +1,5 @@
 """Generate text with a trained model: llm-numba sample RUN --prompt "def " """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ def load(stored: Checkpoint, ops) -> Arena:
     return arena
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="llm-numba sample", description="Print text that a trained model generates.")
     parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
     parser.add_argument("--prompt", default="", help="the text to continue (default: start a new text)")
@@ -35,11 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.number("--top-p", 0.95, "only tokens that sum to P; 1: all", most=1, metavar="P")
     parser.number("--seed", 42, "the same seed gives the same texts")
     device_flags(parser, "threads")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parser.parse_args(argv)
     stored = open_checkpoint(args.run)
     encoding = stored.encoding
     if encoding is None:

@@ -239,7 +239,7 @@ def test_both_are_wrong(compare, monkeypatch):
 def test_what_is_printed_of_a_heading(compare):
     """One row of each part, and every one that differs."""
     whole = compare("--devices", "cpu", "cudasim", "--all")[1]
-    assert len(compare()[1]) == 3 + L + 3 + L + 2 + L - 1 < len(whole)
+    assert len(compare()[1]) == 2 + L + 3 + L + 2 + L - 1 < len(whole)
     fault = {"gelu_backward": scaled(0, 1)}
     rows = compare(broken="cpu", faults=fault)[1]
     everything = compare("--devices", "cpu", "cudasim", "--all", broken="cpu", faults=fault)[1]

@@ -25,7 +25,6 @@ from llm_numba.util.files import format_bytes
 
 HEADER = "{:<16} {:<20} {:>11} {:>10} {:>11} {:>11} {:>7} {:>11}".format(
     "tensor", "shape", "mean", "std", "min", "max", "zeros", "not finite")  # fmt: skip
-UNUSED = ("m", "v")  # groups of training that come after the gradients
 Named = Iterator[tuple[str, str, np.ndarray]]  # (heading, name, tensor)
 
 
@@ -37,8 +36,7 @@ def one_batch(ops: Ops, arena: Arena, m) -> Named:
     model = arena.model
     model.forward(ops, m)
     model.loss(ops, m, write_dlogits=False)
-    yield from tensors_of(ops, arena, "activations", without=("losses",))
-    yield "loss", "losses", ops.to_host(m.losses)
+    yield from tensors_of(ops, arena, "activations")
     model.loss(ops, m)
     model.backward(ops, m)
     if hasattr(m, "logits"):
@@ -47,9 +45,9 @@ def one_batch(ops: Ops, arena: Arena, m) -> Named:
     yield from tensors_of(ops, arena, "gradients")
 
 
-def tensors_of(ops: Ops, arena: Arena, group: str, without=()) -> Named:
+def tensors_of(ops: Ops, arena: Arena, group: str) -> Named:
     """The tensors of a group, those of the layers in the middle; gradients from the last layer to the first."""
-    specs = [p.spec for p in arena.places if p.group == group and p.spec.name not in without]
+    specs = [p.spec for p in arena.places if p.group == group]
     if group == "gradients":  # in the order of the parameters
         specs.reverse()
     layers = range(arena.model.num_layers)
@@ -124,7 +122,7 @@ class Source(NamedTuple):
     B: int
     T: int
     parameters: Iterator[tuple[str, np.ndarray]]
-    read_batch: Callable[[], tuple[np.ndarray, np.ndarray]]  # tokens and targets, (B, T)
+    read_batch: Callable[[], np.ndarray]  # (2, B, T): tokens and targets
 
     def fill(self, ops: Ops, arena: Arena, m) -> None:
         """Write the parameters, m.tokens and m.targets; once."""
@@ -141,37 +139,32 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
     """
     if source in presets():
         model = preset(source)
-        T = length(T, model.max_seq_len)
-
-        def random_batch():
-            batch = np.random.default_rng(seed).integers(0, model.vocab_size, (B, T + 1))
-            return batch[:, :-1], batch[:, 1:]
-
-        return Source(model, B, T, model.initial_parameters(seed), random_batch)
-
-    if not Path(source).exists():
+        parameters, context = model.initial_parameters(seed), model.max_seq_len
+    elif Path(source).exists():
+        stored = open_checkpoint(source)
+        model, parameters = stored.model, stored.parameters()
+        context = stored.settings.sequence_length or model.max_seq_len
+    else:
         raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(presets())})")
-    stored = open_checkpoint(source)
-    T = length(T, stored.settings.sequence_length or stored.model.max_seq_len)
-
-    def batch_of_the_run():
-        batch = np.empty((2, B, T), np.int32)
-        Loader(data_of(stored).train, B, T, seed, True).next_batch(*batch)
-        return batch[0], batch[1]
-
-    return Source(stored.model, B, T, stored.parameters(), batch_of_the_run)
-
-
-def length(T: int, context: int) -> int:
     if not 0 <= T <= context:
         raise UserError(f"--sequence-length {T}: the context is {context}; give 1 to {context}")
-    return T or context
+    T = T or context
+
+    def read_batch():
+        if source in presets():
+            windows = np.random.default_rng(seed).integers(0, model.vocab_size, (B, T + 1))
+            return np.stack([windows[:, :-1], windows[:, 1:]])
+        batch = np.empty((2, B, T), np.int32)
+        Loader(data_of(stored).train, B, T, seed, True).next_batch(*batch)
+        return batch
+
+    return Source(model, B, T, parameters, read_batch)
 
 
 def step_groups(source: Source, ops: Ops, dtype: str) -> Groups:
     """What a step needs up to its gradients."""
     groups = training_groups(source.model, source.B, source.T)
-    groups = {group: specs for group, specs in groups.items() if group not in UNUSED}
+    del groups["m"], groups["v"]
 
     def program(ops, arena):
         m = arena.training()
