@@ -5,7 +5,6 @@ float64 decides which device is wrong. NumPy in the precision of the device (ora
 are: a device is wrong when its error is more than MULTIPLE times NumPy's.
 """
 
-import functools
 from itertools import groupby
 from typing import NamedTuple
 
@@ -81,7 +80,6 @@ def root_mean_square(x: np.ndarray) -> np.float64:
 def through_float32(op):
     """The op for bfloat16 tensors: it computes in float32 and rounds its results."""
 
-    @functools.wraps(op)
     def run(*arguments):
         wide = [x.astype(np.float32) if getattr(x, "dtype", None) == ml_dtypes.bfloat16 else x for x in arguments]
         op(*wide)

@@ -20,11 +20,8 @@ from llm_numba.util.cli import UserError
 
 
 def logits_rows(rows: int) -> int:
-    """Of this many rows (b, t), how many have their logits in memory at a time: a quarter, but at least 1024.
-
-    The logits of all rows would be the largest activation.
-    """
-    return min(rows, max(1024, padded(-(-rows // 4))))
+    """How many of the rows (b, t) have their logits in memory at a time; those of all would be the largest tensor."""
+    return min(rows, max(1024, padded(-(-rows // 4))))  # a quarter, but at least 1024
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class GPT2:
     channels: int  # C
 
     name: ClassVar[str] = "gpt2"
-    PRESETS: ClassVar[dict[str, "GPT2"]] = {}  # these three: at the end of the file
+    PRESETS: ClassVar[dict[str, "GPT2"]] = {}  # the end of the file fills in these three
     huggingface: ClassVar[SimpleNamespace]
     llmc: ClassVar[SimpleNamespace]
     vocab_parameters: ClassVar[set[str]] = {"wte"}  # a row for each token: Vp rows here, V to any number in files
@@ -157,10 +154,10 @@ class GPT2:
         for spec in self.parameters():
             values = np.array(spec.fill, np.float32)
             if spec.std:
-                layers = (self.num_layers,) if spec.per_layer else ()
-                values = rng.standard_normal((*layers, *spec.shape), np.float32) * np.float32(spec.std)
-                if spec.name == "wte":
-                    values[self.vocab_size :] = 0
+                shape = (self.num_layers, *spec.shape) if spec.per_layer else spec.shape
+                values = rng.standard_normal(shape, np.float32) * np.float32(spec.std)
+            if spec.name == "wte":
+                values[self.vocab_size :] = 0
             yield spec.name, values
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -307,14 +304,12 @@ GPT2.huggingface = SimpleNamespace(
     accepted_for=lambda model: {"n_inner": (None, 4 * model.channels)},
     written=dict(n_inner=None, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
     tensors=dict(
-        wte="wte.weight", wpe="wpe.weight",
-        ln1w="h.{}.ln_1.weight", ln1b="h.{}.ln_1.bias",
+        wte="wte.weight", wpe="wpe.weight", lnfw="ln_f.weight", lnfb="ln_f.bias",
+        ln1w="h.{}.ln_1.weight", ln1b="h.{}.ln_1.bias", ln2w="h.{}.ln_2.weight", ln2b="h.{}.ln_2.bias",
         qkvw="h.{}.attn.c_attn.weight", qkvb="h.{}.attn.c_attn.bias",
         attprojw="h.{}.attn.c_proj.weight", attprojb="h.{}.attn.c_proj.bias",
-        ln2w="h.{}.ln_2.weight", ln2b="h.{}.ln_2.bias",
         fcw="h.{}.mlp.c_fc.weight", fcb="h.{}.mlp.c_fc.bias",
         fcprojw="h.{}.mlp.c_proj.weight", fcprojb="h.{}.mlp.c_proj.bias",
-        lnfw="ln_f.weight", lnfb="ln_f.bias",
     ),
     transposed={"qkvw", "attprojw", "fcw", "fcprojw"},
     prefix="transformer.",  # of every tensor's name; may be missing
