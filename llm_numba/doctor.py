@@ -21,7 +21,6 @@ from llm_numba.util.files import format_bytes
 from llm_numba.util.host import cgroup_limit, sensible_threads, usable_cpus
 
 PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "safetensors", "tiktoken")
-OPTIONAL = ("download", "lessons", "tensorboard", "trackio", "wandb")  # extras of pyproject.toml
 VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # widest first
 
 
@@ -107,11 +106,10 @@ def describe(index: int, found: gpu.Gpu) -> str:
 
 def optional(extra: str) -> str:
     """The modules of an extra. Errors: UserError that names the missing ones."""
-    modules = [*EXTRAS[extra], *(["numba_cuda"] if extra == "lessons" else [])]  # the lessons use its simulator
-    missing = [module for module in modules if find_spec(module) is None]
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed: {install(extra)}")
-    return f"{', '.join(modules)} installed"
+    return f"{', '.join(EXTRAS[extra])} installed"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,8 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     runs["--device cudasim"] = report("simulator", run_op, "cudasim")
 
     print("optional packages")
-    for extra in OPTIONAL:
-        report(extra, optional, extra)
+    for extra in EXTRAS:
+        if extra not in ("", "cuda"):
+            report(extra, optional, extra)
 
     print(f"\nworks here: {', '.join(flags for flags, works in runs.items() if works) or 'nothing'}")
     if reason:

@@ -19,7 +19,7 @@ FAILED = 2
 EXTRAS = {  # extra of pyproject.toml -> the modules that it installs; "": those that the package itself depends on
     "cuda": ("cuda", "numba_cuda", "numba.cuda"),
     "download": ("huggingface_hub", "pooch", "requests"),
-    "lessons": ("IPython", "ipykernel", "jupytext", "nbclient"),
+    "lessons": ("IPython", "ipykernel", "jupytext", "nbclient", "numba_cuda"),
     "tensorboard": ("tensorboardX",), "trackio": ("trackio",), "wandb": ("wandb",),
     "": ("filelock", "llvmlite", "matplotlib", "ml_dtypes", "numba", "numpy", "platformdirs", "psutil", "rustbpe",
          "safetensors", "tiktoken", "tqdm"),
