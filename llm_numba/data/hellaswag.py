@@ -102,8 +102,8 @@ def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> 
     """The sum and the mean of each ending's losses, both (examples, ENDINGS) float64.
 
     losses: a function of (tokens, targets), both (B, T) int32, that returns the losses, (B, T). Rows are padded on the
-    right with token 0, which does not change them, because attention is causal. As soon as `stop` is not empty, the
-    rest is skipped, and the result means nothing.
+    right with token 0, which does not change them, because attention is causal. When `stop` becomes non-empty, the
+    remaining rows are skipped and the result is incomplete.
     """
     from tqdm import tqdm
 
