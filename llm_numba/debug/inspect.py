@@ -65,9 +65,9 @@ def attention_weights(ops: Ops, arena: Arena, m) -> Named:
     weights = arena.tensors["attention weights", "weights"]
     found = []
 
-    def attention(out, lse, qkv, num_heads, num_kv_heads, scratch):
-        ops.attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch)
-        ops.attention_weights(weights, lse, qkv, num_heads, num_kv_heads)
+    def attention(out, lse, *inputs):
+        ops.attention_forward(out, lse, *inputs)
+        ops.attention_weights(weights, lse, *inputs[:-1])  # without scratch
         found.append(("attention weights", f"{len(found)}.att", np.array(ops.to_host(weights))))
 
     arena.model.forward(ops.replace(attention_forward=attention), m)

@@ -127,10 +127,10 @@ def discard(stream) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _write_failure() -> OSError | None:
+def _write_failure(text: str = "") -> OSError | None:
     """The error of writing to standard output, where there is one."""
     try:
-        print(end="", flush=True)  # without a buffer, only a write fails
+        print(end=text, flush=True)
     except OSError as error:
         return error
 
@@ -141,7 +141,7 @@ def _explanation(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return not_installed(error.name or "")
-    if isinstance(error, OSError) and not error.filename and (failure := _write_failure()):
+    if isinstance(error, OSError) and not error.filename and (failure := _write_failure("\n")):
         return f"standard output cannot be written ({failure.strerror})"
     if any(Path(frame.filename).name == "caching.py" for frame in traceback.extract_tb(error.__traceback__)):
         folder, reason = sys.modules["numba"].config.CACHE_DIR, str(error).partition("\n")[0]
