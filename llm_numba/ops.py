@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
+from llm_numba.arena import DTYPES
 from llm_numba.cuda import variants
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import Parser, UserError
+from llm_numba.util.host import usable_cpus
 
 # file of the device -> its ops -> the arguments that an op writes or adds to
 CONTRACT = {
@@ -64,6 +66,18 @@ class Ops(SimpleNamespace):
     def wrap(self, wrapper: Callable[[str, Callable], Callable], names: Iterable[str] = WRITES) -> "Ops":
         """The same ops, with wrapper(name, op) in place of each op among `names`."""
         return self.replace(**{name: wrapper(name, getattr(self, name)) for name in names})
+
+
+def device_flags(parser: Parser, *others: str) -> None:
+    """Add --device and, if `others` names them, --dtype and --threads to a command."""
+    help = "auto (default): a CUDA GPU if there is one, else the CPU"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=help)
+    if "dtype" in others:
+        help = "bf16 needs a CUDA GPU (default: fp32)"
+        parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help=help)
+    if "threads" in others:
+        help = "CPU threads, at most the cores that this process may use; 0: one for each physical core"
+        parser.number("--threads", 0, help, most=len(usable_cpus()), metavar="N")
 
 
 def choose_device(device: str) -> str:
