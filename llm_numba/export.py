@@ -8,7 +8,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llm_numba.formats import huggingface, llmc
-from llm_numba.formats.pretrained import PUBLISHED
 from llm_numba.training.weights import LLMC_MODEL, LLMC_TOKENIZER, Weights, open_weights, padded
 from llm_numba.util.cli import Parser, UserError, exit_with
 
@@ -71,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "source",
         metavar="RUN_OR_CHECKPOINT",
         help="a run folder (its newest checkpoint) or a checkpoint; or any other source of --init: "
-        f"{', '.join(PUBLISHED)}, a Hugging Face folder, an llm.c .bin",
+        f"{', '.join(huggingface.PUBLISHED)}, a Hugging Face folder, an llm.c .bin",
     )
     parser.add_argument(
         "--format",

@@ -115,7 +115,7 @@ def test_hellaswag_is_what_pytorch_says(tmp_path, capsys, rng, parameters, T, wo
             losses = by_torch(parameters, tokens[-(T + 1) :])[-n:]
             sums[i, j], means[i, j] = losses.sum(), losses.mean()
 
-    trained = evaluation.read(folder)
+    trained = checkpoint.open_checkpoint(folder)
     read, note = hellaswag.read_examples(file, trained.encoding, T, 0, "--data")
     assert (f"{cut} of 100 contexts with endings are longer than {T} tokens" in note) if cut else note is None
     assert (cut > 0) == (words > 1)
@@ -284,7 +284,7 @@ def test_on_every_device(tmp_path, rng, parameters):
     device = "cuda" if DEVICE == "cuda" else "cudasim"
     folder = write_checkpoint(tmp_path / "run", NANO, parameters, sequence_length=2)
     file = write_examples(tmp_path / "h.jsonl", some_examples(rng, 1))
-    trained = evaluation.read(folder)
+    trained = checkpoint.open_checkpoint(folder)
     examples, _ = hellaswag.read_examples(file, BYTES, 2, 0, "--data")
     found = []
     for name in "cpu", device:
@@ -321,9 +321,7 @@ def test_mistakes(folder, tmp_path, capfd, parameters, trained):
     def told(*arguments, program=evaluation):
         return refused(capfd, *arguments, program=program)
 
-    fetch_it = (
-        "hellaswag_val.jsonl: cannot be read (No such file or directory): download it with python -m llm_numba.data "
-    )
+    fetch_it = "hellaswag_val.jsonl: cannot be read (No such file or directory): download it with llm-numba data "
     assert fetch_it in told(folder, "--task", "hellaswag")
     assert "--data nowhere: cannot be read (No such" in told(folder, "--task", "hellaswag", "--data", "nowhere")
     assert "takes one file" in told(folder, "--task", "hellaswag", "--data", "a", "b")

@@ -212,7 +212,7 @@ def test_the_state_of_a_checkpoint(run_folder, draw):
         value = state[name] | {draw.draw(st.sampled_from(inside)): value}
     with only_user_errors(size):
         crafted = state | {name: value}
-        checkpoint.sizes_of("x", tensors, crafted)
+        checkpoint.check_record("x", tensors, crafted)
         run_settings.check(run_settings.from_record(crafted["settings"], "x"))
 
 

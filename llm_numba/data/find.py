@@ -4,7 +4,10 @@ import glob
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from llm_numba.data.shards import open_shard
 from llm_numba.util.cli import UserError
@@ -29,10 +32,10 @@ def find_files(patterns: Sequence[str], flag: str = "--data") -> list[Path]:
                     raise UserError(f"{flag} {pattern}: the file is empty")
             elif pattern and path.is_dir():  # "" is not the working folder
                 visible = _walk(path, lambda name: not name.startswith("."))
-                files = [file for file in visible if is_shard(file) or b"\0" not in _first_bytes(file)]
+                files = [file for file in visible if is_shard(file) or np.fromfile(file, np.uint8, 8000).all()]
             else:
-                files = [Path(name) for name in glob.iglob(str(path), recursive=True) if os.path.isfile(name)]
-                files = [file for file in files if file.stat().st_size]
+                matching = map(Path, glob.iglob(str(path), recursive=True))
+                files = [file for file in matching if file.is_file() and file.stat().st_size]
         except OSError as error:
             raise UserError(f"{flag} {pattern}: {error.filename}: {error.strerror}") from error
         if not files:
@@ -59,8 +62,11 @@ def standard_library_files() -> list[Path]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    sources = [file for file in _walk(root, lambda name: name not in others) if file.suffix == ".py"]
-    files = [file for file in sources if _is_utf8(file)]
+    files = []
+    for file in _walk(root, lambda name: name not in others):
+        with suppress(UnicodeDecodeError):
+            if file.suffix == ".py" and file.read_bytes().decode():
+                files.append(file)
     if not files:
         raise UserError(f"{root}: this Python has no sources of its standard library: give text with --data")
     return files
@@ -78,16 +84,3 @@ def _walk(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
         paths = (Path(parent, name) for name in filter(wanted, names))
         files += [path for path in paths if path.is_file() and path.stat().st_size]
     return sorted(files)
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(8000)
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -82,15 +82,14 @@ def whole_shards(paths: Sequence[Path], vocab_size: int) -> list[Span]:
 def check_ids(paths: Sequence[Path], vocab_size: int) -> None:
     """Raise a UserError unless all tokens of these shards are below `vocab_size`.
 
-    Each shard is read once. Its largest token is remembered in the cache folder with the file's path, size and
-    modification time.
+    Each shard is read once. CHECKED remembers {path: [inode, size, modification time, largest token]}.
     """
     known, new = _remembered(), {}
     try:
         for path in paths:
             key, state = str(path.absolute()), list(stamp(path) or ())
-            found = known.get(key, [])
-            if found[:-1] != state:
+            found = known.get(key)
+            if not isinstance(found, list) or found[:-1] != state or type(found[-1]) is not int:
                 found = new[key] = [*state, max(int(block.max()) for _, block in _blocks(path))]
             if found[-1] >= vocab_size:
                 start, block = next(found for found in _blocks(path) if found[1].max() >= vocab_size)
@@ -106,14 +105,12 @@ def check_ids(paths: Sequence[Path], vocab_size: int) -> None:
                 write_whole(cache_folder() / CHECKED, json.dumps(kept | new).encode())
 
 
-def _remembered() -> dict[str, list[int]]:
-    """path -> [inode, size, modification time, largest token]; empty if the file is missing or damaged."""
+def _remembered() -> dict:
     try:
         found = json.loads((cache_folder() / CHECKED).read_text())
-        valid = all(len(state) == 4 and all(type(x) is int for x in state) for state in found.values())
-    except (AttributeError, OSError, RecursionError, TypeError, UserError, ValueError):
-        return {}
-    return found if valid else {}
+    except (OSError, RecursionError, UserError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
