@@ -1,7 +1,8 @@
 """The oracle: every op in a few lines of NumPy. In float64 it defines the right result for the ops of every device.
 
 The module can be used like the ops that `get_ops` returns: Arena(in_float64(groups), config, plan, oracle). An op
-computes in the precision of its arrays, so in an arena of float32 it shows the error that rounding alone causes.
+computes in the precision of its arrays, so in an arena of float32 it shows the error that rounding alone causes. It
+leaves `scratch` alone: NumPy allocates what it needs.
 Arguments and results are those of the CPU ops, whose docstrings give shapes and sources. tests/test_oracle.py checks
 the gradients by finite differences and the whole against PyTorch.
 """
@@ -16,20 +17,8 @@ from llm_numba.cpu.memory import allocate, available_memory, copy, storage_dtype
 
 def in_float64(groups: Groups) -> Groups:
     """The groups with every float32 tensor as float64."""
-    return {
-        group: [spec._replace(dtype="float64") if spec.dtype == "float32" else spec for spec in specs]
-        for group, specs in groups.items()
-    }
-
-
-def no_scratch(*arguments) -> int:
-    """NumPy allocates what it needs."""
-    return 0
-
-
-matmul_forward_scratch = matmul_backward_scratch = no_scratch
-attention_forward_scratch = attention_backward_scratch = no_scratch
-layernorm_backward_scratch = global_norm_squared_scratch = no_scratch
+    double = {"float32": "float64"}
+    return {g: [s._replace(dtype=double.get(s.dtype, s.dtype)) for s in specs] for g, specs in groups.items()}
 
 
 def encoder_forward(out, tokens, wte, wpe):

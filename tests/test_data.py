@@ -385,7 +385,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(tmp_path_factory, words, size)
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(text.encode())
     with mock.patch.object(text_files, "PIECE_BYTES", size):
-        pieces = list(text_files.pieces(path))
+        pieces = list(next(text_files.documents(path)))
     assert "".join(pieces) == text
     assert sum((BPE.encode_ordinary(piece) for piece in pieces), []) == BPE.encode_ordinary(text)
     assert all(len(piece.encode()) <= 2 * size for piece in pieces)
@@ -395,7 +395,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(tmp_path_factory, words, size)
 def test_pieces_without_a_place_to_cut(tmp_path, monkeypatch, text):
     monkeypatch.setattr(text_files, "PIECE_BYTES", 64)
     (tmp_path / "a.txt").write_bytes(text.encode())
-    pieces = list(text_files.pieces(tmp_path / "a.txt"))
+    pieces = list(next(text_files.documents(tmp_path / "a.txt")))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 129
 
@@ -404,7 +404,7 @@ def test_pieces_take_little_memory(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"the cat sat on the mat\n" * 500_000)
 
     def count():
-        assert sum(map(len, text_files.pieces(tmp_path / "a.txt"))) == 11_500_000
+        assert sum(map(len, next(text_files.documents(tmp_path / "a.txt")))) == 11_500_000
 
     assert peak_memory(count) < 10 * text_files.PIECE_BYTES  # 2.6e6; the file has 11.5e6
 
@@ -426,7 +426,7 @@ def test_not_utf8_reports_the_byte(tmp_path, monkeypatch, bad):
         for after in (b"", b"z" * 20):
             path.write_bytes(good + bad + after)
             with pytest.raises(UserError) as caught:
-                list(text_files.pieces(path))
+                list(next(text_files.documents(path)))
             assert str(caught.value).startswith(f"{path}: not UTF-8 at byte {len(good)}:")
 
 
@@ -475,7 +475,7 @@ def test_line_ends_are_kept(tmp_path):
 
 def test_bpe_learns_from_a_bounded_amount(text, monkeypatch):
     monkeypatch.setattr(data, "LEARN_CHARACTERS", 300)
-    files = data._shuffled(find_files([str(text)]))
+    files = find_files([str(text)])
     learned_from = list(data._text_to_learn_from(files))
     assert sum(map(len, learned_from[:-1])) < 300 <= sum(map(len, learned_from))
     assert "".join(learned_from).startswith(files[0].read_text())

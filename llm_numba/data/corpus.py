@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 from filelock import FileLock, Timeout
+from tiktoken import Encoding
 
 from llm_numba.data.find import check_one_kind, find_files, is_shard, standard_library_files
 from llm_numba.data.shards import Span, token_dtype, whole_shards, write_shard
@@ -39,16 +39,12 @@ class Corpus(NamedTuple):
 
     train: list[Span]
     val: list[Span]
-    encoding: tiktoken.Encoding | None
+    encoding: Encoding | None
     vocab_size: int
 
 
 def prepare(
-    data: Sequence[str],
-    val_data: Sequence[str],
-    tokenizer: str | tiktoken.Encoding,
-    vocab_size: int,
-    val_fraction: float,
+    data: Sequence[str], val_data: Sequence[str], tokenizer: str | Encoding, vocab_size: int, val_fraction: float
 ) -> Corpus:
     """Find the data, tokenise new text, and hold out the validation part.
 
@@ -71,12 +67,12 @@ def prepare(
     if tokenizer == "none" and not all(map(is_shard, files + val_files)):
         raise UserError("--tokenizer none: is for .bin shards only; text needs gpt2, bpe or bytes")
 
-    given = tokenizer if isinstance(tokenizer, tiktoken.Encoding) else None
+    given = tokenizer if isinstance(tokenizer, Encoding) else None
     identity = [_identity(given) if given else tokenizer, platform.python_version() if not data else None]
     if tokenizer == "bpe":  # validation text is tokenised with what these files taught
         identity += [vocab_size, _stamps(files)]
 
-    def load(texts: Iterable[str] = ()) -> tiktoken.Encoding:
+    def load(texts: Iterable[str] = ()) -> Encoding:
         return given or load_tokenizer(str(tokenizer), texts, vocab_size)
 
     if is_shard(files[0]):
@@ -84,22 +80,19 @@ def prepare(
         V = encoding.n_vocab if encoding else vocab_size
         train = whole_shards(files, V)
     else:
-        files = _shuffled(files)
-        encoding, train = _tokenised(files, identity, lambda: load(_text_to_learn_from(files)))
+        encoding, train = _tokenised(files, identity, lambda files: load(_text_to_learn_from(files)))
         V = encoding.n_vocab
 
     if not val_files:
         return Corpus(*_split(train, val_fraction), encoding, V)
+    if is_shard(files[0]) and is_shard(val_files[0]):
+        check_one_kind([files[0], val_files[0]], "--data and --val-data")
     if is_shard(val_files[0]):
-        if is_shard(files[0]):
-            check_one_kind([files[0], val_files[0]], "--data and --val-data")
-        val = whole_shards(val_files, V)
-    else:
-        _, val = _tokenised(_shuffled(val_files), identity, lambda: encoding or load())
-    return Corpus(train, val, encoding, V)
+        return Corpus(train, whole_shards(val_files, V), encoding, V)
+    return Corpus(train, _tokenised(val_files, identity, lambda _: encoding or load())[1], encoding, V)
 
 
-def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_size: int) -> list[Span]:
+def spans_of(patterns: Sequence[str], encoding: Encoding | None, vocab_size: int) -> list[Span]:
     """All tokens of the files that `patterns` name, in a given tokenizer. Errors: those of `prepare`; text although
     `encoding` is None."""
     files = find_files(patterns)
@@ -107,7 +100,7 @@ def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_
         return whole_shards(files, vocab_size)
     if encoding is None:
         raise UserError(f"--data {files[0]}: a model trained with --tokenizer none needs .bin shards")
-    return _tokenised(_shuffled(files), [_identity(encoding)], lambda: encoding)[1]
+    return _tokenised(files, [_identity(encoding)], lambda _: encoding)[1]
 
 
 def describe_windows(windows: list[Span]) -> list[dict]:
@@ -142,7 +135,7 @@ def _split(spans: list[Span], val_fraction: float) -> tuple[list[Span], list[Spa
 # Text -> shards
 
 
-def _identity(encoding: tiktoken.Encoding) -> str:
+def _identity(encoding: Encoding) -> str:
     """Changes when the tokens do."""
     state, ranks = tokenizer_state(encoding)
     return hashlib.sha256(json.dumps([state["pat_str"], state["special_tokens"]]).encode() + ranks).hexdigest()
@@ -153,24 +146,22 @@ def _stamps(files: list[Path]) -> list:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _shuffled(files: list[Path]) -> list[Path]:
-    return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
-
-
 def _tokenised(
-    files: list[Path], identity: list, load: Callable[[], tiktoken.Encoding]
-) -> tuple[tiktoken.Encoding, list[Span]]:
-    """The encoding and the shards of `files`, from the cache folder if they were tokenised before.
+    files: list[Path], identity: list, load: Callable[[list[Path]], Encoding]
+) -> tuple[Encoding, list[Span]]:
+    """The encoding and the shards of `files` in a fixed random order, from the cache folder if they were tokenised
+    before.
 
-    `identity` is what else the tokens depend on; `load` is called if there is text to tokenise.
+    `identity` is what else the tokens depend on; `load` is called with the files if they must be tokenised.
     """
+    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
     key = json.dumps([CACHE_FORMAT, identity, _stamps(files)])
     cache = cache_folder()
     folder = cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     if not folder.is_dir():
         with _acquired(FileLock(cache / "tokenising.lock")):
             if not folder.is_dir():  # another process may have tokenised the same text meanwhile
-                _tokenise(folder, files, load())
+                _tokenise(folder, files, load(files))
     try:
         index = _read_index(folder)
         encoding = tokenizer_from_state(index["tokenizer"], (folder / RANKS).read_bytes())
@@ -188,7 +179,7 @@ def _acquired(lock: FileLock):
         return lock.acquire()
 
 
-def _tokenise(folder: Path, files: list[Path], encoding: tiktoken.Encoding) -> None:
+def _tokenise(folder: Path, files: list[Path], encoding: Encoding) -> None:
     """Write the shards of `files`, their tokenizer and an index; `folder` appears when all is complete."""
     for left in folder.parent.glob("unfinished*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -237,7 +228,7 @@ def _in_shards(arrays: Iterable[np.ndarray], dtype: np.dtype) -> Iterator[np.nda
         yield shard[:used]
 
 
-def _encode(files: list[Path], encoding: tiktoken.Encoding, starts: dict[Path, int]) -> Iterator[np.ndarray]:
+def _encode(files: list[Path], encoding: Encoding, starts: dict[Path, int]) -> Iterator[np.ndarray]:
     """The tokens of all files, an end-of-text token before each document; in bounded memory, one thread per core.
 
     starts[file] = the number of tokens before it, for each file that has any.

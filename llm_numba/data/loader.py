@@ -22,10 +22,8 @@ class Loader:
     def __init__(self, spans: Sequence[Span], B: int, T: int, seed: int, shuffle: bool, flag: str = "--data"):
         longest = max((span.stop - span.start for span in spans), default=0)
         if longest <= T:
-            raise UserError(
-                f"{flag}: {longest} tokens in a row, but one window needs {T + 1} (T + 1): "
-                "give more text or a smaller --sequence-length"
-            )
+            needed = f"one window needs {T + 1} (T + 1): give more text or a smaller --sequence-length"
+            raise UserError(f"{flag}: {longest} tokens in a row, but {needed}")
         self.B, self.T, self.seed, self.shuffle = B, T, seed, shuffle
         self.spans = [span for span in spans if span.stop - span.start > T]
         self.counts = np.array([(span.stop - span.start - 1) // T for span in self.spans])
@@ -84,10 +82,8 @@ class Loader:
 
     def _check(self, path: Path) -> None:
         if stamp(path) != self._stamps[path]:
-            raise UserError(
-                f"{path}: changed while the run was reading it: restore the file, and --resume the run from its last "
-                "checkpoint"
-            )
+            todo = "restore the file, and --resume the run from its last checkpoint"
+            raise UserError(f"{path}: changed while the run was reading it: {todo}")
 
     def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
         if not self.shuffle:

@@ -16,20 +16,19 @@ LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def documents(path: Path) -> Iterator[Iterator[str]]:
-    """The documents of a file, each in pieces: the "text" of every line of a .jsonl file, or the whole file.
+    """The documents of a file, each in pieces: the "text" of every line of a .jsonl file, or the whole file. The tokens
+    of the pieces, joined, are those of the document.
 
     Errors: a file that cannot be read or is not UTF-8; a line of a .jsonl file without a "text".
     """
     if path.suffix != ".jsonl":
-        yield pieces(path)
+        yield _cut(blocks(path))
         return
     for number, value in json_lines(path):
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise UserError(
-                f'{path}: line {number}: expected a JSON object with a string under the key "text": '
-                "fix or remove the line"
-            )
+            expected = 'a JSON object with a string under the key "text"'
+            raise UserError(f"{path}: line {number}: expected {expected}: fix or remove the line")
         yield _cut(text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
 
 
@@ -42,11 +41,6 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except (RecursionError, ValueError):
                     yield number, None
-
-
-def pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces. Their tokens, joined, are the tokens of the whole text."""
-    return _cut(blocks(path))
 
 
 def blocks(path: Path) -> Iterator[str]:

@@ -1,11 +1,9 @@
-"""Hugging Face model folders: config.json, model.safetensors (or several, with an index), and tokenizer.json (or
-vocab.json with merges.txt)."""
+"""Hugging Face model folders: config.json, model.safetensors (or shards of it), and tokenizer.json (or vocab.json with
+merges.txt)."""
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from llm_numba.util.cli import UserError
 from llm_numba.util.download import from_hub
 from llm_numba.util.files import write_whole
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model-*-of-*.safetensors"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # --dtype -> config.json's
 READABLE = ("F32", "F16", "BF16")
 PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -85,49 +82,42 @@ def read_parameters(folder: Path, model: Model) -> Iterator[tuple[str, np.ndarra
     The headers of all files are checked before this returns. Errors: pickled weights; tensors that are missing,
     unknown, of another shape or dtype; a tied tensor that differs.
     """
-    names, tensors = model.huggingface, {}
-    with ExitStack() as stack:
-        for path in weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, "numpy", backend="pread"))
+    names, tensors = model.huggingface, {}  # name without its prefix -> (path, name, shape, dtype)
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "numpy", backend="pread") as file:
                 for name in file.keys():
                     if (key := name.removeprefix(names.prefix)) in tensors:
                         raise UserError(f"{path}: {short(name)} appears twice")
-                    tensors[key] = file, name
-            except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())  # it may quote names from the file, of any characters
-                raise UserError(f"{path}: truncated, damaged or not a safetensors file ({reason})") from error
-        check_tensors(folder, model, tensors)
-        files = stack.pop_all()
+                    header = file.get_slice(name)
+                    tensors[key] = path, name, tuple(header.get_shape()), header.get_dtype()
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())  # it may quote names from the file, of any characters
+            raise UserError(f"{path}: truncated, damaged or not a safetensors file ({reason})") from error
+    check_tensors(folder, model, tensors)
 
-    def read(name: str) -> np.ndarray:
-        file, full_name = tensors[name]
-        return file.get_tensor(full_name).astype(np.float32, copy=False)
+    def read(key: str) -> np.ndarray:
+        path, name, _, _ = tensors[key]
+        with safe_open(path, "numpy", backend="pread") as file:
+            return file.get_tensor(name).astype(np.float32, copy=False)
 
     def parameters():
-        with files:
-            for copy, original in names.tied.items():
-                if copy in tensors and not np.array_equal(read(copy), read(original)):
-                    raise UserError(f"{folder}: {copy} differs from {original}, expected the same tensor")
-            for spec in model.parameters():
-                layers = range(model.num_layers if spec.per_layer else 1)
-                values = [read(names.tensors[spec.name].format(l)) for l in layers]
-                values = [x.T if spec.name in names.transposed else x for x in values]
-                yield spec.name, np.stack(values) if spec.per_layer else values[0]
+        for copy, original in names.tied.items():
+            if copy in tensors and not np.array_equal(read(copy), read(original)):
+                raise UserError(f"{folder}: {copy} differs from {original}, expected the same tensor")
+        for spec in model.parameters():
+            layers = range(model.num_layers if spec.per_layer else 1)
+            values = [read(names.tensors[spec.name].format(l)) for l in layers]
+            values = [x.T if spec.name in names.transposed else x for x in values]
+            yield spec.name, np.stack(values) if spec.per_layer else values[0]
 
     return parameters()
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with a folder's weights."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        map_of = read_json(folder / INDEX).get("weight_map")
-        names = list(map_of.values()) if isinstance(map_of, dict) else []
-        if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
-            raise UserError(f"{folder / INDEX}: expected a weight_map from tensors to .safetensors files beside it")
-        return [folder / name for name in sorted(set(names))]
+    if files := [path for path in [folder / WEIGHTS] if path.exists()] or sorted(folder.glob(SHARDS)):
+        return files
     if any(folder.glob("pytorch_model*")):
         raise UserError(
             f"{folder}: its weights are a pickle, which can execute code: convert it first, with transformers: "
@@ -137,7 +127,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_tensors(folder: Path, model: Model, tensors: dict) -> None:
-    """Raise a UserError unless `tensors` (name -> file, full name) are those of this model, of readable dtypes."""
+    """Raise a UserError unless `tensors` are those of this model, of readable dtypes."""
     names = model.huggingface
     found = {name for name in tensors if not names.ignored.fullmatch(name)} - names.tied.keys()
     layers = range(min(model.num_layers, len(found) + 1))  # bounded by the files, whatever the model says
@@ -152,13 +142,12 @@ def check_tensors(folder: Path, model: Model, tensors: dict) -> None:
         raise UserError(f"{folder}: has tensors that the model in its {CONFIG} lacks, such as {short(min(unknown))}")
     expected |= {copy: expected[original] for copy, original in names.tied.items() if copy in tensors}
     for name, shape in expected.items():
-        file, full_name = tensors[name]
-        header = file.get_slice(full_name)
-        if tuple(header.get_shape()) != shape:
-            has, wanted = (" x ".join(map(str, sizes)) for sizes in (header.get_shape(), shape))
+        _, full_name, found_shape, dtype = tensors[name]
+        if found_shape != shape:
+            has, wanted = (" x ".join(map(str, sizes)) for sizes in (found_shape, shape))
             raise UserError(f"{folder}: {full_name} is {has}, expected {wanted} from its {CONFIG}")
-        if header.get_dtype() not in READABLE:
-            raise UserError(f"{folder}: {full_name} is {header.get_dtype()}, expected {', '.join(READABLE)}")
+        if dtype not in READABLE:
+            raise UserError(f"{folder}: {full_name} is {dtype}, expected {', '.join(READABLE)}")
 
 
 def write_model(folder: Path, model: Model, parameters: dict[str, np.ndarray], dtype: str, end: int | None) -> None:
@@ -292,13 +281,6 @@ def as_bytes(text: str) -> bytes:
 # JSON
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
-
-
 def read_json(path: Path) -> dict:
     try:
         found = json.loads(read_text(path))
@@ -307,6 +289,13 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {short(found)}")
     return found
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
 
 
 def write_json(path: Path, document: dict) -> None:
