@@ -1,6 +1,5 @@
 """Evaluate a trained model: llm-numba eval RUN --task val (or hellaswag)"""
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from llm_numba.arena import DTYPES, Arena, Groups, layout
 from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
-from llm_numba.data.shards import Span, fingerprint
+from llm_numba.data.shards import fingerprint
 from llm_numba.models import Model
 from llm_numba.ops import DEVICES, Ops, choose_device, get_ops
 from llm_numba.training import settings
@@ -34,16 +33,12 @@ def forward_groups(model: Model, B: int, T: int, ops: Ops, dtype: str = "float32
     """What a forward pass and its losses need; all layers share one set of activations."""
     groups = {name: specs for name, specs in training_groups(model, B, T).items() if name not in UNUSED}
     groups["activations"] = [s._replace(shares=s.name) if s.per_layer else s for s in groups["activations"]]
-
-    def program(ops, arena):
-        forward_and_loss(ops, model, arena.namespace(*groups, "scratch"))
-
-    return complete(groups, model, ops, dtype, program)
+    names = (*groups, "scratch")
+    return complete(groups, model, ops, dtype, lambda ops, arena: forward_and_loss(ops, model, arena.namespace(*names)))
 
 
 def batch_size(model: Model, T: int, most: int, ops: Ops, dtype: str, wanted: int = 0) -> int:
-    """B: as wanted, or (0) about BATCH_TOKENS / T and at most `most`, fewer if memory is short. Errors: UserError if
-    not even that fits."""
+    """B: as wanted, or (0) about BATCH_TOKENS / T and at most `most`, fewer if memory is short. Errors: none fits."""
     B, available = wanted or max(1, min(most, BATCH_TOKENS // T)), ops.available_memory()
     while (needed := layout(forward_groups(model, B, T, ops, dtype), model.num_layers, "reuse")[1]) > available:
         if B == 1 or wanted:
@@ -74,19 +69,16 @@ def mean_loss(loader: Loader, losses: Callable, windows: int) -> float:
     return total / (windows * loader.T)
 
 
-def held_out(stored: Checkpoint, paths: list[str]) -> list[Span]:
-    """The tokens to validate on: those of `paths`, in the model's tokenizer, or what the run held out."""
-    if paths:
-        return data.spans_of(paths, stored.encoding, stored.model.vocab_size)
-    corpus = data_of(stored)
-    if fingerprint(corpus.train) != stored.record["data"]:
-        raise UserError(f"{stored.path}: the run's data is no longer what it was trained on: give some with --data")
-    return corpus.val
-
-
 def evaluate_val(stored: Checkpoint, T: int, ops: Ops, args) -> tuple[dict, str]:
-    """(results, the same in words): loss and perplexity over all windows of the held-out tokens, in order."""
-    spans = held_out(stored, args.data)
+    """(results, the same in words): loss and perplexity over all windows, in order, of --data in the model's tokenizer,
+    or of what the run held out."""
+    if args.data:
+        spans = data.spans_of(args.data, stored.encoding, stored.model.vocab_size)
+    else:
+        corpus = data_of(stored)
+        if fingerprint(corpus.train) != stored.record["data"]:
+            raise UserError(f"{stored.path}: the run's data is no longer what it was trained on: give some with --data")
+        spans = corpus.val
     windows = sum((span.stop - span.start - 1) // T for span in spans)
     B = batch_size(stored.model, T, max(1, windows), ops, DTYPES[args.dtype], args.batch_size)
     loader = Loader(spans, B, T, 0, False, "--data" if args.data else "the run's validation data")
@@ -106,7 +98,7 @@ def evaluate_hellaswag(stored: Checkpoint, T: int, ops: Ops, args) -> tuple[dict
     examples, cut = hellaswag.read_examples(file, stored.encoding, T, args.limit, "--data")
     if cut:
         note(f"note: {cut}")
-    T = min(T, examples.longest())
+    T = min(T, max(len(tokens) for tokens, _ in examples.rows) - 1)
     B = batch_size(stored.model, T, len(examples.rows), ops, DTYPES[args.dtype], args.batch_size)
     losses = on_device(stored, B, T, ops, DTYPES[args.dtype])
     found = hellaswag.score(*hellaswag.losses_of(examples, losses, B, T), examples.labels)
@@ -116,7 +108,7 @@ def evaluate_hellaswag(stored: Checkpoint, T: int, ops: Ops, args) -> tuple[dict
 TASKS = {"val": evaluate_val, "hellaswag": evaluate_hellaswag}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="llm-numba eval",
         description="Evaluate a trained model. val: the mean loss of a token, and the perplexity, over all windows of "
@@ -142,11 +134,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if value < 0:
             raise UserError(f"{flag} {value}: must be at least 0")
     settings.check(Settings(threads=args.threads))
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     stored = open_checkpoint(args.run)
     ops = get_ops(choose_device(args.device), args.dtype)
     ops.set_threads(args.threads)

@@ -36,10 +36,15 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     out[...] = normalise(inp, mean, rstd) * weight + bias
 
 
+def normalise(inp, mean, rstd):
+    return (inp - mean[..., None]) * rstd[..., None]
+
+
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
     """The mean and the variance depend on inp too, so gradients flow through both."""
     norm, dnorm = normalise(inp, mean, rstd), dout * weight
-    through_mean, through_variance = average(dnorm), norm * average(dnorm * norm)
+    through_mean = dnorm.mean(axis=-1, keepdims=True)
+    through_variance = norm * (dnorm * norm).mean(axis=-1, keepdims=True)
     dinp += (dnorm - through_mean - through_variance) * rstd[..., None]
     store(dweight, (dout * norm).sum(axis=(0, 1)), accumulate)
     store(dbias, dout.sum(axis=(0, 1)), accumulate)
@@ -47,15 +52,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
 
 def store(total, gradient, accumulate):
     total[...] = total + gradient if accumulate else gradient
-
-
-def normalise(inp, mean, rstd):
-    return (inp - mean[..., None]) * rstd[..., None]
-
-
-def average(x):
-    """The mean of each row: (B, T, C) -> (B, T, 1)."""
-    return x.mean(axis=-1, keepdims=True)
 
 
 def matmul_forward(out, inp, weight, bias, scratch):
@@ -137,16 +133,13 @@ def softmax(x):
 
 
 def gelu_forward(out, inp):
-    out[...] = 0.5 * inp * (1 + np.tanh(gelu_argument(inp)))
+    out[...] = 0.5 * inp * (1 + np.tanh(math.sqrt(2 / math.pi) * (inp + 0.044715 * inp**3)))
 
 
 def gelu_backward(dinp, inp, dout):
-    tanh, slope = np.tanh(gelu_argument(inp)), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * inp**2)
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (inp + 0.044715 * inp**3))
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * inp**2)
     dinp[...] = dout * 0.5 * (1 + tanh + inp * (1 - tanh**2) * slope)
-
-
-def gelu_argument(x):
-    return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):

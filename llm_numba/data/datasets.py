@@ -17,8 +17,6 @@ from llm_numba.util.files import writing_whole
 
 GITHUB, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets/"
 HELLASWAG, STORIES = "hellaswag_val.jsonl", "roneneldan/TinyStories"
-FINEWEB = "train --preset d12 --data {glob}/%s_train_*.bin --val-data {path}/%s_val_000000.bin"
-FINEWEB_LICENCE = "ODC-By 1.0, and Common Crawl's terms of use"
 
 
 class Dataset(NamedTuple):
@@ -33,6 +31,12 @@ class Dataset(NamedTuple):
     shards: int = 0  # how many training shards there are, in llm.c's format, of 100 million tokens each
     url: str = ""  # of the file, if it is not on the hub
     sha256: str = ""
+
+
+def _fineweb(what: str, prefix: str, shards: int) -> Dataset:
+    size, licence, val = f"{shards} x 200 MB", "ODC-By 1.0, and Common Crawl's terms of use", f"{prefix}_val_000000.bin"
+    use = f"train --preset d12 --data {{glob}}/{prefix}_train_*.bin --val-data {{path}}/{val}"
+    return Dataset(what, size, licence, f"{HUB}kjj0/{prefix}10B-gpt2", use, (val,), shards)
 
 
 DATASETS = {
@@ -54,24 +58,8 @@ DATASETS = {
         "train --data {path}/train.jsonl --val-data {path}/valid.jsonl --steps 5000",
         ("TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt"),
     ),
-    "fineweb": Dataset(
-        "10 billion tokens of web pages, as GPT-2's tokens (arXiv:2406.17557)",
-        "103 x 200 MB",
-        FINEWEB_LICENCE,
-        HUB + "kjj0/fineweb10B-gpt2",
-        FINEWEB % ("fineweb", "fineweb"),
-        ("fineweb_val_000000.bin",),
-        shards=103,
-    ),
-    "fineweb-edu": Dataset(
-        "the same, of educational web pages only",
-        "99 x 200 MB",
-        FINEWEB_LICENCE,
-        HUB + "kjj0/finewebedu10B-gpt2",
-        FINEWEB % ("finewebedu", "finewebedu"),
-        ("finewebedu_val_000000.bin",),
-        shards=99,
-    ),
+    "fineweb": _fineweb("10 billion tokens of web pages, as GPT-2's tokens (arXiv:2406.17557)", "fineweb", 103),
+    "fineweb-edu": _fineweb("the same, of educational web pages only", "finewebedu", 99),
     "hellaswag": Dataset(
         "for eval: 10,042 contexts, each with four endings (arXiv:1905.07830)",
         "12 MB",

@@ -6,7 +6,7 @@ the smallest sum of token losses, `acc_norm` the one with the smallest mean.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -16,6 +16,7 @@ from llm_numba.data.text import json_lines
 from llm_numba.util.cli import UserError
 
 ENDINGS = 4
+EXPECTED = 'a text "ctx", a list of four texts "endings", and the correct one\'s number "label", 0 to 3'
 
 
 class Examples(NamedTuple):
@@ -24,10 +25,6 @@ class Examples(NamedTuple):
 
     rows: list[tuple[list[int], int]]
     labels: np.ndarray  # the correct ending of each
-
-    def longest(self) -> int:
-        """The smallest T that fits every row."""
-        return max(len(tokens) for tokens, _ in self.rows) - 1
 
 
 class Score(NamedTuple):
@@ -56,8 +53,13 @@ def read_examples(
     rows, labels, cut = [], [], 0
     try:
         for number, value in json_lines(path):
-            context, endings, label = _example(value, f"{where}: line {number}")
-            before = encoding.encode_ordinary(context)
+            match value:
+                case {"ctx": str(text), "endings": [str(), str(), str(), str()] as endings, "label": int(label)} if (
+                    text and 0 <= label < ENDINGS
+                ):
+                    before = encoding.encode_ordinary(text)
+                case _:
+                    raise UserError(f"{where}: line {number}: expected a JSON object with {EXPECTED}")
             for ending in endings:
                 after = encoding.encode_ordinary(" " + ending)
                 tokens = (before + after)[-T - 1 :]
@@ -73,19 +75,6 @@ def read_examples(
         raise UserError(f"{where}: has no examples")
     note = f"{cut:,} of {len(rows):,} contexts with endings are longer than {T} tokens: cut at the start"
     return Examples(rows, np.array(labels)), note if cut else None
-
-
-def _example(value: Any, where: str) -> tuple[str, list[str], int]:
-    try:
-        context, endings, label = value["ctx"], value["endings"], value["label"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f'{where}: expected a JSON object with "ctx", "endings" and "label"') from error
-    texts = [context, *endings] if isinstance(endings, list) else []
-    if len(texts) != 1 + ENDINGS or not all(isinstance(text, str) for text in texts) or not context:
-        raise UserError(f"{where}: expected a string as ctx and {ENDINGS} strings as endings")
-    if type(label) is not int or not 0 <= label < ENDINGS:
-        raise UserError(f"{where}: label is {label!r:.20}, expected 0 to {ENDINGS - 1}")
-    return context, endings, label
 
 
 def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> tuple[np.ndarray, np.ndarray]:

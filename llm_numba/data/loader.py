@@ -55,13 +55,12 @@ class Loader:
 
     def restore(self, state: dict) -> None:
         """Continue from another loader's `state`, for the same spans, T and seed. Errors: an impossible position."""
-        epoch, window = (state.get(name) for name in ("epoch", "window"))
-        if type(epoch) is not int or type(window) is not int or epoch < 0 or not 0 <= window < self.windows_per_epoch:
-            raise UserError(
-                f"the stored position in the data is {state}, but an epoch has {self.windows_per_epoch} windows: "
-                "resume with the same --data and --sequence-length"
-            )
-        self._seek(epoch, window)
+        match state:
+            case {"epoch": int(epoch), "window": int(window)} if epoch >= 0 and 0 <= window < self.windows_per_epoch:
+                self._seek(epoch, window)
+            case _:
+                expected = f"an epoch has {self.windows_per_epoch} windows: resume with the same --data and "
+                raise UserError(f"the stored position in the data is {state}, but {expected}--sequence-length")
 
     def _position(self) -> tuple[int, int]:
         window = self._before + self._next

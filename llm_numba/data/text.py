@@ -25,11 +25,12 @@ def documents(path: Path) -> Iterator[Iterator[str]]:
         yield _cut(blocks(path))
         return
     for number, value in json_lines(path):
-        text = value.get("text") if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            expected = 'a JSON object with a string under the key "text"'
-            raise UserError(f"{path}: line {number}: expected {expected}: fix or remove the line")
-        yield _cut(text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+        match value:
+            case {"text": str(text)}:
+                yield _cut(text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+            case _:
+                expected = 'a JSON object with a string under the key "text"'
+                raise UserError(f"{path}: line {number}: expected {expected}: fix or remove the line")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:

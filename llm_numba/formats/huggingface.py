@@ -2,7 +2,6 @@
 merges.txt)."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -169,8 +168,6 @@ def write_model(folder: Path, model: Model, parameters: dict[str, np.ndarray], d
         mode = path.stat().st_mode
         save_file(tensors, path, {"format": "pt"})
         path.chmod(mode)  # safetensors makes its files readable by their owner only
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).rpartition('I/O error: ')[2]})") from error
     document = {"architectures": [names.architecture]}
@@ -212,7 +209,7 @@ def read_tokenizer(folder: Path) -> tiktoken.Encoding | None:
             raise ValueError("an added token is not special")
         ids = [*vocabulary.values(), *special.values()]
         if not all(type(id) is int for id in ids):
-            raise ValueError("an id is not a whole number")
+            raise ValueError("an id is not an integer")
         tokens = {as_bytes(token): id for token, id in vocabulary.items() if token not in special}
         pairs = [tuple(as_bytes(x) for x in (m.split(" ") if isinstance(m, str) else m)) for m in merges]
         encoding = checked_encoding("bpe", tokens, special)
