@@ -86,12 +86,16 @@ def plan_of(s: Settings) -> str:
 def run_groups(s: Settings, model: Model, T: int, ops: Ops) -> Groups:
     """All that a training run puts into the arena."""
     master = s.dtype == "bf16" and not s.stochastic_rounding
-    groups = training_groups(model, s.batch_size, T, master, micro_batches(s, T), s.recompute)
+
+    def groups_with(count):
+        return training_groups(model, s.batch_size, T, master, count, s.recompute) | generation_groups(model)
 
     def training_step(ops, arena):
         step.training_step(ops, arena.model, arena.training(s.recompute), s)
 
-    return complete(groups | generation_groups(model), model, ops, DTYPES[s.dtype], training_step, generation_step)
+    # all micro-batches need the same scratch, so the dry run has one
+    groups = complete(groups_with(1), model, ops, DTYPES[s.dtype], training_step, generation_step)
+    return groups | {"inputs": groups_with(micro_batches(s, T))["inputs"]}
 
 
 def micro_batches(s: Settings, T: int) -> int:
