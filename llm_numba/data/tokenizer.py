@@ -26,19 +26,18 @@ def load_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> t
     Only bpe uses `texts` and `vocab_size`.
     Errors: an unknown name; gpt2 cannot be downloaded; a vocab_size below 257 or larger than `texts` can give.
     """
-    if name == "bytes":
-        return _encoding(name, [bytes([byte]) for byte in range(256)])
-    if name == "bpe":
-        return _encoding(name, _learn(texts, vocab_size))
-    if name != "gpt2":
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise UserError(
+                f"--tokenizer gpt2: cannot download its vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
+                "a folder that has it, or use --tokenizer bpe or bytes, or for shards none with --vocab-size 50257"
+            ) from error
+    if name not in ("bytes", "bpe"):
         raise UserError(f"--tokenizer {name}: choose gpt2, bpe or bytes (or none, for token shards without samples)")
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise UserError(
-            f"--tokenizer gpt2: cannot download its vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            "folder that has it, or use --tokenizer bpe or bytes (for token shards: none, with --vocab-size 50257)"
-        ) from error
+    tokens = [bytes([byte]) for byte in range(256)] if name == "bytes" else _learn(texts, vocab_size)
+    return checked_encoding(name, {token: rank for rank, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)})
 
 
 def tokenizer_state(encoding: tiktoken.Encoding) -> tuple[dict, bytes]:
@@ -74,11 +73,6 @@ def checked_encoding(
     if END_OF_TEXT not in special or b"" in tokens or any(bytes([byte]) not in tokens for byte in range(256)):
         raise ValueError(f"a byte or {END_OF_TEXT} has no id, or the empty token has one")
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=tokens, special_tokens=special)
-
-
-def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
 
 
 def _learn(texts: Iterable[str], vocab_size: int | None) -> list[bytes]:
