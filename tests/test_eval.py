@@ -341,7 +341,7 @@ def test_mistakes(folder, tmp_path, capfd, parameters, trained):
 
     for arguments, says in (
         (("--eval-every", 5, "--tokenizer", "none"), "--eval-every 5: HellaSwag is text"),
-        (("--eval-every", 5, "--eval-data", "nowhere"), "--eval-data nowhere: cannot be read"),
+        (("--eval-every", 5, "--eval-data", "nowhere"), "/nowhere: cannot be read"),
         (("--eval-every", 5), "give --eval-data FILE"),
         (("--eval-every", -1), "--eval-every -1: must be at least 0"),
     ):
