@@ -133,11 +133,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="the data set; without it, print the table above")
-    parser.add_argument("--list", action="store_true", help="print the table above")
     parser.add_argument("--shards", type=int, metavar="N", help="fineweb, fineweb-edu: number of training shards (1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: datasets/NAME in the cache folder")
     args = parser.parse_args(argv)
-    if args.name is None or args.list:
+    if args.name is None:
         print(f"{table}\n\nDownload one:  llm-numba data NAME")
         return
     if args.name not in DATASETS:

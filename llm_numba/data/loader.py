@@ -1,7 +1,6 @@
 """Spans of token shards -> batches: deterministic, streamed from disk, and resumed exactly where they stopped."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +36,7 @@ class Loader:
         Errors: a shard that has changed since the loader was created.
         """
         windows = []
-        self._check(self._span.path)
+        self._check()
         for b in range(self.B):
             start = self._span.start + int(self._windows[self._next]) * self.T
             window = self._shard[start : start + self.T + 1]
@@ -75,14 +74,14 @@ class Loader:
         self._epoch, self._before = epoch, int(ends[place] - self.counts[index])
         self._next = window - self._before
         self._span = self.spans[index]
-        self._check(self._span.path)
+        self._check()
         self._shard = open_shard(self._span.path)
         self._windows = self._order(int(self.counts[index]), epoch, 1 + index)
 
-    def _check(self, path: Path) -> None:
-        if stamp(path) != self._stamps[path]:
+    def _check(self) -> None:
+        if stamp(self._span.path) != self._stamps[self._span.path]:
             todo = "restore the file, and --resume the run from its last checkpoint"
-            raise UserError(f"{path}: changed while the run was reading it: {todo}")
+            raise UserError(f"{self._span.path}: changed while the run was reading it: {todo}")
 
     def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
         if not self.shuffle:
