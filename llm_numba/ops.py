@@ -9,6 +9,7 @@ before and after. `<op>_scratch`, with the op's other arguments, says how many f
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
@@ -78,6 +79,18 @@ def choose_device(device: str) -> str:
     return "cuda" if available() else "cpu"
 
 
+def simulate() -> None:
+    """Run CUDA kernels in Numba's simulator. Call it before numba.cuda is loaded, which reads the variable.
+
+    Before it compiles, Numba would see the change, reload all its options and lose those that cpu/jit.py has set.
+    """
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    if "numba" in sys.modules:
+        sys.modules["numba"].config.reload_config()
+    if "llm_numba.cpu.jit" in sys.modules:
+        sys.modules["llm_numba.cpu.jit"].set_options()
+
+
 def get_ops(
     device: str,
     dtype: str = "fp32",
@@ -99,7 +112,7 @@ def get_ops(
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
+        simulate()
     if device != "cpu":
         variants.force((family, name) for family, _, name in (value.partition("=") for value in variant))
     elif variant:

@@ -68,9 +68,9 @@ def attention_weights(ops: Ops, arena: Arena, m) -> Named:
     weights = arena.tensors["attention weights", "weights"]
     found, calls = [], [-1]
 
-    def attention(out, lse, qkv, num_heads, num_kv_heads, scratch):
-        ops.attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch)
-        ops.attention_weights(weights, lse, qkv, num_heads, num_kv_heads)
+    def attention(out, lse, *inputs):
+        ops.attention_forward(out, lse, *inputs)
+        ops.attention_weights(weights, lse, *inputs[:-1])  # without scratch
         calls[0] += 1
         found.append(("attention weights", f"{calls[0]}.att", np.array(ops.to_host(weights))))
 

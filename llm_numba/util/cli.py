@@ -124,16 +124,16 @@ def _failed(message: str | None) -> int | None:
         return FAILED
 
 
-def _write_failure() -> OSError | None:
+def _write_failure(text: str = "") -> OSError | None:
     """The error of writing to standard output, where there is one."""
     try:
-        print(end="", flush=True)  # without a buffer, only a write fails
+        print(end=text, flush=True)
     except OSError as error:
         return error
 
 
 def _output_failure(error: Exception) -> str | None:
-    if isinstance(error, OSError) and not error.filename and (failure := _write_failure()):
+    if isinstance(error, OSError) and not error.filename and (failure := _write_failure("\n")):
         return f"standard output cannot be written ({failure.strerror})"
 
 
