@@ -17,17 +17,20 @@ import tracemalloc
 from bisect import bisect_right
 
 import numpy as np
-from llm_numba.models.config import PRESETS
 
-from llm_numba.arena import Arena, format_map, layout, padded, parameter_specs, training_groups
+from llm_numba.arena import Arena, format_map, layout, padded
 from llm_numba.bench.tables import table
 from llm_numba.cpu import memory as cpu_memory
 from llm_numba.lessons import exercise, ladder, pictures, timing
 from llm_numba.lessons.problem import arguments
 from llm_numba.lessons.tracing import simulate_cpu
-from llm_numba.models import gpt2 as model
+from llm_numba.models import preset
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
-from llm_numba.plot import COLOURS
+from llm_numba.training.loss_plot import COLOURS
+from llm_numba.training.memory_plan import complete, training_groups
+from llm_numba.training.settings import Settings
+from llm_numba.training.step import gradients, initialise, training_step
 from llm_numba.util.files import format_bytes
 from rungs import lookup_cpu
 
@@ -121,7 +124,7 @@ pictures.show(draw_views())
 # tensor.
 
 # %%
-pictures.source(parameter_specs)
+pictures.source(GPT2.parameters)
 
 # %% [markdown]
 # Each line gives a name and a shape, and the initial values: random with standard deviation `std`, or filled with
@@ -148,21 +151,21 @@ exercise.check("count_parameters")
 
 
 # %%
-def elements_of(spec, config):
+def elements_of(spec, model):
     """How many elements a line of the list has, over all layers."""
-    return math.prod(spec.shape) * (config.num_layers if spec.per_layer else 1)
+    return math.prod(spec.shape) * (model.num_layers if spec.per_layer else 1)
 
 
-def formula(config):
-    C, L = config.channels, config.num_layers
-    return (config.padded_vocab_size + config.max_seq_len) * C + L * (12 * C * C + 13 * C) + 2 * C
+def formula(model):
+    C, L = model.channels, model.num_layers
+    return (model.padded_vocab_size + model.max_seq_len) * C + L * (12 * C * C + 13 * C) + 2 * C
 
 
 lines = []
-for name, config in PRESETS.items():
-    total = sum(elements_of(spec, config) for spec in parameter_specs(config))
-    assert total == formula(config)
-    sizes = [config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels]
+for name, model in GPT2.PRESETS.items():
+    total = sum(elements_of(spec, model) for spec in model.parameters())
+    assert total == formula(model)
+    sizes = [model.max_seq_len, model.vocab_size, model.num_layers, model.num_heads, model.channels]
     lines.append([name, *map(str, sizes), f"{total:,}"])
 print("\n".join(table(["preset", "maxT", "V", "L", "heads", "C", "parameters"], lines)))
 
@@ -182,8 +185,8 @@ def draw_parameters():
         "matrices of the MLP": ("fcw", "fcprojw"),
     }
     figure, axis = pictures.new(width=9, height=3.2)
-    for row, config in enumerate(PRESETS.values()):
-        sizes = {spec.name: elements_of(spec, config) for spec in parameter_specs(config)}
+    for row, model in enumerate(GPT2.PRESETS.values()):
+        sizes = {spec.name: elements_of(spec, model) for spec in model.parameters()}
         total, left = sum(sizes.values()), 0.0
         shares = [sum(sizes[n] for n in names) / total for names in kinds.values()]
         for i, share in enumerate([*shares, 1 - sum(shares)]):
@@ -192,7 +195,7 @@ def draw_parameters():
             if share > 0.06:
                 axis.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center", color="white", fontsize=8)
             left += share
-    names = [f"{name}: {formula(c) / 1e6:,.4g} million" for name, c in PRESETS.items()]
+    names = [f"{name}: {formula(model) / 1e6:,.4g} million" for name, model in GPT2.PRESETS.items()]
     axis.set(yticks=range(len(names)), yticklabels=names, xticks=[], xlim=(0, 1), xlabel="share of the parameters")
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -229,11 +232,20 @@ pictures.source(padded, layout)
 
 # %% [markdown]
 # This is the memory map of the smallest model, as `--plan-memory` prints it before a run, cut after the parameters.
+# `training_groups` lists what training needs, and `complete` adds the temporary memory of the ops in a step.
+
 
 # %%
-nano = PRESETS["nano"]
+def groups_of(model, B, T, dtype="float32", recompute="none", **options):
+    def step(ops, arena):
+        training_step(ops, model, arena.training(recompute), Settings())
+
+    return complete(training_groups(model, B, T, recompute=recompute, **options), model, ops, dtype, step)
+
+
+nano = preset("nano")
 B, T = 1, 8
-groups = training_groups(nano, B, T, ops)
+groups = groups_of(nano, B, T)
 places, nbytes = layout(groups, nano.num_layers, "keep")
 text = format_map(places, nbytes).splitlines()
 print("\n".join([*text[: 1 + len(groups["parameters"])], "...", text[-1]]))
@@ -285,7 +297,7 @@ GROUP_COLOURS = dict(
 WIDTH, LINES = 200, 100
 
 
-def draw_map(pages, config):
+def draw_map(pages):
     """The arena under several plans, on the same scale. pages: title -> (places, nbytes)."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
@@ -313,15 +325,14 @@ def draw_map(pages, config):
     return figure
 
 
-def map_of(config, B, T, plan, **options):
-    groups = training_groups(config, B, T, ops, **options)
-    return layout(groups, config.num_layers, plan)
+def map_of(model, B, T, plan, **options):
+    return layout(groups_of(model, B, T, **options), model.num_layers, plan)
 
 
-d12 = PRESETS["d12"]
+d12 = preset("d12")
 B, T = 4, 256
 pages = {f"{plan}, {B} x {T} tokens": map_of(d12, B, T, plan) for plan in ("keep", "reuse")}
-pictures.show(draw_map(pages, d12))
+pictures.show(draw_map(pages))
 
 # %% [markdown]
 # Both pages begin with the same four blocks: parameters, gradients, `m` and `v`. The difference is in what follows.
@@ -350,15 +361,15 @@ print("\n".join(table(["slot", "tensors in it", "without sharing", "shared"], li
 #
 # There is one deliberate exception. The *logits*, the model's predictions, have $V_p$ elements for each token and would
 # be the largest tensor of all. Under `reuse` there is room for only some of the rows at a time: a quarter of them, but
-# at least 1024 (`logits_rows` in `arena.py`).
+# at least 1024 (`logits_rows` in `models/gpt2.py`).
 
 
 # %%
-def bytes_by_group(config, B, T, plan="reuse", **options):
-    places, _ = map_of(config, B, T, plan, **options)
+def bytes_by_group(model, B, T):
+    places, _ = map_of(model, B, T, "reuse")
     found = dict.fromkeys(GROUP_COLOURS, 0)
     for place in places:
-        found[place.group if place.group in found else "parameters"] += place.nbytes
+        found[place.group] += place.nbytes
     return found
 
 
@@ -428,9 +439,9 @@ print("\n".join(table(["d12", "B = 4", "B = 32", *(f"largest B in {size} GiB" fo
 # optimiser is one call over that row and needs no list of tensors.
 
 # %%
-arena = Arena(training_groups(nano, 1, 8, ops), nano, "reuse", ops)
+arena = Arena(groups, nano, "reuse", ops)
 m = arena.training()
-model.initialise(ops, arena, seed=0)
+initialise(ops, arena, seed=0)
 
 
 def address(x):
@@ -457,10 +468,10 @@ print("dqkv of layer 0 and dqkv of layer 1 are the same memory:", m.layers[0].dq
 
 # %%
 m.batches[...] = np.arange(m.batches.size).reshape(m.batches.shape) % nano.vocab_size
-model.gradients(ops, m, nano.vocab_size)
+gradients(ops, nano, m)
 tracemalloc.start()
 before = tracemalloc.get_traced_memory()[0]
-model.gradients(ops, m, nano.vocab_size)
+gradients(ops, nano, m)
 kept, most = (x - before for x in tracemalloc.get_traced_memory())
 tracemalloc.stop()
 print(f"loss {m.loss[0]:.3f}; the arena has {arena.nbytes:,} bytes")

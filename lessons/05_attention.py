@@ -285,12 +285,13 @@ pictures.source(attention_cuda.make_kernel_v3)
 # ### The last rung: the model's
 #
 # A block owns a tile of queries. Each thread owns several scores of it, so that each element read from shared memory is
-# used in several products, like the register tiles of lesson 03. Each read fetches four consecutive elements.
+# used in several products, like the register tiles of lesson 03. Each read fetches four consecutive elements. (`GROUP`
+# is the number of query heads that share a key and value head: 1 in GPT-2.)
 
 # %%
-from llm_numba.cuda import attention as model_attention  # noqa: E402
+from llm_numba.cuda import attention_simt  # noqa: E402
 
-pictures.source(model_attention.make_forward_kernel)
+pictures.source(attention_simt.forward_kernel)
 
 # %%
 ladder.check(attention_cuda.FORWARD)
@@ -337,7 +338,7 @@ if found:
 # and what they cost.)
 
 # %%
-pictures.source(model_attention.make_backward_kernels)
+pictures.source(attention_simt.dkv_kernel, attention_simt.dq_kernel)
 
 # %% [markdown]
 # ## In a real training run

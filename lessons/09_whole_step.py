@@ -21,20 +21,21 @@ from importlib.util import find_spec
 from statistics import median
 
 import numpy as np
-from llm_numba.models.config import PRESETS, preset
 from numba import get_num_threads
 
-from llm_numba import oracle, train
-from llm_numba.arena import Arena, training_groups
+from llm_numba import oracle
+from llm_numba.arena import Arena
 from llm_numba.bench.measuring import measure
-from llm_numba.bench.races import new_steps, sizes_of
+from llm_numba.bench.races import new_steps, sizes_of, step_groups
 from llm_numba.bench.tables import table
 from llm_numba.bench.worker import WorkerFailed, torch_worker
 from llm_numba.cuda.gpu import available, gpus
 from llm_numba.lessons import FAST, exercise, ladder, pictures, sized, timing
-from llm_numba.models import gpt2 as model
+from llm_numba.models import preset
+from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
-from llm_numba.plot import COLOURS
+from llm_numba.training.loss_plot import COLOURS
+from llm_numba.training.step import gradients, initialise, training_step
 from rungs import _whole_step as whole_step
 from rungs import calls_cpu, launches_cuda
 
@@ -47,15 +48,15 @@ ops = get_ops("cpu")
 # the device: `ops` are the functions of one device, and `m` contains the arena's tensors by name (lesson 00).
 
 # %%
-pictures.source(model.forward)
+pictures.source(GPT2.forward)
 
 # %% [markdown]
-# The loss, the backward pass and the update are written in the same way. `update` in `train.py` contains all of it, and
-# a run calls it in every step: first the gradients of all micro-batches (parts of a batch that run one after the other
-# if the whole batch does not fit in memory), then the optimiser.
+# The loss, the backward pass and the update are written in the same way. `training_step` contains all of it, and a run
+# calls it in every step: first the gradients of all micro-batches (parts of a batch that run one after the other if the
+# whole batch does not fit in memory), then the optimiser.
 
 # %%
-pictures.source(train.update, model.gradients, model.update)
+pictures.source(training_step, gradients, GPT2.update)
 
 # %% [markdown]
 # How many calls is that, and how much work? Work is measured in *FLOPs* (floating-point multiplications and additions)
@@ -78,14 +79,13 @@ lines = [[op, f"{n:.0f}", f"{f / flops:.1%}", f"{b / nbytes:.1%}"] for op, (n, _
 print(f"d12, {B} x {T} tokens: {len(calls)} calls, {flops / 1e12:.3g} TFLOP, {nbytes / 1e9:.3g} GB at least")
 print("\n".join(table(["op", "calls", "share of FLOPs", "share of bytes"], lines)))
 
-counts = {L: len(whole_step.dry_run(name, B, T)) for name in ("d12", "d24", "d48") for L in [PRESETS[name].num_layers]}
+counts = {preset(name).num_layers: len(whole_step.dry_run(name, B, T)) for name in ("d12", "d24", "d48")}
 (L1, n1), (L2, n2), *_ = counts.items()
 each = (n2 - n1) // (L2 - L1)
 print(f"calls = {n1 - each * L1} + {each} L, for L layers: {counts}")
 assert all(n1 - each * L1 + each * L == n for L, n in counts.items())
 
-config = preset("d12")
-formula = train.flops_per_token(config, T) * B * T
+formula = preset("d12").flops_per_token(T) * B * T
 print(f"the formula behind the log's share of peak: {formula / 1e12:.6g} TFLOP; counted: {flops / 1e12:.6g}")
 assert formula == flops
 
@@ -101,23 +101,21 @@ assert formula == flops
 
 
 # %%
-def gradients_by(ops, dtype, config, B, T, weights=None):
-    """(gradients, loss, weights) of one step, from these weights or from random ones."""
-    groups = training_groups(config, B, T, ops, "reuse")
-    arena = Arena(oracle.in_float64(groups) if dtype == "float64" else groups, config, "reuse", ops)
+def gradients_by(ops, groups):
+    """(gradients, loss) of one step of `small`, always from the same weights and batch."""
+    arena = Arena(groups, small, "reuse", ops)
     m = arena.training()
-    model.initialise(get_ops("cpu"), arena, seed=1)
-    if weights is not None:
-        m.flat.parameters[...] = weights
-    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (B, T + 1))
+    initialise(ops, arena, seed=1)
+    tokens = np.random.default_rng(1).integers(0, small.vocab_size, (3, 17 + 1))
     m.batches[...] = np.stack([tokens[:, :-1], tokens[:, 1:]])
-    model.gradients(ops, m, config.vocab_size)
-    return arena.named("gradients"), float(m.loss[0]), np.array(m.flat.parameters)
+    gradients(ops, small, m)
+    return arena.named("gradients"), float(m.loss[0])
 
 
 small = preset("nano")
-got, loss, weights = gradients_by(ops, "float32", small, 3, 17)
-right, right_loss, _ = gradients_by(oracle, "float64", small, 3, 17, weights)
+groups = step_groups(ops, small, 3, 17, "fp32")
+got, loss = gradients_by(ops, groups)
+right, right_loss = gradients_by(oracle, oracle.in_float64(groups))
 errors = {name: np.abs(got[name] - right[name]).max() / np.abs(right[name]).max() for name in right}
 worst = max(errors, key=errors.get)
 print(f"loss {loss:.7f}, in float64 {right_loss:.7f}")
@@ -543,7 +541,7 @@ print("\n".join(table(["", "ms per step", "rate", "of this machine's peak", "spe
 # | `gelu_forward` | `gelu_forward` | `F.gelu(..., approximate="tanh")` |
 # | `residual_layernorm_forward` | `residual_forward`, `layernorm_forward` | `x + y`, `F.layer_norm` |
 # | `fused_classifier` | `softmax_forward`, `crossentropy_forward` | `F.cross_entropy` |
-# | `model.backward`, by hand | `gpt2_backward`, by hand | `loss.backward()`, by autograd |
+# | `GPT2.backward`, by hand | `gpt2_backward`, by hand | `loss.backward()`, by autograd |
 # | `adamw_update` | `gpt2_update` | `torch.optim.AdamW(fused=True)` |
 # | `capture` | | `torch.cuda.graph`, `torch.compile(mode="reduce-overhead")` |
 #

@@ -38,10 +38,9 @@ COMMANDS = {name: module for group in GROUPS.values() for name, (module, _) in g
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
     lines = ["usage: llm-numba COMMAND ...   (or: python -m llm_numba COMMAND ...)"]
     for heading, group in GROUPS.items():
-        lines += ["", heading, *(f"  {name:<{width}}  {what}" for name, (_, what) in group.items())]
+        lines += ["", heading, *(f"  {name:<12}  {what}" for name, (_, what) in group.items())]
     return "\n".join([*lines, "", "llm-numba COMMAND --help lists the options of a command."])
 
 

@@ -1,9 +1,7 @@
 """Evaluate a trained model: llm-numba eval RUN --task val (or hellaswag)"""
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from llm_numba.arena import DTYPES, Arena, Groups, layout
 from llm_numba.data import corpus as data
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
-from llm_numba.data.shards import Span, fingerprint
+from llm_numba.data.shards import fingerprint
 from llm_numba.models import Model
 from llm_numba.ops import DEVICES, Ops, choose_device, get_ops
 from llm_numba.training import settings
@@ -23,7 +21,7 @@ from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.run_data import data_of
 from llm_numba.training.settings import Settings
 from llm_numba.training.step import forward_and_loss, scorer, set_parameter
-from llm_numba.util.cli import Parser, UserError, exit_with
+from llm_numba.util.cli import Parser, UserError, exit_with, note
 from llm_numba.util.files import format_bytes
 
 BATCH_TOKENS = 4096  # in a batch, unless --batch-size is given or memory is short
@@ -34,27 +32,18 @@ def forward_groups(model: Model, B: int, T: int, ops: Ops, dtype: str = "float32
     """What a forward pass and its losses need; all layers share one set of activations."""
     groups = {name: specs for name, specs in training_groups(model, B, T).items() if name not in UNUSED}
     groups["activations"] = [s._replace(shares=s.name) if s.per_layer else s for s in groups["activations"]]
-
-    def program(ops, arena):
-        forward_and_loss(ops, model, arena.namespace(*groups, "scratch"))
-
-    return complete(groups, model, ops, dtype, program)
+    names = (*groups, "scratch")
+    return complete(groups, model, ops, dtype, lambda ops, arena: forward_and_loss(ops, model, arena.namespace(*names)))
 
 
 def batch_size(model: Model, T: int, most: int, ops: Ops, dtype: str, wanted: int = 0) -> int:
-    """B: as wanted, or (0) about BATCH_TOKENS / T and at most `most`, fewer if memory is short. Errors: UserError if
-    not even that fits."""
+    """B: as wanted, or (0) about BATCH_TOKENS / T and at most `most`, fewer if memory is short. Errors: none fits."""
     B, available = wanted or max(1, min(most, BATCH_TOKENS // T)), ops.available_memory()
-
-    def needed():
-        return layout(forward_groups(model, B, T, ops, dtype), model.num_layers, "reuse")[1]
-
-    while needed() > available and B > 1 and not wanted:
+    while (needed := layout(forward_groups(model, B, T, ops, dtype), model.num_layers, "reuse")[1]) > available:
+        if B == 1 or wanted:
+            free = format_bytes(available)
+            raise UserError(f"--batch-size {B}: {format_bytes(needed)} needed, but {free} of memory are available")
         B //= 2
-    if needed() > available:
-        raise UserError(
-            f"--batch-size {B}: {format_bytes(needed())} needed, but {format_bytes(available)} of memory are available"
-        )
     return B
 
 
@@ -70,55 +59,47 @@ def on_device(stored: Checkpoint, B: int, T: int, ops: Ops, dtype: str) -> Calla
 def mean_loss(loader: Loader, losses: Callable, windows: int) -> float:
     """The mean loss of all tokens in the loader's next windows."""
     total, tokens = 0.0, np.empty((2, loader.B, loader.T), np.int32)
-    with tqdm(total=windows, desc="val", unit="window", leave=False, disable=None) as progress:
-        for start in range(0, windows, loader.B):
-            loader.next_batch(*tokens)
-            rows = min(loader.B, windows - start)  # the last batch is filled up with earlier windows
-            total += losses(*tokens)[:rows].sum(dtype=np.float64)
-            progress.update(rows)
-    loss = float(total) / (windows * loader.T)
-    if not math.isfinite(loss):
+    for start in tqdm(range(0, windows, loader.B), desc="val", unit="batch", leave=False, disable=None):
+        loader.next_batch(*tokens)
+        rows = losses(*tokens)[: windows - start]  # the last batch is filled up with earlier windows
+        total += float(rows.sum(dtype=np.float64))
+    if not math.isfinite(total):
         raise UserError("the model's losses are not finite: its training went wrong; use an earlier checkpoint")
-    return loss
+    return total / (windows * loader.T)
 
 
-def held_out(stored: Checkpoint, paths: list[str]) -> list[Span]:
-    """The tokens to validate on: those of `paths`, in the model's tokenizer, or what the run held out."""
-    if paths:
-        return data.spans_of(paths, stored.encoding, stored.model.vocab_size)
-    corpus = data_of(stored)
-    if fingerprint(corpus.train) != stored.record["data"]:
-        raise UserError(f"{stored.path}: the run's data is no longer what it was trained on: give some with --data")
-    return corpus.val
-
-
-def evaluate_val(stored: Checkpoint, ops, args) -> tuple[dict, str]:
-    """(results, the same in words): loss and perplexity over all windows of the held-out tokens, in order."""
-    T, dtype = stored.settings.sequence_length or stored.model.max_seq_len, DTYPES[args.dtype]
-    spans = held_out(stored, args.data)
+def evaluate_val(stored: Checkpoint, T: int, ops: Ops, args) -> tuple[dict, str]:
+    """(results, the same in words): loss and perplexity over all windows, in order, of --data in the model's tokenizer,
+    or of what the run held out."""
+    if args.data:
+        spans = data.spans_of(args.data, stored.encoding, stored.model.vocab_size)
+    else:
+        corpus = data_of(stored)
+        if fingerprint(corpus.train) != stored.record["data"]:
+            raise UserError(f"{stored.path}: the run's data is no longer what it was trained on: give some with --data")
+        spans = corpus.val
     windows = sum((span.stop - span.start - 1) // T for span in spans)
-    B = batch_size(stored.model, T, max(1, windows), ops, dtype, args.batch_size)
+    B = batch_size(stored.model, T, max(1, windows), ops, DTYPES[args.dtype], args.batch_size)
     loader = Loader(spans, B, T, 0, False, "--data" if args.data else "the run's validation data")
     windows = min(windows, args.limit or windows)
-    loss = mean_loss(loader, on_device(stored, B, T, ops, dtype), windows)
+    loss = mean_loss(loader, on_device(stored, B, T, ops, DTYPES[args.dtype]), windows)
     perplexity = math.exp(loss) if loss < 700 else None  # larger: a float overflows
     results = {"loss": loss, "perplexity": perplexity, "windows": windows, "sequence_length": T}
     in_words = f"perplexity {perplexity:.4g}" if perplexity else "perplexity too large for a float"
     return results, f"loss {loss:.4f}, {in_words} over {windows:,} windows of {T} tokens"
 
 
-def evaluate_hellaswag(stored: Checkpoint, ops, args) -> tuple[dict, str]:
+def evaluate_hellaswag(stored: Checkpoint, T: int, ops: Ops, args) -> tuple[dict, str]:
     """(results, the same in words): the share of examples whose correct ending scores best."""
     if len(args.data) > 1:
         raise UserError(f"--data {' '.join(args.data)}: --task hellaswag takes one file")
-    T, dtype = stored.settings.sequence_length or stored.model.max_seq_len, DTYPES[args.dtype]
     file = args.data[0] if args.data else ""
-    examples, note = hellaswag.read_examples(file, stored.encoding, T, args.limit, "--data")
-    if note:
-        print(f"note: {note}", file=sys.stderr)
-    T = min(T, examples.longest())
-    B = batch_size(stored.model, T, len(examples.rows), ops, dtype, args.batch_size)
-    losses = on_device(stored, B, T, ops, dtype)
+    examples, cut = hellaswag.read_examples(file, stored.encoding, T, args.limit, "--data")
+    if cut:
+        note(f"note: {cut}")
+    T = min(T, max(len(tokens) for tokens, _ in examples.rows) - 1)
+    B = batch_size(stored.model, T, len(examples.rows), ops, DTYPES[args.dtype], args.batch_size)
+    losses = on_device(stored, B, T, ops, DTYPES[args.dtype])
     found = hellaswag.score(*hellaswag.losses_of(examples, losses, B, T), examples.labels)
     return found._asdict(), str(found)
 
@@ -126,7 +107,7 @@ def evaluate_hellaswag(stored: Checkpoint, ops, args) -> tuple[dict, str]:
 TASKS = {"val": evaluate_val, "hellaswag": evaluate_hellaswag}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="llm-numba eval",
         description="Evaluate a trained model. val: the mean loss of a token, and the perplexity, over all windows of "
@@ -134,42 +115,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "highest, by mean log-likelihood of a token (acc_norm) or of the whole ending (acc). Windows are as long as in "
         "training; longer examples are cut on the left.",
     )
-    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
-    parser.add_argument("--task", choices=TASKS, default="val", help="default: val")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="val: text files, folders, globs or token shards (default: what the run held out); hellaswag: its .jsonl "
-        "file (default: what llm-numba data hellaswag downloads)",
-    )
-    parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="only the first N windows or examples; 0: all"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=0, metavar="B", help=f"rows at a time; 0: about {BATCH_TOKENS} tokens"
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="auto (default): a CUDA GPU if there is one, else the CPU"
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 needs a CUDA GPU (default: fp32)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one for each physical core")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    val = "val: text files, folders, globs or token shards (default: what the run held out)"
+    swag = "hellaswag: its .jsonl file (default: what llm-numba data hellaswag downloads)"
+    rows = f"rows at a time; 0: about {BATCH_TOKENS} tokens"
+    add = parser.add_argument
+    add("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
+    add("--task", choices=TASKS, default="val", help="default: val")
+    add("--data", nargs="+", default=[], metavar="PATH", help=f"{val}; {swag}")
+    add("--limit", type=int, default=0, metavar="N", help="only the first N windows or examples; 0: all")
+    add("--batch-size", type=int, default=0, metavar="B", help=rows)
+    add("--device", choices=DEVICES, default="auto", help="auto (default): a CUDA GPU if there is one, else the CPU")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 needs a CUDA GPU (default: fp32)")
+    add("--threads", type=int, default=0, help="CPU threads; 0: one for each physical core")
+    add("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(argv)
-    for flag, value in ("--limit", args.limit), ("--batch-size", args.batch_size), ("--threads", args.threads):
+    for flag, value in ("--limit", args.limit), ("--batch-size", args.batch_size):
         if value < 0:
             raise UserError(f"{flag} {value}: must be at least 0")
     settings.check(Settings(threads=args.threads))
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     stored = open_checkpoint(args.run)
     ops = get_ops(choose_device(args.device), args.dtype)
     ops.set_threads(args.threads)
-    results, line = TASKS[args.task](stored, ops, args)
+    T = stored.settings.sequence_length or stored.model.max_seq_len
+    results, line = TASKS[args.task](stored, T, ops, args)
     step = stored.record["step"]
     if args.json:
         print(json.dumps({"task": args.task, "checkpoint": str(stored.path), "step": step, **results}))

@@ -1,6 +1,5 @@
 """Write a model for other programs: llm-numba export RUN --format hf --out FOLDER"""
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llm_numba.formats import huggingface, llmc
-from llm_numba.formats.pretrained import PUBLISHED
 from llm_numba.training.weights import LLMC_MODEL, LLMC_TOKENIZER, Weights, open_weights, padded
 from llm_numba.util.cli import Parser, UserError, exit_with
 
@@ -20,10 +18,9 @@ LLMC_VERSIONS = {"fp32": 3, "bf16": 5}
 def export(weights: Weights, format: str, dtype: str, folder: Path) -> None:
     """Write the files of a format into an existing folder; format: "hf" or "llmc"; dtype: "fp32" or "bf16"."""
     model, encoding = weights.model, weights.tokenizer()
-    if encoding and encoding.n_vocab != model.vocab_size:
+    if encoding and encoding.n_vocab != (V := model.vocab_size):
         raise UserError(
-            f"the model's vocabulary has {model.vocab_size} tokens, its tokenizer {encoding.n_vocab}: other programs "
-            "need the same number"
+            f"the model's vocabulary has {V} tokens, its tokenizer {encoding.n_vocab}: other programs need the same"
         )
     parameters = tqdm(weights.parameters, desc="weights", leave=False, disable=None)
     if format == "hf":
@@ -65,29 +62,18 @@ def write_folder(out: Path, overwrite: bool, write) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="llm-numba export", description="Write a model in another program's format.")
-    parser.add_argument(
-        "source",
-        metavar="RUN_OR_CHECKPOINT",
-        help="a run folder (its newest checkpoint) or a checkpoint; or any other source of --init: "
-        f"{', '.join(PUBLISHED)}, a Hugging Face folder, an llm.c .bin",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("hf", "llmc"),
-        required=True,
-        help=f"hf: Hugging Face's {huggingface.CONFIG}, {huggingface.WEIGHTS} and {huggingface.TOKENIZER}; "
-        f"llmc: llm.c's {LLMC_MODEL} and {LLMC_TOKENIZER}",
-    )
+    source = "a run folder (its newest checkpoint) or a checkpoint; or any other source of --init: "
+    source += f"{', '.join(huggingface.PUBLISHED)}, a Hugging Face folder, an llm.c .bin"
+    formats = f"hf: Hugging Face's {huggingface.CONFIG}, {huggingface.WEIGHTS} and {huggingface.TOKENIZER}; "
+    formats += f"llmc: llm.c's {LLMC_MODEL} and {LLMC_TOKENIZER}"
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=source)
+    parser.add_argument("--format", choices=("hf", "llmc"), required=True, help=formats)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to create")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it holds an export")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parser.parse_args(argv)
     weights = open_weights(args.source)
     write_folder(args.out, args.overwrite, lambda folder: export(weights, args.format, args.dtype, folder))
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

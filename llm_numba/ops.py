@@ -9,11 +9,14 @@ before and after. `<op>_scratch`, with the op's other arguments, says how many f
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
+from llm_numba.arena import DTYPES
 from llm_numba.cuda import variants
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import Parser, UserError
+from llm_numba.util.host import usable_cpus
 
 # file of the device -> its ops -> the arguments that an op writes or adds to
 CONTRACT = {
@@ -56,6 +59,18 @@ class Ops(SimpleNamespace):
         return self.replace(**{name: wrapper(name, getattr(self, name)) for name in names})
 
 
+def device_flags(parser: Parser, *others: str) -> None:
+    """Add --device and, if `others` names them, --dtype and --threads to a command."""
+    help = "auto (default): a CUDA GPU if there is one, else the CPU"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=help)
+    if "dtype" in others:
+        help = "bf16 needs a CUDA GPU (default: fp32)"
+        parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help=help)
+    if "threads" in others:
+        help = "CPU threads, at most the cores that this process may use; 0: one for each physical core"
+        parser.number("--threads", 0, help, most=len(usable_cpus()), metavar="N")
+
+
 def choose_device(device: str) -> str:
     """The device that "auto" stands for on this machine; any other name is returned as it is."""
     if device != "auto":
@@ -63,6 +78,18 @@ def choose_device(device: str) -> str:
     from llm_numba.cuda.gpu import available
 
     return "cuda" if available() else "cpu"
+
+
+def simulate() -> None:
+    """Run CUDA kernels in Numba's simulator. Call it before numba.cuda is loaded, which reads the variable.
+
+    Before it compiles, Numba would see the change, reload all its options and lose those that cpu/jit.py has set.
+    """
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    if "numba" in sys.modules:
+        sys.modules["numba"].config.reload_config()
+    if "llm_numba.cpu.jit" in sys.modules:
+        sys.modules["llm_numba.cpu.jit"].set_options()
 
 
 def get_ops(
@@ -82,7 +109,7 @@ def get_ops(
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
+        simulate()
     if device != "cpu":
         variants.force((family, name) for family, _, name in (value.partition("=") for value in variant))
     elif variant:

@@ -1,7 +1,8 @@
 """The oracle: every op in a few lines of NumPy. In float64 it defines the right result for the ops of every device.
 
 The module can be used like the ops that `get_ops` returns: Arena(in_float64(groups), config, plan, oracle). An op
-computes in the precision of its arrays, so in an arena of float32 it shows the error that rounding alone causes.
+computes in the precision of its arrays, so in an arena of float32 it shows the error that rounding alone causes. It
+leaves `scratch` alone: NumPy allocates what it needs.
 Arguments and results are those of the CPU ops, whose docstrings give shapes and sources. tests/test_oracle.py checks
 the gradients by finite differences and the whole against PyTorch.
 """
@@ -16,20 +17,8 @@ from llm_numba.cpu.memory import allocate, available_memory, copy, storage_dtype
 
 def in_float64(groups: Groups) -> Groups:
     """The groups with every float32 tensor as float64."""
-    return {
-        group: [spec._replace(dtype="float64") if spec.dtype == "float32" else spec for spec in specs]
-        for group, specs in groups.items()
-    }
-
-
-def no_scratch(*arguments) -> int:
-    """NumPy allocates what it needs."""
-    return 0
-
-
-matmul_forward_scratch = matmul_backward_scratch = no_scratch
-attention_forward_scratch = attention_backward_scratch = no_scratch
-layernorm_backward_scratch = global_norm_squared_scratch = no_scratch
+    double = {"float32": "float64"}
+    return {g: [s._replace(dtype=double.get(s.dtype, s.dtype)) for s in specs] for g, specs in groups.items()}
 
 
 def encoder_forward(out, tokens, wte, wpe):
@@ -47,10 +36,15 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     out[...] = normalise(inp, mean, rstd) * weight + bias
 
 
+def normalise(inp, mean, rstd):
+    return (inp - mean[..., None]) * rstd[..., None]
+
+
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
     """The mean and the variance depend on inp too, so gradients flow through both."""
     norm, dnorm = normalise(inp, mean, rstd), dout * weight
-    through_mean, through_variance = average(dnorm), norm * average(dnorm * norm)
+    through_mean = dnorm.mean(axis=-1, keepdims=True)
+    through_variance = norm * (dnorm * norm).mean(axis=-1, keepdims=True)
     dinp += (dnorm - through_mean - through_variance) * rstd[..., None]
     store(dweight, (dout * norm).sum(axis=(0, 1)), accumulate)
     store(dbias, dout.sum(axis=(0, 1)), accumulate)
@@ -58,15 +52,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
 
 def store(total, gradient, accumulate):
     total[...] = total + gradient if accumulate else gradient
-
-
-def normalise(inp, mean, rstd):
-    return (inp - mean[..., None]) * rstd[..., None]
-
-
-def average(x):
-    """The mean of each row: (B, T, C) -> (B, T, 1)."""
-    return x.mean(axis=-1, keepdims=True)
 
 
 def matmul_forward(out, inp, weight, bias, scratch):
@@ -148,16 +133,13 @@ def softmax(x):
 
 
 def gelu_forward(out, inp):
-    out[...] = 0.5 * inp * (1 + np.tanh(gelu_argument(inp)))
+    out[...] = 0.5 * inp * (1 + np.tanh(math.sqrt(2 / math.pi) * (inp + 0.044715 * inp**3)))
 
 
 def gelu_backward(dinp, inp, dout):
-    tanh, slope = np.tanh(gelu_argument(inp)), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * inp**2)
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (inp + 0.044715 * inp**3))
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * inp**2)
     dinp[...] = dout * 0.5 * (1 + tanh + inp * (1 - tanh**2) * slope)
-
-
-def gelu_argument(x):
-    return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):

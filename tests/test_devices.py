@@ -77,6 +77,24 @@ def test_bf16_learns_like_float32(train):
         assert np.abs(np.array(runs[flags]) - exact).max() < 0.05 * (exact[0] - exact[-1]), flags
 
 
+BOTH_DEVICES = """
+import sys
+from numba import config
+from llm_numba.ops import get_ops
+for device in sys.argv[1:]:
+    get_ops(device)
+config.reload_config()  # as Numba does before it compiles
+assert config.CPU_FEATURES and config.CACHE_DIR
+"""
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cudasim"), ("cudasim", "cpu")])
+def test_the_simulator_keeps_the_compiler_options_of_the_cpu(devices):
+    env = {name: value for name, value in environment().items() if not name.startswith("NUMBA_")}
+    run = subprocess.run([sys.executable, "-c", BOTH_DEVICES, *devices], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 WITHOUT_NUMBA_CUDA = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "NumbaCudaFinder"]

@@ -6,7 +6,8 @@ import pytest
 from programs import error_line
 from training import random_batch, random_parameters
 
-from llm_numba.formats import llmc, llmc_parity
+from llm_numba.debug import llmc_parity
+from llm_numba.formats import llmc
 from llm_numba.models import gpt2
 from llm_numba.models.gpt2 import GPT2
 from llm_numba.util.cli import UserError, exit_with

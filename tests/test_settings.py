@@ -36,7 +36,7 @@ EVERYTHING = (
     "--skip-norm-z 6 --val-every 1 --val-batches 3 --eval-every 2 --eval-data h --sample-every 4 --sample-tokens 5 "
     "--checkpoint-every 6 --keep 7 --keep-every 8 --no-jit --interpret layernorm matmul_backward --use "
     "gelu_forward=a:b --check-finite --track wandb --device cpu --dtype bf16 --stochastic-rounding --recompute gelu "
-    "--no-graph"
+    "--no-graph --variant matmul=simt --layers 3 --heads 4 --channels 32"
 ).split()
 
 
@@ -50,11 +50,11 @@ def error_of(function, *arguments):
 
 @pytest.fixture
 def help_of(capsys, monkeypatch):
-    """flag -> what --help says about it, on one line."""
+    """flag -> what --help-all says about it, on one line."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit) as left:
-        parse(["--help"])
+        parse(["--help-all"])
     assert left.value.code == 0
     text = capsys.readouterr().out
     entries = re.split(r"\n  (?=--)", text)[1:]
@@ -66,7 +66,7 @@ def help_of(capsys, monkeypatch):
 def test_help_tells_each_flag_once_with_its_default(help_of):
     examples = {"--preset nano --steps", "--data book.txt", "--resume runs"}  # the description's lines start otherwise
     assert not examples & help_of.keys()
-    assert set(help_of) == set(FLAGS.values())
+    assert set(help_of) == {*FLAGS.values(), "--help-all"}
     for name, flag in FLAGS.items():
         default, text = FIELDS[name].default, help_of[flag]
         if isinstance(default, bool):
@@ -78,6 +78,15 @@ def test_help_tells_each_flag_once_with_its_default(help_of):
             assert (f", {preset} {defaults.get(name)}" in shown[2]) == (name in defaults), text
         for choice in FIELDS[name].metadata["choices"]:
             assert choice in text
+
+
+def test_help_leaves_out_the_rare_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for name, flag in FLAGS.items():
+        assert bool(re.search(rf"^  {flag}\b", text, re.MULTILINE)) != FIELDS[name].metadata["rare"], name
+    assert "--help-all" in text
 
 
 def test_every_setting_is_described():
@@ -111,6 +120,8 @@ def test_every_flag_reaches_its_field():
     assert (settings.learning_rate, settings.epochs, settings.shuffle, settings.out) == (1e-2, 2.5, False, "a/b")
     # bf16 does not go with --no-jit, nor --init with --preset
     check(replace(settings, dtype="fp32", stochastic_rounding=False, init=""))
+    with pytest.raises(UserError, match="leave --preset out"):
+        check(settings)
 
 
 def test_a_flag_with_its_default_is_explicit():
@@ -170,7 +181,11 @@ def test_parse_errors(line, words):
         ("--epochs 0", ["--epochs 0.0", "above 0"]),
         ("--epochs inf", ["--epochs inf", "finite"]),
         ("--learning-rate nan", ["--learning-rate nan", "finite"]),
-        ("--learning-rate 0", ["--learning-rate 0.0", "above 0"]),
+        ("--learning-rate -1", ["--learning-rate -1.0", "at least 0"]),
+        ("--batch-size 99999999999999999999", ["--batch-size 99999999999999999999", "at most 2147483647"]),
+        ("--layers -1", ["--layers -1", "at least 0"]),
+        ("--channels 100", ["channels (100)", "num_heads (3)"]),
+        ("--init gpt2 --heads 4", ["--heads 4", "--init gpt2", "leave --heads out"]),
         ("--warmup 11 --steps 10", ["--warmup 11", "--steps", "10"]),
         ("--final-fraction 1.5", ["--final-fraction 1.5", "at most 1"]),
         ("--beta1 1", ["--beta1 1.0", "below 1"]),
@@ -179,7 +194,7 @@ def test_parse_errors(line, words):
         ("--vocab-size 300 --preset nano", ["--vocab-size 300", "bytes"]),
         ("--vocab-size 300 --tokenizer gpt2", ["--vocab-size 300", "gpt2", "bpe"]),
         ("--vocab-size 256", ["--vocab-size 256", "bpe", "257 to 2147483520"]),
-        ("--vocab-size 2147483648 --tokenizer none", ["--vocab-size 2147483648", "none", "1 to 2147483520"]),
+        ("--vocab-size 2147483600 --tokenizer none", ["--vocab-size 2147483600", "none", "1 to 2147483520"]),
         ("--device cuda --no-jit", ["--no-jit", "--device cpu", "cudasim"]),
         ("--device cudasim --interpret gelu", ["--interpret", "--device cpu", "cudasim"]),
         ("--device cpu --dtype bf16", ["--dtype bf16", "float32", "--device cuda"]),
@@ -215,7 +230,8 @@ def test_check_lets_the_bounds_pass(line):
 
 
 def test_check_sees_a_choice_that_no_command_line_let_through():
-    assert "--preset big: choose one of nano" in error_of(check, replace(Settings(), preset="big"))
+    assert "unknown preset 'big': choose one of nano" in error_of(check, replace(Settings(), preset="big"))
+    assert "--device tpu: choose one of auto" in error_of(check, replace(Settings(), device="tpu"))
 
 
 def test_auto_tokenizer():
@@ -269,11 +285,11 @@ def test_record_round_trip(argv):
     "change, words",
     [
         ({"colour": 1}, ["unknown", "colour"]),
-        ({"batch_size": None}, ["batch_size", "None", "whole number"]),
-        ({"batch_size": 8.0}, ["batch_size", "8.0", "whole number"]),
-        ({"batch_size": True}, ["batch_size", "True", "whole number"]),
+        ({"batch_size": None}, ["batch_size", "None", "integer"]),
+        ({"batch_size": 8.0}, ["batch_size", "8.0", "integer"]),
+        ({"batch_size": True}, ["batch_size", "True", "integer"]),
         ({"shuffle": 1}, ["shuffle", "1", "true or false"]),
-        ({"preset": 3}, ["preset", "3", "text"]),
+        ({"preset": 3}, ["preset", "3", "string"]),
         ({"data": "x"}, ["data", "'x'", "list"]),
         ({"data": [1]}, ["data", "[1]", "list"]),
         ({"eps": "1e-8"}, ["eps", "number"]),
@@ -286,8 +302,8 @@ def test_record_errors(change, words):
 
 def test_record_without_a_key_or_no_record():
     record = to_record(Settings())
-    del record["seed"], record["keep"]
-    assert "settings.json: lacks settings keep, seed" in error_of(from_record, record, "settings.json")
+    del record["seed"], record["keep"]  # as if an older version had written it
+    assert from_record(record | {"steps": 7}, "settings.json") == Settings(steps=7)
     assert "settings.json: expected" in error_of(from_record, [1], "settings.json")
     assert from_record(to_record(Settings()) | {"epochs": 2}, "settings.json") == Settings(epochs=2.0)
 
@@ -301,7 +317,7 @@ def test_resume_takes_over_what_was_recorded():
     settings = resume_with(recorded, *parse(["--resume", "runs/a"]))
     # what holds for one start only is back at its default
     assert settings == replace(
-        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), use=(), check_finite=False
+        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), use=(), check_finite=False, variant=()
     )
     assert resume_with(recorded, *parse(EVERYTHING)) == recorded
 
@@ -316,9 +332,9 @@ def test_resume_changes_what_is_free():
 
 def test_which_settings_are_free():
     free = {name for name, f in FIELDS.items() if f.metadata["free"]}
-    groups = {name for name, f in FIELDS.items() if f.metadata["group"] in ("looking", "debugging")}
+    groups = {name for name, f in FIELDS.items() if f.metadata["group"] in ("logging", "debugging")}
     assert free == groups | {
-        "resume", "threads", "plan_memory", "steps", "epochs",
+        "resume", "threads", "plan_memory", "steps", "epochs", "data", "val_data", "variant",
         "device", "dtype", "stochastic_rounding", "recompute", "graph",
     }  # fmt: skip
 
@@ -329,7 +345,7 @@ def test_which_settings_are_free():
         ("--batch-size 4", "--batch-size 16", ["--batch-size 16", "with --batch-size 4", "leave --batch-size out"]),
         ("", "--no-shuffle", ["--no-shuffle", "with --shuffle", "leave --shuffle out"]),
         ("", "--overfit", ["--overfit", "without --overfit"]),
-        ("", "--data a b", ["--data a b", "without --data"]),
+        ("", "--vocab-size 300", ["--vocab-size 300", "with --vocab-size 0"]),
         ("--preset nano", "--preset tiny", ["--preset tiny", "with --preset nano", "new run without --resume"]),
     ],
 )

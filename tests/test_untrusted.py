@@ -212,7 +212,7 @@ def test_the_state_of_a_checkpoint(run_folder, draw):
         value = state[name] | {draw.draw(st.sampled_from(inside)): value}
     with only_user_errors(size):
         crafted = state | {name: value}
-        checkpoint.sizes_of("x", tensors, crafted)
+        checkpoint.check_record("x", tensors, crafted)
         run_settings.check(run_settings.from_record(crafted["settings"], "x"))
 
 
@@ -243,7 +243,7 @@ def test_a_crafted_checkpoint(run_folder, tmp_path, capfd, what):
     checkpoint.save(path, tensors, state, tokenizer)
     for program, arguments in (None, ("--resume", path, "--steps", 4)), (sample, (path,)), (inspect, (path,)):
         line = refused(capfd, *arguments, **({"program": program} if program else {}))
-        assert str(path) in line and ("no checkpoint of a run" in line or "settings" in line)
+        assert str(path) in line and ("is not a run's checkpoint" in line or "settings" in line)
     assert str(path) in refused(capfd, path, program=replay)
     assert files_in(tmp_path / "run").keys() == {"checkpoints", "checkpoints/step_000002.safetensors"}
 

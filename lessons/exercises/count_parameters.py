@@ -14,11 +14,10 @@ This is plain Python. Do not count the padding between tensors in the arena.
 import math
 
 import numpy as np
-from llm_numba.models.config import GPT2Config
 
-from llm_numba.arena import parameter_specs
 from llm_numba.lessons.exercise import Exercise
 from llm_numba.lessons.problem import Problem
+from llm_numba.models.gpt2 import GPT2
 
 
 def count_parameters(total, sizes):
@@ -29,8 +28,8 @@ def count_parameters(total, sizes):
 
 def expected(total, sizes):
     for i, (maxT, V, L, C) in enumerate(sizes.tolist()):
-        specs = parameter_specs(GPT2Config(maxT, V, L, 1, C))
-        total[i] = sum(math.prod(spec.shape) * (L if spec.per_layer else 1) for spec in specs)
+        parameters = GPT2(maxT, V, L, 1, C).parameters()
+        total[i] = sum(math.prod(spec.shape) * (L if spec.per_layer else 1) for spec in parameters)
 
 
 def inputs(rng, n, V):

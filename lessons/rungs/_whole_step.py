@@ -11,16 +11,18 @@ import sys
 import time
 from functools import partial
 from statistics import median
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from llm_numba.models.config import preset
 
+from llm_numba.arena import DTYPES, Arena
 from llm_numba.bench.measuring import measure, wall_time
-from llm_numba.bench.races import new_steps
-from llm_numba.ops import WRITES, get_ops
-from llm_numba.train import flops_per_token
+from llm_numba.bench.races import new_steps, step_groups
+from llm_numba.models import preset
+from llm_numba.ops import get_ops
+from llm_numba.training.memory_plan import complete, training_groups
+from llm_numba.training.settings import Settings
+from llm_numba.training.step import training_step
 
 # arrays that an op reads and writes; their bytes count twice
 UPDATED = {
@@ -81,8 +83,8 @@ def bytes_of(name, given):
 def watched(ops, calls, timed):
     """The same ops, each appending a Call to `calls`. timed: timed(run) -> seconds."""
 
-    def watch(name):
-        op, names = getattr(ops, name), arguments_of(getattr(ops, name))
+    def watch(name, op):
+        names = arguments_of(op)
 
         def call(*given):
             by_name = dict(zip(names, given, strict=False))
@@ -92,16 +94,16 @@ def watched(ops, calls, timed):
 
         return call
 
-    return SimpleNamespace(**{**vars(ops), **{name: watch(name) for name in WRITES}, "capture": lambda run: run})
+    return ops.wrap(watch).replace(capture=lambda run: run)
 
 
 def measure_step(device, name, B, T, dtype="fp32", seconds=2.0):
     """Measure a step of a preset: its seconds, on a GPU with and without a graph; the calls of the fastest of several
     steps; its FLOPs."""
-    ops, config = get_ops(device, dtype), preset(name)
+    ops, model = get_ops(device, dtype), preset(name)
     if device == "cpu":
         ops.set_threads(0)
-    whole = new_steps(ops, config, B, T, dtype, device == "cuda")
+    whole = new_steps(ops, model, B, T, dtype, device == "cuda")
     found = {}
     for column, step in whole.items():
         for _ in range(2):  # compile, then capture
@@ -110,7 +112,7 @@ def measure_step(device, name, B, T, dtype="fp32", seconds=2.0):
     del whole
     calls = []
     # on a GPU, GPU time with a cold L2 cache
-    step = new_steps(watched(ops, calls, ops.timed if device == "cuda" else wall_time), config, B, T, dtype)["ours"]
+    step = new_steps(watched(ops, calls, ops.timed if device == "cuda" else wall_time), model, B, T, dtype)["ours"]
     tries = []
     for _ in range(2 if device == "cuda" else 6):
         calls.clear()
@@ -123,47 +125,36 @@ def measure_step(device, name, B, T, dtype="fp32", seconds=2.0):
         "sizes": f"{name}, {B} x {T} tokens, {dtype}",
         "seconds": found,
         "calls": fastest,
-        "flops": flops_per_token(config, T) * B * T,
+        "flops": model.flops_per_token(T) * B * T,
     }
 
 
-def dry_run(name, B, T, dtype="float32", plan="reuse"):
+def dry_run(name, B, T):
     """The calls of a step of a preset, without times: nothing is computed or allocated."""
-    from llm_numba.arena import Arena, training_groups
-    from llm_numba.train import Settings, update
+    ops, model, calls = get_ops("cpu"), preset(name), []
 
-    ops, config, calls = get_ops("cpu"), preset(name), []
+    def step(_, arena):  # `complete` passes an arena without memory
+        training_step(watched(ops, calls, lambda run: 0.0), model, arena.training(), Settings())
 
-    def view(memory, offset, shape, dtype):
-        return np.broadcast_to(np.zeros(1, dtype), shape)  # a single element, broadcast
-
-    nothing = SimpleNamespace(
-        **{**vars(ops), "allocate": lambda nbytes: None, "view": view, "to_device": lambda tensor, host: None}
-    )
-    arena = Arena(training_groups(config, B, T, ops, dtype, master=dtype != "float32"), config, plan, nothing)
-    update(watched(ops, calls, lambda run: 0.0), arena.training(), config.vocab_size, Settings())
+    complete(training_groups(model, B, T), model, ops, "float32", step)
     return calls
 
 
-def kernels_of(config, B, T):
+def kernels_of(model, B, T):
     """(name, blocks, threads) of each kernel that a step launches on a GPU, in order; none of them runs."""
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
     from numba.cuda.simulator.kernel import FakeCUDAKernel
 
-    from llm_numba.arena import Arena, training_groups
-    from llm_numba.train import Settings, update
-
-    ops, found, call = get_ops("cudasim"), [], FakeCUDAKernel.__call__
-    ops.allocate = lambda nbytes: FakeCUDAArray(np.zeros(nbytes, np.uint8))
-    arena = Arena(training_groups(config, B, T, ops), config, "reuse", ops)
-    m = arena.training()
+    found, call = [], FakeCUDAKernel.__call__
+    ops = get_ops("cudasim").replace(allocate=lambda nbytes: FakeCUDAArray(np.zeros(nbytes, np.uint8)))
+    m = Arena(step_groups(ops, model, B, T, "fp32"), model, "reuse", ops).training()
 
     def note(kernel, *given):
         found.append((kernel.fn.__name__, math.prod(kernel.grid_dim), math.prod(kernel.block_dim)))
 
     FakeCUDAKernel.__call__ = note
     try:
-        update(ops, m, config.vocab_size, Settings())
+        training_step(ops, model, m, Settings())
     finally:
         FakeCUDAKernel.__call__ = call
     return found
@@ -194,7 +185,6 @@ def least_seconds(op, flops, nbytes, peaks):
 
 def main():
     """Print the result of `measure_step` and the GPU's limits as JSON."""
-    from llm_numba.arena import DTYPES
     from llm_numba.bench.machine import describe_machine
 
     device, name, B, T, dtype = sys.argv[1:]

@@ -37,8 +37,13 @@ def nothing_compiled() -> bool:
     return all(index.name.startswith("memory.") for index in found)
 
 
-choose_features()
-config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())  # NUMBA_CACHE_DIR takes precedence
+def set_options() -> None:
+    """Set Numba's options: the processor's features and the folder of compiled code."""
+    choose_features()
+    config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())  # NUMBA_CACHE_DIR takes precedence
+
+
+set_options()
 
 PARALLEL = dict(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
 TASK = dict(fastmath={"contract"}, error_model="numpy")  # the body of a parallel loop

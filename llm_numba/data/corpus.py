@@ -9,26 +9,23 @@ import json
 import os
 import platform
 import shutil
-import sys
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 from filelock import FileLock, Timeout
+from tiktoken import Encoding
 
 from llm_numba.data.find import check_one_kind, find_files, is_shard, standard_library_files
-from llm_numba.data.shards import MAX_VOCAB_SIZE, Span, token_dtype, whole_shards, write_shard
+from llm_numba.data.shards import Span, token_dtype, whole_shards, write_shard
 from llm_numba.data.text import documents
 from llm_numba.data.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state
 from llm_numba.util.cache import cache_folder
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, note
 from llm_numba.util.files import write_whole
 
 CACHE_FORMAT = 4  # increase it when the same text must be tokenised again
@@ -42,16 +39,12 @@ class Corpus(NamedTuple):
 
     train: list[Span]
     val: list[Span]
-    encoding: tiktoken.Encoding | None
+    encoding: Encoding | None
     vocab_size: int
 
 
 def prepare(
-    data: Sequence[str],
-    val_data: Sequence[str],
-    tokenizer: str | tiktoken.Encoding,
-    vocab_size: int | None,
-    val_fraction: float,
+    data: Sequence[str], val_data: Sequence[str], tokenizer: str | Encoding, vocab_size: int, val_fraction: float
 ) -> Corpus:
     """Find the data, tokenise new text, and hold out the validation part.
 
@@ -67,41 +60,39 @@ def prepare(
     times of the files, the tokenizer and its size.
     Errors: a file that is missing, empty, not UTF-8 or a damaged shard; a tokenizer that does not fit the data.
     """
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
     files = find_files(data) if data else standard_library_files()
     val_files = find_files(val_data, "--val-data") if val_data else []
-    _check_tokenizer(tokenizer, vocab_size, [*files, *val_files])
+    if tokenizer == "bpe" and any(map(is_shard, files + val_files)):
+        raise UserError("--tokenizer bpe: is learned from text, not from .bin shards: use gpt2, bytes or none")
+    if tokenizer == "none" and not all(map(is_shard, files + val_files)):
+        raise UserError("--tokenizer none: is for .bin shards only; text needs gpt2, bpe or bytes")
 
-    given = tokenizer if isinstance(tokenizer, tiktoken.Encoding) else None
+    given = tokenizer if isinstance(tokenizer, Encoding) else None
     identity = [_identity(given) if given else tokenizer, platform.python_version() if not data else None]
     if tokenizer == "bpe":  # validation text is tokenised with what these files taught
         identity += [vocab_size, _stamps(files)]
 
-    def load(texts: Iterable[str] = ()) -> tiktoken.Encoding:
+    def load(texts: Iterable[str] = ()) -> Encoding:
         return given or load_tokenizer(str(tokenizer), texts, vocab_size)
 
     if is_shard(files[0]):
         encoding = None if tokenizer == "none" else load()
-        V = encoding.n_vocab if encoding else vocab_size or 0
+        V = encoding.n_vocab if encoding else vocab_size
         train = whole_shards(files, V)
     else:
-        files = _shuffled(files)
-        encoding, train = _tokenised(files, identity, lambda: load(_text_to_learn_from(files)))
+        encoding, train = _tokenised(files, identity, lambda files: load(_text_to_learn_from(files)))
         V = encoding.n_vocab
 
     if not val_files:
         return Corpus(*_split(train, val_fraction), encoding, V)
+    if is_shard(files[0]) and is_shard(val_files[0]):
+        check_one_kind([files[0], val_files[0]], "--data and --val-data")
     if is_shard(val_files[0]):
-        if is_shard(files[0]):
-            check_one_kind([files[0], val_files[0]], "--data and --val-data")
-        val = whole_shards(val_files, V)
-    else:
-        _, val = _tokenised(_shuffled(val_files), identity, lambda: encoding or load())
-    return Corpus(train, val, encoding, V)
+        return Corpus(train, whole_shards(val_files, V), encoding, V)
+    return Corpus(train, _tokenised(val_files, identity, lambda _: encoding or load())[1], encoding, V)
 
 
-def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_size: int) -> list[Span]:
+def spans_of(patterns: Sequence[str], encoding: Encoding | None, vocab_size: int) -> list[Span]:
     """All tokens of the files that `patterns` name, in a given tokenizer. Errors: those of `prepare`; text although
     `encoding` is None."""
     files = find_files(patterns)
@@ -109,7 +100,22 @@ def spans_of(patterns: Sequence[str], encoding: tiktoken.Encoding | None, vocab_
         return whole_shards(files, vocab_size)
     if encoding is None:
         raise UserError(f"--data {files[0]}: a model trained with --tokenizer none needs .bin shards")
-    return _tokenised(_shuffled(files), [_identity(encoding)], lambda: encoding)[1]
+    return _tokenised(files, [_identity(encoding)], lambda _: encoding)[1]
+
+
+def describe_windows(windows: list[Span]) -> list[dict]:
+    """Where the windows of a batch come from, as JSON types: shard, tokens, and their files, if `prepare` tokenised
+    them."""
+    indices = {folder: _read_index(folder) for folder in {window.path.parent for window in windows}}
+
+    def files_of(window):
+        if not (index := indices[window.path.parent]):
+            return []
+        before = int(window.path.stem) * index["shard_tokens"]
+        first, last = (bisect_right(index["starts"], before + at) for at in (window.start, window.stop - 1))
+        return index["files"][first - 1 : last]
+
+    return [{"shard": str(w.path), "start": w.start, "stop": w.stop, "files": files_of(w)} for w in windows]
 
 
 def _split(spans: list[Span], val_fraction: float) -> tuple[list[Span], list[Span]]:
@@ -120,30 +126,16 @@ def _split(spans: list[Span], val_fraction: float) -> tuple[list[Span], list[Spa
     for span in spans:
         cut = min(span.start + left, span.stop)
         left -= cut - span.start
-        if cut > span.start:
-            train.append(span._replace(stop=cut))
-        if cut < span.stop:
-            val.append(span._replace(start=cut))
-    return train, val
-
-
-def _check_tokenizer(tokenizer: str | tiktoken.Encoding, vocab_size: int | None, files: list[Path]) -> None:
-    """Raise a UserError for a tokenizer that does not fit these files, or a vocabulary size out of range."""
-    if tokenizer == "bpe" and any(map(is_shard, files)):
-        raise UserError("--tokenizer bpe: is learned from text, not from .bin shards: use gpt2, bytes or none")
-    if tokenizer == "none" and not all(map(is_shard, files)):
-        raise UserError("--tokenizer none: is for .bin shards only; text needs gpt2, bpe or bytes")
-    if tokenizer == "none" and vocab_size is None:
-        raise UserError("--tokenizer none: give --vocab-size too: all ids in the shards must be below it")
-    if tokenizer in ("bpe", "none") and vocab_size is not None and not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab-size {vocab_size}: must be 1 to {MAX_VOCAB_SIZE}")
+        train.append(span._replace(stop=cut))
+        val.append(span._replace(start=cut))
+    return [span for span in train if span.start < span.stop], [span for span in val if span.start < span.stop]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text -> shards
 
 
-def _identity(encoding: tiktoken.Encoding) -> str:
+def _identity(encoding: Encoding) -> str:
     """Changes when the tokens do."""
     state, ranks = tokenizer_state(encoding)
     return hashlib.sha256(json.dumps([state["pat_str"], state["special_tokens"]]).encode() + ranks).hexdigest()
@@ -151,141 +143,92 @@ def _identity(encoding: tiktoken.Encoding) -> str:
 
 def _stamps(files: list[Path]) -> list:
     """Changes when a file does."""
-    stats = [(str(file), file.stat()) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def _shuffled(files: list[Path]) -> list[Path]:
-    return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _tokenised(
-    files: list[Path], identity: list, load: Callable[[], tiktoken.Encoding]
-) -> tuple[tiktoken.Encoding, list[Span]]:
-    """The encoding and the shards of `files`, from the cache folder if they were tokenised before.
+    files: list[Path], identity: list, load: Callable[[list[Path]], Encoding]
+) -> tuple[Encoding, list[Span]]:
+    """The encoding and the shards of `files` in a fixed random order, from the cache folder if they were tokenised
+    before.
 
-    `identity` is what else the tokens depend on; `load` is called if there is text to tokenise.
+    `identity` is what else the tokens depend on; `load` is called with the files if they must be tokenised.
     """
+    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
     key = json.dumps([CACHE_FORMAT, identity, _stamps(files)])
     cache = cache_folder()
     folder = cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-    lock = FileLock(cache / "tokenising.lock")
-    _remove_unfinished(cache, lock)
     if not folder.is_dir():
-        _tokenise(folder, files, load, lock)
+        with _acquired(FileLock(cache / "tokenising.lock")):
+            if not folder.is_dir():  # another process may have tokenised the same text meanwhile
+                _tokenise(folder, files, load(files))
     try:
-        index = read_index(folder)
+        index = _read_index(folder)
         encoding = tokenizer_from_state(index["tokenizer"], (folder / RANKS).read_bytes())
         return encoding, whole_shards([folder / name for name in index["shards"]], encoding.n_vocab)
-    except (KeyError, OSError, TypeError, ValueError, UserError) as error:
+    except (KeyError, OSError, ValueError, UserError) as error:
         raise UserError(f"{folder}: the tokenised text is damaged: delete the folder and start again") from error
 
 
-def _remove_unfinished(cache: Path, lock: FileLock) -> None:
-    """Remove what killed processes left: one that is alive and tokenising holds the lock."""
-    if any(cache.glob("unfinished-*")):
-        with suppress(Timeout), lock.acquire(timeout=0):
-            for left in cache.glob("unfinished-*"):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _tokenise(folder: Path, files: list[Path], load: Callable[[], tiktoken.Encoding], lock: FileLock) -> None:
-    """Write the shards of `files`, their tokenizer and an index; `folder` appears when all is complete.
-
-    One process tokenises at a time. The others wait, and find the folder complete if the text is the same.
-    """
-    with _acquired(lock):
-        if folder.is_dir():
-            return
-        encoding = load()
-        with tempfile.TemporaryDirectory(
-            prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as temporary:
-            unfinished = Path(temporary, "tokens")
-            unfinished.mkdir()
-            starts = {}
-            shards = _write_shards(unfinished, _encode(files, encoding, starts), encoding.n_vocab)
-            state, ranks = tokenizer_state(encoding)
-            write_whole(unfinished / RANKS, ranks)
-            index = {"tokenizer": state, "shards": shards, "shard_tokens": SHARD_TOKENS}
-            index |= {"files": list(map(str, starts)), "starts": list(starts.values())}
-            write_whole(unfinished / INDEX, json.dumps(index).encode())
-            try:
-                os.rename(unfinished, folder)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-
-
 def _acquired(lock: FileLock):
+    """One process tokenises at a time; the others wait."""
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process that is tokenising text ({lock.lock_file})", file=sys.stderr)
+        note(f"waiting for another process that is tokenising text ({lock.lock_file})")
         return lock.acquire()
 
 
-def read_index(folder: Path) -> dict:
-    """What a folder of tokenised text holds: "tokenizer" (its state), "shards" (names), "shard_tokens" (of all but the
-    last shard), "files" and "starts" (the number of tokens before each file).
+def _tokenise(folder: Path, files: list[Path], encoding: Encoding) -> None:
+    """Write the shards of `files`, their tokenizer and an index; `folder` appears when all is complete."""
+    for left in folder.parent.glob("unfinished*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished, V = folder.with_name("unfinished"), encoding.n_vocab
+    try:
+        unfinished.mkdir()
+        shards, starts = [], {}
+        for tokens in _in_shards(_encode(files, encoding, starts), token_dtype(V)):
+            shards.append(f"{len(shards):06d}.bin")
+            write_shard(unfinished / shards[-1], tokens, V)
+        state, ranks = tokenizer_state(encoding)
+        write_whole(unfinished / RANKS, ranks)
+        index = {"tokenizer": state, "shards": shards, "shard_tokens": SHARD_TOKENS}
+        index |= {"files": list(map(str, starts)), "starts": list(starts.values())}
+        write_whole(unfinished / INDEX, json.dumps(index).encode())
+        os.rename(unfinished, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
-    Errors: OSError, ValueError or TypeError if it is missing or damaged.
-    """
+
+def _read_index(folder: Path) -> dict:
+    """What a folder of tokenised text holds: "tokenizer" (its state), "shards" (names), "shard_tokens" (of all but the
+    last shard), "files" and "starts" (the number of tokens before each file). Empty if it is missing or damaged."""
+    kinds = {"shards": str, "files": str, "starts": int}
     try:
         index = json.loads((folder / INDEX).read_text())
-        parts = index["shards"], index["files"], index["starts"], [index["shard_tokens"]]
-    except (KeyError, RecursionError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged") from error
-    if not all({type(x) for x in part} <= {kind} for part, kind in zip(parts, (str, str, int, int), strict=True)):
-        raise ValueError(f"{folder / INDEX} is damaged")
-    return index
+        whole = all(type(index[name]) is list and {*map(type, index[name])} <= {kind} for name, kind in kinds.items())
+        return index if whole and type(index["shard_tokens"]) is int else {}
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
+        return {}
 
 
-def describe_windows(windows: list[Span]) -> list[dict]:
-    """Where the windows of a batch come from, as JSON types: shard, tokens, and for text that `prepare` tokenised its
-    files."""
-    indices = {}
-    for folder in {window.path.parent for window in windows}:
-        try:
-            indices[folder] = read_index(folder)
-        except FileNotFoundError:
-            pass  # another program's shards
-        except (OSError, TypeError, ValueError) as error:
-            print(f"note: the files of these tokens are unknown: {error}", file=sys.stderr)
-
-    def files_of(window):
-        if not (index := indices.get(window.path.parent)):
-            return []
-        before = int(window.path.stem) * index["shard_tokens"]
-        first, last = (bisect_right(index["starts"], before + at) for at in (window.start, window.stop - 1))
-        return index["files"][first - 1 : last]
-
-    return [{"shard": str(w.path), "start": w.start, "stop": w.stop, "files": files_of(w)} for w in windows]
-
-
-def _write_shards(folder: Path, arrays: Iterable[np.ndarray], vocab_size: int) -> list[str]:
-    """Write the concatenated `arrays` as shards of SHARD_TOKENS each, the last one shorter; returns their names."""
-    names = []
-    shard = np.empty(SHARD_TOKENS, token_dtype(vocab_size))
-    used = 0
-
-    def flush():
-        names.append(f"{len(names):06d}.bin")
-        write_shard(folder / names[-1], shard[:used], vocab_size)
-
+def _in_shards(arrays: Iterable[np.ndarray], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The concatenated `arrays`, SHARD_TOKENS at a time, the last ones fewer; each is overwritten by the next."""
+    shard, used = np.empty(SHARD_TOKENS, dtype), 0
     for array in arrays:
-        while len(array):
-            taken, array = np.split(array, [SHARD_TOKENS - used])
-            shard[used : used + len(taken)] = taken
-            used += len(taken)
+        for part in np.split(array, range(SHARD_TOKENS - used, len(array), SHARD_TOKENS)):
+            shard[used : used + len(part)] = part
+            used += len(part)
             if used == SHARD_TOKENS:
-                flush()
+                yield shard
                 used = 0
     if used:
-        flush()
-    return names
+        yield shard[:used]
 
 
-def _encode(files: list[Path], encoding: tiktoken.Encoding, starts: dict[Path, int]) -> Iterator[np.ndarray]:
+def _encode(files: list[Path], encoding: Encoding, starts: dict[Path, int]) -> Iterator[np.ndarray]:
     """The tokens of all files, an end-of-text token before each document; in bounded memory, one thread per core.
 
     starts[file] = the number of tokens before it, for each file that has any.
@@ -297,14 +240,7 @@ def _encode(files: list[Path], encoding: tiktoken.Encoding, starts: dict[Path, i
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
         return np.concatenate(([encoding.eot_token], tokens)) if first else tokens
 
-    def labelled() -> Iterator[tuple[Path, bool, str]]:
-        for file in files:
-            for document in documents(file):
-                for number, text in enumerate(document):
-                    yield file, number == 0, text
-
-    count, pieces = 0, labelled()
-    size = sum(file.stat().st_size for file in files)
+    count, pieces, size = 0, _pieces(files), sum(file.stat().st_size for file in files)
     with (
         tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None) as progress,
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -317,9 +253,17 @@ def _encode(files: list[Path], encoding: tiktoken.Encoding, starts: dict[Path, i
             progress.update(sum(len(text.encode()) for _, _, text in batch))
 
 
+def _pieces(files: list[Path]) -> Iterator[tuple[Path, bool, str]]:
+    """(file, whether a document begins here, text) of each piece of these files."""
+    for file in files:
+        for document in documents(file):
+            for number, text in enumerate(document):
+                yield file, number == 0, text
+
+
 def _text_to_learn_from(files: list[Path]) -> Iterator[str]:
     size = 0
-    for text in chain.from_iterable(chain.from_iterable(map(documents, files))):
+    for _, _, text in _pieces(files):
         yield text
         size += len(text)
         if size >= LEARN_CHARACTERS:

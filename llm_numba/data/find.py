@@ -3,8 +3,11 @@
 import glob
 import os
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from llm_numba.data.shards import open_shard
 from llm_numba.util.cli import UserError
@@ -22,21 +25,20 @@ def find_files(patterns: Sequence[str], flag: str = "--data") -> list[Path]:
     found = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
+        folder = pattern and path.is_dir()  # "" is not the working folder
         try:
-            if path.is_file():
-                files = [path]
-                if not path.stat().st_size:
-                    raise UserError(f"{flag} {pattern}: the file is empty")
-            elif pattern and path.is_dir():  # "" is not the working folder
-                visible = _walk(path, lambda name: not name.startswith("."))
-                files = [file for file in visible if is_shard(file) or b"\0" not in _first_bytes(file)]
+            if folder:
+                files = _walk(path, lambda name: not name.startswith("."))
             else:
-                files = [Path(name) for name in glob.iglob(str(path), recursive=True) if os.path.isfile(name)]
-                files = [file for file in files if file.stat().st_size]
+                files = [path] if path.is_file() else map(Path, glob.iglob(str(path), recursive=True))
+            files = [file for file in files if file.is_file() and file.stat().st_size]
+            if folder:
+                files = [file for file in files if is_shard(file) or np.fromfile(file, np.uint8, 8000).all()]
         except OSError as error:
             raise UserError(f"{flag} {pattern}: {error.filename}: {error.strerror}") from error
         if not files:
-            raise UserError(f"{flag} {pattern}: no text and no .bin shard found: give a file, a folder or a glob")
+            problem = "the file is empty" if path.is_file() else "no text and no .bin shard found"
+            raise UserError(f"{flag} {pattern}: {problem}: give a file, a folder or a glob")
         for file in files:
             found.setdefault(file.resolve(), file.absolute())
     files = sorted(found.values())
@@ -59,8 +61,11 @@ def standard_library_files() -> list[Path]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    sources = [file for file in _walk(root, lambda name: name not in others) if file.suffix == ".py"]
-    files = [file for file in sources if _is_utf8(file)]
+    files = []
+    for file in sorted(_walk(root, lambda name: name not in others)):
+        with suppress(UnicodeDecodeError):
+            if file.suffix == ".py" and file.is_file() and file.read_bytes().decode():
+                files.append(file)
     if not files:
         raise UserError(f"{root}: this Python has no sources of its standard library: give text with --data")
     return files
@@ -70,24 +75,8 @@ def is_shard(path: Path) -> bool:
     return path.suffix == ".bin"
 
 
-def _walk(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    """The non-empty files in `folder` and its subfolders, sorted; `wanted` decides by the name of a file or folder."""
-    files = []
+def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """The files in `folder` and its subfolders; `wanted` decides by the name of a file or folder."""
     for parent, folders, names in os.walk(folder):
         folders[:] = filter(wanted, folders)
-        paths = (Path(parent, name) for name in filter(wanted, names))
-        files += [path for path in paths if path.is_file() and path.stat().st_size]
-    return sorted(files)
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(8000)
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        yield from (Path(parent, name) for name in filter(wanted, names))

@@ -4,7 +4,6 @@ Scored by completion, as in llm.c: the model sees the context with one ending at
 the smallest sum of token losses, `acc_norm` the one with the smallest mean.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,31 +12,23 @@ import numpy as np
 import tiktoken
 
 from llm_numba.data import datasets
+from llm_numba.data.text import json_lines
 from llm_numba.util.cli import UserError
 
 ENDINGS = 4
-
-
-class Row(NamedTuple):
-    """A context with one of its endings: at most T + 1 tokens, the last `ending` of which are scored."""
-
-    tokens: list[int]
-    ending: int
+EXPECTED = 'a text "ctx", a list of four texts "endings", and the correct one\'s number "label", 0 to 3'
 
 
 class Examples(NamedTuple):
-    """The rows of all examples, ENDINGS consecutive ones for each, and which of them is right."""
+    """All examples, in ENDINGS consecutive rows each. A row is (the context and an ending, at most T + 1 tokens; how
+    many of the last ones are scored)."""
 
-    rows: list[Row]
-    labels: np.ndarray
-
-    def longest(self) -> int:
-        """The smallest T that fits every row."""
-        return max(len(row.tokens) for row in self.rows) - 1
+    rows: list[tuple[list[int], int]]
+    labels: np.ndarray  # the correct ending of each
 
 
 class Score(NamedTuple):
-    """The fraction of examples whose right ending was chosen."""
+    """The fraction of examples whose correct ending was chosen."""
 
     acc_norm: float
     acc: float
@@ -52,7 +43,7 @@ def read_examples(
 ) -> tuple[Examples, str | None]:
     """The first `limit` examples (0: all) of JSON lines with "ctx", "endings" and "label", and a note if some are cut.
 
-    file: "" means the download of `python -m llm_numba.data hellaswag`. A row longer than T + 1 tokens loses its start.
+    file: "" means the download of `llm-numba data hellaswag`. A row longer than T + 1 tokens loses its start.
     Errors: UserError with the flag, the file and the line; a model without a tokenizer.
     """
     if encoding is None:
@@ -61,22 +52,24 @@ def read_examples(
     where = f"{flag} {path}" if file else str(path)
     rows, labels, cut = [], [], 0
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.isspace():
-                    continue
-                context, endings, label = _example(line, f"{where}: line {number}")
-                before = encoding.encode_ordinary(context)
-                for ending in endings:
-                    after = encoding.encode_ordinary(" " + ending)
-                    tokens = (before + after)[-T - 1 :]
-                    cut += len(tokens) < len(before) + len(after)
-                    rows.append(Row(tokens, min(len(after), len(tokens) - 1)))
-                labels.append(label)
-                if len(labels) == limit:
-                    break
+        for number, value in json_lines(path):
+            match value:
+                case {"ctx": str(text), "endings": [str(), str(), str(), str()] as endings, "label": int(label)} if (
+                    text and 0 <= label < ENDINGS
+                ):
+                    before = encoding.encode_ordinary(text)
+                case _:
+                    raise UserError(f"{where}: line {number}: expected a JSON object with {EXPECTED}")
+            for ending in endings:
+                after = encoding.encode_ordinary(" " + ending)
+                tokens = (before + after)[-T - 1 :]
+                cut += len(tokens) < len(before) + len(after)
+                rows.append((tokens, min(len(after), len(tokens) - 1)))
+            labels.append(label)
+            if len(labels) == limit:
+                break
     except OSError as error:
-        hint = "" if file else f": download it with python -m llm_numba.data hellaswag, or give {flag} FILE"
+        hint = "" if file else f": download it with llm-numba data hellaswag, or give {flag} FILE"
         raise UserError(f"{where}: cannot be read ({error.strerror}){hint}") from error
     if not labels:
         raise UserError(f"{where}: has no examples")
@@ -84,46 +77,28 @@ def read_examples(
     return Examples(rows, np.array(labels)), note if cut else None
 
 
-def _example(line: bytes, where: str) -> tuple[str, list[str], int]:
-    try:
-        example = json.loads(line)
-        context, endings, label = example["ctx"], example["endings"], example["label"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{where}: expected a JSON object with "ctx", "endings" and "label"') from error
-    texts = [context, *endings] if isinstance(endings, list) else []
-    if len(texts) != 1 + ENDINGS or not all(isinstance(text, str) for text in texts) or not context:
-        raise UserError(f"{where}: expected a string as ctx and {ENDINGS} strings as endings")
-    if type(label) is not int or not 0 <= label < ENDINGS:
-        raise UserError(f"{where}: label is {label!r:.20}, expected 0 to {ENDINGS - 1}")
-    return context, endings, label
-
-
 def losses_of(examples: Examples, losses: Callable, B: int, T: int, stop=()) -> tuple[np.ndarray, np.ndarray]:
     """The sum and the mean of each ending's losses, both (examples, ENDINGS) float64.
 
     losses: a function of (tokens, targets), both (B, T) int32, that returns the losses, (B, T). Rows are padded on the
-    right with token 0, which does not change them, because attention is causal. As soon as `stop` is not empty, the
-    rest is skipped, and the result means nothing.
+    right with token 0, which does not change them, because attention is causal. When `stop` becomes non-empty, the
+    remaining rows are skipped and the result is incomplete.
     """
     from tqdm import tqdm
 
-    sums, means = np.empty((2, len(examples.rows)))
-    with tqdm(total=len(examples.labels), desc="hellaswag", unit="example", leave=False, disable=None) as progress:
-        for start in range(0, len(examples.rows), B):
-            batch = examples.rows[start : start + B]
-            tokens, targets = np.zeros((2, B, T), np.int32)
-            for b, row in enumerate(batch):
-                n = len(row.tokens) - 1
-                tokens[b, :n], targets[b, :n] = row.tokens[:-1], row.tokens[1:]
-            found = losses(tokens, targets)
-            for b, row in enumerate(batch):
-                n = len(row.tokens) - 1
-                ending = found[b, n - row.ending : n].astype(np.float64)
-                sums[start + b], means[start + b] = ending.sum(), ending.mean()
-            progress.update((start + len(batch)) // ENDINGS - progress.n)
-            if stop:
-                break
-    if not stop and not np.isfinite(sums).all():
+    rows, (sums, means) = examples.rows, np.zeros((2, len(examples.rows)))
+    for start in tqdm(range(0, len(rows), B), desc="hellaswag", unit="batch", leave=False, disable=None):
+        batch = rows[start : start + B]
+        tokens, targets = np.zeros((2, B, T), np.int32)
+        for b, (row, _) in enumerate(batch):
+            tokens[b, : len(row) - 1], targets[b, : len(row) - 1] = row[:-1], row[1:]
+        found = losses(tokens, targets)
+        for b, (row, n) in enumerate(batch):
+            ending = found[b, len(row) - 1 - n : len(row) - 1].astype(np.float64)
+            sums[start + b], means[start + b] = ending.sum(), ending.mean()
+        if stop:
+            break
+    if not np.isfinite(sums).all():
         raise UserError("the model's losses are not finite: use an earlier checkpoint")
     return sums.reshape(-1, ENDINGS), means.reshape(-1, ENDINGS)
 

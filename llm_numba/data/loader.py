@@ -1,7 +1,6 @@
 """Spans of token shards -> batches: deterministic, streamed from disk, and resumed exactly where they stopped."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -22,10 +21,8 @@ class Loader:
     def __init__(self, spans: Sequence[Span], B: int, T: int, seed: int, shuffle: bool, flag: str = "--data"):
         longest = max((span.stop - span.start for span in spans), default=0)
         if longest <= T:
-            raise UserError(
-                f"{flag}: {longest} tokens in a row, but one window needs {T + 1} (T + 1): "
-                "give more text or a smaller --sequence-length"
-            )
+            needed = f"one window needs {T + 1} (T + 1): give more text or a smaller --sequence-length"
+            raise UserError(f"{flag}: {longest} tokens in a row, but {needed}")
         self.B, self.T, self.seed, self.shuffle = B, T, seed, shuffle
         self.spans = [span for span in spans if span.stop - span.start > T]
         self.counts = np.array([(span.stop - span.start - 1) // T for span in self.spans])
@@ -39,7 +36,7 @@ class Loader:
         Errors: a shard that has changed since the loader was created.
         """
         windows = []
-        self._check(self._span.path)
+        self._check()
         for b in range(self.B):
             start = self._span.start + int(self._windows[self._next]) * self.T
             window = self._shard[start : start + self.T + 1]
@@ -57,13 +54,12 @@ class Loader:
 
     def restore(self, state: dict) -> None:
         """Continue from another loader's `state`, for the same spans, T and seed. Errors: an impossible position."""
-        epoch, window = (state.get(name) for name in ("epoch", "window"))
-        if type(epoch) is not int or type(window) is not int or epoch < 0 or not 0 <= window < self.windows_per_epoch:
-            raise UserError(
-                f"the stored position in the data is {state}, but an epoch has {self.windows_per_epoch} windows: "
-                "resume with the same --data and --sequence-length"
-            )
-        self._seek(epoch, window)
+        match state:
+            case {"epoch": int(epoch), "window": int(window)} if epoch >= 0 and 0 <= window < self.windows_per_epoch:
+                self._seek(epoch, window)
+            case _:
+                expected = f"an epoch has {self.windows_per_epoch} windows: resume with the same --data and "
+                raise UserError(f"the stored position in the data is {state}, but {expected}--sequence-length")
 
     def _position(self) -> tuple[int, int]:
         window = self._before + self._next
@@ -78,16 +74,14 @@ class Loader:
         self._epoch, self._before = epoch, int(ends[place] - self.counts[index])
         self._next = window - self._before
         self._span = self.spans[index]
-        self._check(self._span.path)
+        self._check()
         self._shard = open_shard(self._span.path)
         self._windows = self._order(int(self.counts[index]), epoch, 1 + index)
 
-    def _check(self, path: Path) -> None:
-        if stamp(path) != self._stamps[path]:
-            raise UserError(
-                f"{path}: changed while the run was reading it: restore the file, and --resume the run from its last "
-                "checkpoint"
-            )
+    def _check(self) -> None:
+        if stamp(self._span.path) != self._stamps[self._span.path]:
+            todo = "restore the file, and --resume the run from its last checkpoint"
+            raise UserError(f"{self._span.path}: changed while the run was reading it: {todo}")
 
     def _order(self, count: int, epoch: int, purpose: int) -> np.ndarray:
         if not self.shuffle:

@@ -82,23 +82,20 @@ def whole_shards(paths: Sequence[Path], vocab_size: int) -> list[Span]:
 def check_ids(paths: Sequence[Path], vocab_size: int) -> None:
     """Raise a UserError unless all tokens of these shards are below `vocab_size`.
 
-    Each shard is read once. Its largest token is remembered in the cache folder with the file's path, size and
-    modification time.
+    Each shard is read once. CHECKED remembers {path: [inode, size, modification time, largest token]}.
     """
     known, new = _remembered(), {}
     try:
         for path in paths:
-            key, state = str(path.absolute()), list(stamp(path) or ())
-            found = known.get(key, [])
-            if found[:-1] != state:
+            key, state = str(path.absolute()), stamp(path)
+            found = known.get(key)
+            if not isinstance(found, list) or found[:-1] != state or type(found[-1]) is not int:
                 found = new[key] = [*state, max(int(block.max()) for _, block in _blocks(path))]
             if found[-1] >= vocab_size:
                 start, block = next(found for found in _blocks(path) if found[1].max() >= vocab_size)
                 at = int(np.argmax(block >= vocab_size))
-                raise UserError(
-                    f"{path}: token {start + at} is {block[at]}, but the vocabulary has {vocab_size}: "
-                    "give the --tokenizer and --vocab-size that the shard was made with"
-                )
+                wrong = f"token {start + at} is {block[at]}, but the vocabulary has {vocab_size}"
+                raise UserError(f"{path}: {wrong}: give the --tokenizer and --vocab-size that the shard was made with")
     finally:
         if new:
             kept = {key: state for key, state in known.items() if Path(key).exists()}
@@ -106,14 +103,12 @@ def check_ids(paths: Sequence[Path], vocab_size: int) -> None:
                 write_whole(cache_folder() / CHECKED, json.dumps(kept | new).encode())
 
 
-def _remembered() -> dict[str, list[int]]:
-    """path -> [inode, size, modification time, largest token]; empty if the file is missing or damaged."""
+def _remembered() -> dict:
     try:
         found = json.loads((cache_folder() / CHECKED).read_text())
-        valid = all(len(state) == 4 and all(type(x) is int for x in state) for state in found.values())
-    except (AttributeError, OSError, RecursionError, TypeError, UserError, ValueError):
-        return {}
-    return found if valid else {}
+    except (OSError, RecursionError, UserError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
@@ -122,20 +117,17 @@ def _blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
         yield start, tokens[start : start + BLOCK_TOKENS]
 
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes when the file is replaced, written or truncated; None if it is missing."""
+def stamp(path: Path) -> list[int]:
+    """Changes when the file is replaced, written, truncated or removed."""
     try:
         status = path.stat()
+        return [status.st_ino, status.st_size, status.st_mtime_ns]
     except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+        return []
 
 
 def fingerprint(spans: Sequence[Span]) -> list[list[int]]:
     """Identifies tokens by content, wherever the files are: the length of each span, and a CRC-32 of its beginning and
     its end (1 Mi tokens each)."""
-    found = []
-    for span in spans:
-        tokens = open_shard(span.path)[span.start : span.stop]
-        found.append([len(tokens), zlib.crc32(tokens[-BLOCK_TOKENS:].data, zlib.crc32(tokens[:BLOCK_TOKENS].data))])
-    return found
+    parts = (open_shard(span.path)[span.start : span.stop] for span in spans)
+    return [[len(x), zlib.crc32(x[-BLOCK_TOKENS:].data, zlib.crc32(x[:BLOCK_TOKENS].data))] for x in parts]

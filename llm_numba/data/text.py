@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llm_numba.util.cli import UserError
 
@@ -15,49 +16,45 @@ LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def documents(path: Path) -> Iterator[Iterator[str]]:
-    """The documents of a file, each in pieces: the "text" of every line of a .jsonl file, or the whole file.
+    """The documents of a file, each in pieces: the "text" of every line of a .jsonl file, or the whole file. The tokens
+    of the pieces, joined, are those of the document.
 
     Errors: a file that cannot be read or is not UTF-8; a line of a .jsonl file without a "text".
     """
     if path.suffix != ".jsonl":
-        yield pieces(path)
+        yield _cut(blocks(path))
         return
+    for number, value in json_lines(path):
+        match value:
+            case {"text": str(text)}:
+                yield _cut(text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+            case _:
+                expected = 'a JSON object with a string under the key "text"'
+                raise UserError(f"{path}: line {number}: expected {expected}: fix or remove the line")
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of each line that is not blank; the value is None if the line is not JSON."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                text = _text_of(line, f"{path}: line {number}")
-                yield _cut(text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+                try:
+                    yield number, json.loads(line)
+                except (RecursionError, ValueError):
+                    yield number, None
 
 
-def pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces. Their tokens, joined, are the tokens of the whole text."""
-    return _cut(_decoded(path))
-
-
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (KeyError, RecursionError, TypeError, ValueError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{where}: expected a JSON object with a string under the key "text": fix or remove the line')
-    return text
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, block by block."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+def blocks(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file, PIECE_BYTES at a time. Errors: a file that cannot be read or is not UTF-8."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with path.open("rb") as file:
             while block := file.read(PIECE_BYTES):
-                offset -= len(decoder.getstate()[0])
                 yield decoder.decode(block)
-                offset = file.tell()
-            offset -= len(decoder.getstate()[0])
+                start = file.tell() - len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {offset + error.start}: convert or leave out the file") from error
+        raise UserError(f"{path}: not UTF-8 at byte {start + error.start}: convert or leave out the file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -27,12 +27,17 @@ def load_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> t
     Errors: an unknown name; gpt2 cannot be downloaded; a vocab_size below 257 or larger than `texts` can give.
     """
     if name == "gpt2":
-        return _gpt2()
-    if name == "bytes":
-        return _encoding(name, [bytes([byte]) for byte in range(256)])
-    if name == "bpe":
-        return _encoding(name, _learn(texts, vocab_size))
-    raise UserError(f"--tokenizer {name}: choose gpt2, bpe or bytes (or none, for token shards without samples)")
+        try:
+            return tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise UserError(
+                f"--tokenizer gpt2: cannot download its vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
+                "a folder that has it, or use --tokenizer bpe or bytes, or for shards none with --vocab-size 50257"
+            ) from error
+    if name not in ("bytes", "bpe"):
+        raise UserError(f"--tokenizer {name}: choose gpt2, bpe or bytes (or none, for token shards without samples)")
+    tokens = [bytes([byte]) for byte in range(256)] if name == "bytes" else _learn(texts, vocab_size)
+    return checked_encoding(name, {token: rank for rank, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)})
 
 
 def tokenizer_state(encoding: tiktoken.Encoding) -> tuple[dict, bytes]:
@@ -48,10 +53,8 @@ def tokenizer_state(encoding: tiktoken.Encoding) -> tuple[dict, bytes]:
 def tokenizer_from_state(state: dict, ranks: bytes) -> tiktoken.Encoding:
     """The encoding from `tokenizer_state`. Errors: a damaged state or ranks."""
     try:
-        tokens = {}
-        for line in ranks.splitlines():
-            token, rank = line.split()
-            tokens[base64.b64decode(token, validate=True)] = int(rank)
+        lines = (line.split() for line in ranks.splitlines())
+        tokens = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         return checked_encoding(state["name"], tokens, state["special_tokens"], state["pat_str"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the stored tokenizer is damaged ({error}): restore it from a good copy") from error
@@ -72,21 +75,6 @@ def checked_encoding(
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=tokens, special_tokens=special)
 
 
-def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
-
-
-def _gpt2() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise UserError(
-            f"--tokenizer gpt2: cannot download its vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            "folder that has it, or use --tokenizer bpe or bytes (for token shards: none, with --vocab-size 50257)"
-        ) from error
-
-
 def _learn(texts: Iterable[str], vocab_size: int | None) -> list[bytes]:
     """The `vocab_size - 1` tokens of a byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909), by rank."""
     import rustbpe
@@ -97,7 +85,6 @@ def _learn(texts: Iterable[str], vocab_size: int | None) -> list[bytes]:
     learner.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in sorted(learner.get_mergeable_ranks(), key=lambda pair: pair[1])]
     if len(tokens) < vocab_size - 1:
-        raise UserError(
-            f"--vocab-size {vocab_size}: the text gives only {len(tokens) + 1} tokens: give more text or a smaller size"
-        )
+        only = f"the text gives only {len(tokens) + 1} tokens: give more text or a smaller size"
+        raise UserError(f"--vocab-size {vocab_size}: {only}")
     return tokens

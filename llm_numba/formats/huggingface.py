@@ -1,11 +1,8 @@
-"""Hugging Face model folders: config.json, model.safetensors (or several, with an index), and tokenizer.json (or
-vocab.json with merges.txt)."""
+"""Hugging Face model folders: config.json, model.safetensors (or shards of it), and tokenizer.json (or vocab.json with
+merges.txt)."""
 
-import contextlib
 import json
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,21 +14,19 @@ from safetensors.numpy import save_file
 from llm_numba.data.tokenizer import END_OF_TEXT, PATTERN, checked_encoding
 from llm_numba.models import MODELS, Model
 from llm_numba.util.cli import UserError
+from llm_numba.util.download import from_hub
 from llm_numba.util.files import write_whole
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model-*-of-*.safetensors"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # --dtype -> config.json's
 READABLE = ("F32", "F16", "BF16")
-BPE = {
-    "type": ("BPE",),
-    "dropout": (None, 0),
-    "continuing_subword_prefix": ("", None),
-    "end_of_word_suffix": ("", None),
-    "byte_fallback": (False,),
-    "ignore_merges": (False,),
-}
+PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+
+# Accepted values of a tokenizer's settings; the first is the default
+BPE = {"type": ("BPE",), "dropout": (None, 0)}
+BPE |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ("", None))
+BPE |= dict.fromkeys(("byte_fallback", "ignore_merges"), (False,))
 BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)}
 
 # Each byte is written as a printable character: itself if printable, or else one from 256 on
@@ -45,26 +40,38 @@ BYTES = {character: byte for byte, character in CHARACTERS.items()}
 # The model
 
 
+def open_published(name: str) -> tuple[Model, Callable, Iterator[tuple[str, np.ndarray]]]:
+    """(model, tokenizer, parameters) of OpenAI's GPT-2. Config and tokenizer are downloaded at once, the weights when
+    they are used. Errors: UserError if a download fails."""
+    from_hub(PUBLISHED[name], TOKENIZER)
+    folder = from_hub(PUBLISHED[name], CONFIG).parent
+    model = read_config(folder)
+
+    def parameters():
+        from_hub(PUBLISHED[name], WEIGHTS, revision=folder.name)
+        yield from read_parameters(folder, model)
+
+    return model, lambda: read_tokenizer(folder), parameters()
+
+
 def read_config(folder: Path) -> Model:
     """The model in config.json. Errors: an unsupported architecture; impossible sizes."""
     path = folder / CONFIG
     found = read_json(path)
     kinds = [kind for kind in MODELS.values() if hasattr(kind, "huggingface")]
     known = {kind.huggingface.accepted["model_type"][0]: kind for kind in kinds}
-    model_type = found.get("model_type", "gpt2")
-    if not isinstance(model_type, str) or model_type not in known:
-        raise UserError(f"{path}: model_type is {short(model_type)}, expected {' or '.join(known)}")
-    kind = known[model_type]
-    names = kind.huggingface
-    check_values(path, found, names.accepted)
-    for key in names.sizes.values():
-        if type(found.get(key)) is not int or found[key] >= 2**31:
-            raise UserError(f"{path}: {key} is {short(found.get(key))}, expected an integer below 2**31")
+    check_values(path, found, {"model_type": tuple(known)})
+    kind = known[found.get("model_type", "gpt2")]
+    sizes = {field: found.get(key) for field, key in kind.huggingface.sizes.items()}
+    check_values(path, found, kind.huggingface.accepted)
+    for field, key in kind.huggingface.sizes.items():
+        if type(sizes[field]) is not int or sizes[field] >= 2**31:
+            raise UserError(f"{path}: {key} is {short(sizes[field])}, expected an integer below 2**31")
     try:
-        model = kind(**{field: found[key] for field, key in names.sizes.items()})
+        model = kind(**sizes)
     except UserError as error:
         raise UserError(f"{path}: impossible sizes: {error}") from error
-    check_values(path, found, names.accepted_for(model))
+    check_values(path, found, kind.huggingface.accepted_for(model))
     return model
 
 
@@ -74,50 +81,42 @@ def read_parameters(folder: Path, model: Model) -> Iterator[tuple[str, np.ndarra
     The headers of all files are checked before this returns. Errors: pickled weights; tensors that are missing,
     unknown, of another shape or dtype; a tied tensor that differs.
     """
-    with contextlib.ExitStack() as stack:
-        tensors = {}
-        for path in weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, "numpy", backend="pread"))
+    names, tensors = model.huggingface, {}  # name without its prefix -> (path, name, shape, dtype)
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "numpy", backend="pread") as file:
                 for name in file.keys():
-                    short_name = name.removeprefix(model.huggingface.prefix)
-                    if short_name in tensors:
+                    if (key := name.removeprefix(names.prefix)) in tensors:
                         raise UserError(f"{path}: {short(name)} appears twice")
-                    tensors[short_name] = file, name
-            except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())  # it may quote names from the file, of any characters
-                raise UserError(f"{path}: truncated, damaged or not a safetensors file ({reason})") from error
-        check_tensors(folder, model, tensors)
-        files = stack.pop_all()
+                    header = file.get_slice(name)
+                    tensors[key] = path, name, tuple(header.get_shape()), header.get_dtype()
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())  # it may quote names from the file, of any characters
+            raise UserError(f"{path}: truncated, damaged or not a safetensors file ({reason})") from error
+    check_tensors(folder, model, tensors)
 
-    def read(name: str) -> np.ndarray:
-        file, full_name = tensors[name]
-        return file.get_tensor(full_name).astype(np.float32, copy=False)
+    def read(key: str) -> np.ndarray:
+        path, name, _, _ = tensors[key]
+        with safe_open(path, "numpy", backend="pread") as file:
+            return file.get_tensor(name).astype(np.float32, copy=False)
 
     def parameters():
-        with files:
-            for copy, original in model.huggingface.tied.items():
-                if copy in tensors and not np.array_equal(read(copy), read(original)):
-                    raise UserError(f"{folder}: {copy} differs from {original}, expected the same tensor")
-            for spec in model.parameters():
-                layers = range(model.num_layers if spec.per_layer else 1)
-                values = [read(model.huggingface.tensors[spec.name].format(l)) for l in layers]
-                values = [x.T if spec.name in model.huggingface.transposed else x for x in values]
-                yield spec.name, np.stack(values) if spec.per_layer else values[0]
+        for copy, original in names.tied.items():
+            if copy in tensors and not np.array_equal(read(copy), read(original)):
+                raise UserError(f"{folder}: {copy} differs from {original}, expected the same tensor")
+        for spec in model.parameters():
+            layers = range(model.num_layers if spec.per_layer else 1)
+            values = [read(names.tensors[spec.name].format(l)) for l in layers]
+            values = [x.T if spec.name in names.transposed else x for x in values]
+            yield spec.name, np.stack(values) if spec.per_layer else values[0]
 
     return parameters()
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with a folder's weights."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        map_of = read_json(folder / INDEX).get("weight_map")
-        names = list(map_of.values()) if isinstance(map_of, dict) else []
-        if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
-            raise UserError(f"{folder / INDEX}: expected a weight_map from tensors to .safetensors files beside it")
-        return [folder / name for name in sorted(set(names))]
+    if files := [path for path in [folder / WEIGHTS] if path.exists()] or sorted(folder.glob(SHARDS)):
+        return files
     if any(folder.glob("pytorch_model*")):
         raise UserError(
             f"{folder}: its weights are a pickle, which can execute code: convert it first, with transformers: "
@@ -127,29 +126,27 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_tensors(folder: Path, model: Model, tensors: dict) -> None:
-    """Raise a UserError unless `tensors` (name -> file, full name) are those of this model, of readable dtypes."""
-    names = {name for name in tensors if not model.huggingface.ignored.fullmatch(name)} - model.huggingface.tied.keys()
-    layers = range(min(model.num_layers, len(names) + 1))  # bounded by the files, whatever the model says
+    """Raise a UserError unless `tensors` are those of this model, of readable dtypes."""
+    names = model.huggingface
+    found = {name for name in tensors if not names.ignored.fullmatch(name)} - names.tied.keys()
+    layers = range(min(model.num_layers, len(found) + 1))  # bounded by the files, whatever the model says
     expected = {}
     for spec in model.parameters():
         shape = (model.vocab_size, *spec.shape[1:]) if spec.name in model.vocab_parameters else spec.shape
-        shape = shape[::-1] if spec.name in model.huggingface.transposed else shape
-        pattern = model.huggingface.tensors[spec.name]
-        expected |= {pattern.format(l): shape for l in (layers if spec.per_layer else range(1))}
-    unknown, missing = names - expected.keys(), expected.keys() - names
-    if missing:
+        shape = shape[::-1] if spec.name in names.transposed else shape
+        expected |= {names.tensors[spec.name].format(l): shape for l in (layers if spec.per_layer else range(1))}
+    if missing := expected.keys() - found:
         raise UserError(f"{folder}: lacks tensors of the model in its {CONFIG}, such as {min(missing)}")
-    if unknown:
+    if unknown := found - expected.keys():
         raise UserError(f"{folder}: has tensors that the model in its {CONFIG} lacks, such as {short(min(unknown))}")
-    expected |= {copy: expected[original] for copy, original in model.huggingface.tied.items() if copy in tensors}
+    expected |= {copy: expected[original] for copy, original in names.tied.items() if copy in tensors}
     for name, shape in expected.items():
-        file, full_name = tensors[name]
-        header = file.get_slice(full_name)
-        if tuple(header.get_shape()) != shape:
-            found, wanted = (" x ".join(map(str, sizes)) for sizes in (header.get_shape(), shape))
-            raise UserError(f"{folder}: {full_name} is {found}, expected {wanted} from its {CONFIG}")
-        if header.get_dtype() not in READABLE:
-            raise UserError(f"{folder}: {full_name} is {header.get_dtype()}, expected {', '.join(READABLE)}")
+        _, full_name, found_shape, dtype = tensors[name]
+        if found_shape != shape:
+            has, wanted = (" x ".join(map(str, sizes)) for sizes in (found_shape, shape))
+            raise UserError(f"{folder}: {full_name} is {has}, expected {wanted} from its {CONFIG}")
+        if dtype not in READABLE:
+            raise UserError(f"{folder}: {full_name} is {dtype}, expected {', '.join(READABLE)}")
 
 
 def write_model(folder: Path, model: Model, parameters: dict[str, np.ndarray], dtype: str, end: int | None) -> None:
@@ -158,33 +155,25 @@ def write_model(folder: Path, model: Model, parameters: dict[str, np.ndarray], d
     parameters: by name, all layers together, with or without padding; dtype: "fp32" or "bf16"; end: the end-of-text
     token, if any.
     """
-    tensors = {}
+    names, tensors = model.huggingface, {}
     for name, values in parameters.items():
-        pattern = model.huggingface.tensors[name]
         values = np.asarray(values[: model.vocab_size] if name in model.vocab_parameters else values)
         values = values.astype(DTYPES[dtype], copy=False)
-        for l, x in enumerate(values) if "{}" in pattern else [(0, values)]:
-            x = np.ascontiguousarray(x.T if name in model.huggingface.transposed else x)
-            tensors[model.huggingface.prefix + pattern.format(l)] = x
+        for l, x in enumerate(values) if "{}" in names.tensors[name] else [(0, values)]:
+            x = np.ascontiguousarray(x.T if name in names.transposed else x)
+            tensors[names.prefix + names.tensors[name].format(l)] = x
     path = folder / WEIGHTS
     try:
         path.touch()
         mode = path.stat().st_mode
         save_file(tensors, path, {"format": "pt"})
         path.chmod(mode)  # safetensors makes its files readable by their owner only
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).rpartition('I/O error: ')[2]})") from error
-    document = {
-        "architectures": [model.huggingface.architecture],
-        **{key: values[0] for key, values in model.huggingface.accepted.items()},
-        **{key: getattr(model, field) for field, key in model.huggingface.sizes.items()},
-        **model.huggingface.written,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "torch_dtype": DTYPES[dtype],
-    }
+    document = {"architectures": [names.architecture]}
+    document |= {key: values[0] for key, values in names.accepted.items()}
+    document |= {key: getattr(model, field) for field, key in names.sizes.items()} | names.written
+    document |= {"bos_token_id": end, "eos_token_id": end, "torch_dtype": DTYPES[dtype]}
     write_json(folder / CONFIG, document)
 
 
@@ -220,7 +209,7 @@ def read_tokenizer(folder: Path) -> tiktoken.Encoding | None:
             raise ValueError("an added token is not special")
         ids = [*vocabulary.values(), *special.values()]
         if not all(type(id) is int for id in ids):
-            raise ValueError("an id is not a whole number")
+            raise ValueError("an id is not an integer")
         tokens = {as_bytes(token): id for token, id in vocabulary.items() if token not in special}
         pairs = [tuple(as_bytes(x) for x in (m.split(" ") if isinstance(m, str) else m)) for m in merges]
         encoding = checked_encoding("bpe", tokens, special)
@@ -247,27 +236,15 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, context: int) -> 
         raise UserError(f"{folder}: Hugging Face's format cannot represent this tokenizer: {error}") from error
     added = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": id, "content": text, **added} for text, id in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {
-            **{key: values[0] for key, values in BPE.items()},
-            "unk_token": None,
-            "fuse_unk": False,
-            "vocab": vocabulary | special,
-            "merges": [[as_text(a), as_text(b)] for a, b in merges],
-        },
-    }
+    document = {"version": "1.0", "truncation": None, "padding": None}
+    document["added_tokens"] = [{"id": id, "content": text, **added} for text, id in special.items()]
+    document |= {"normalizer": None} | dict.fromkeys(("pre_tokenizer", "post_processor", "decoder"), byte_level)
+    document["model"] = {key: values[0] for key, values in BPE.items()} | {"unk_token": None, "fuse_unk": False}
+    document["model"] |= {"vocab": vocabulary | special, "merges": [[as_text(a), as_text(b)] for a, b in merges]}
     write_json(folder / TOKENIZER, document)
-    ends = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": context}
-    write_json(folder / TOKENIZER_CONFIG, settings | ends)
+    settings |= {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
+    write_json(folder / TOKENIZER_CONFIG, settings)
 
 
 def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -301,13 +278,6 @@ def as_bytes(text: str) -> bytes:
 # JSON
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
-
-
 def read_json(path: Path) -> dict:
     try:
         found = json.loads(read_text(path))
@@ -316,6 +286,13 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {short(found)}")
     return found
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
 
 
 def write_json(path: Path, document: dict) -> None:

@@ -8,6 +8,7 @@ tokenizer     magic, version, V, the end-of-text token (version 1: GPT-2's); the
 """
 
 import math
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ HEADER = 256  # int32
 VERSIONS = {3: "<f4", 5: ml_dtypes.bfloat16}  # of a model -> its dtype
 STATE_VERSION = 2
 TOKENIZER = 20240328  # magic
-GPT2_SIZE, GPT2_END = 50257, 50256  # of a tokenizer of version 1
+GPT2_SIZE = 50257  # of a tokenizer of version 1; its last token is the end of text
 LONGEST = 255  # bytes of a token
 
 
@@ -40,8 +41,8 @@ def read_model(path: Path, versions=VERSIONS) -> tuple[Model, int, dict[str, np.
     if Vp < V:
         raise UserError(f"{path}: impossible sizes: a vocabulary of {V} padded to {Vp}")
     shapes = shapes_of(model, Vp)
-    elements = read_array(path, VERSIONS[int(header[1])], sum(map(math.prod, shapes.values())), 4 * HEADER)
-    return model, Vp, {name: x.astype(np.float32, copy=False) for name, x in split(elements, shapes).items()}
+    found = read_arrays(path, VERSIONS[int(header[1])], shapes, 4 * HEADER)
+    return model, Vp, {name: x.astype(np.float32, copy=False) for name, x in found.items()}
 
 
 def write_model(path: Path, model: Model, parameters: dict[str, np.ndarray], version: int = 3) -> None:
@@ -59,12 +60,11 @@ def read_state(path: Path, model: Model, Vp: int) -> SimpleNamespace:
     B, T = int(header[2]), int(header[3])
     if B < 1 or not 1 <= T <= model.max_seq_len:
         raise UserError(f"{path}: a batch of {B} x {T} tokens, but the model's context is {model.max_seq_len}")
-    tokens = read_array(path, "<i4", 2 * B * T, 4 * HEADER, whole=False).reshape(2, B, T)
+    tokens = read_array(path, "<i4", 2 * B * T, 4 * HEADER).reshape(2, B, T)
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise UserError(f"{path}: has tokens outside the model's vocabulary of {model.vocab_size}: of another model?")
     shapes = {"logits": (B, T, model.vocab_size), "loss": (1,)} | shapes_of(model, Vp)
-    elements = read_array(path, "<f4", sum(map(math.prod, shapes.values())), 4 * (HEADER + 2 * B * T))
-    found = split(elements, shapes)
+    found = read_arrays(path, "<f4", shapes, 4 * (HEADER + 2 * B * T))
     logits, loss = found.pop("logits"), float(found.pop("loss")[0])
     return SimpleNamespace(tokens=tokens[0], targets=tokens[1], logits=logits, loss=loss, gradients=found)
 
@@ -73,10 +73,9 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     """The encoding of a tokenizer file, with GPT-2's rule for splitting words, which is not in the file."""
     header = read_header(path, [TOKENIZER], "tokenizer", [1, 2])
     version, V, end = (int(x) for x in header[1:4])
-    if version == 1:
-        if V != GPT2_SIZE:
-            raise UserError(f"{path}: a tokenizer of version 1 with {V} tokens, expected GPT-2's {GPT2_SIZE}")
-        end = GPT2_END
+    if version == 1 and V != GPT2_SIZE:
+        raise UserError(f"{path}: a tokenizer of version 1 with {V} tokens, expected GPT-2's {GPT2_SIZE}")
+    end = V - 1 if version == 1 else end
     data = memoryview(path.read_bytes())[4 * HEADER :]
     tokens = []
     while data and len(tokens) < V:
@@ -98,10 +97,8 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
 def write_tokenizer(path: Path, encoding: tiktoken.Encoding) -> None:
     """Write a tokenizer file, version 2. Errors: an encoding that the format cannot represent."""
     if encoding._pat_str != PATTERN or [*encoding._special_tokens] != [END_OF_TEXT]:
-        raise UserError(
-            f"{path}: llm.c's format supports only tokenizers that split words as GPT-2's does and have {END_OF_TEXT} "
-            "as their only special token"
-        )
+        only = f"split words as GPT-2's does and have {END_OF_TEXT} as their only special token"
+        raise UserError(f"{path}: llm.c's format supports only tokenizers that {only}")
     tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.n_vocab)]
     longest = max(tokens, key=len)
     if len(longest) > LONGEST:
@@ -112,39 +109,35 @@ def write_tokenizer(path: Path, encoding: tiktoken.Encoding) -> None:
 
 
 def read_header(path: Path, magics, what: str, versions) -> np.ndarray:
-    header = read_array(path, "<i4", HEADER, 0, whole=False)
+    header = read_array(path, "<i4", HEADER, 0)
     if header[0] not in magics:
-        raise UserError(
-            f"{path}: not a {what} of llm.c: starts with {header[0]}, expected {' or '.join(map(str, magics))}"
-        )
+        expected = " or ".join(map(str, magics))
+        raise UserError(f"{path}: not a {what} of llm.c: starts with {header[0]}, expected {expected}")
     if header[1] not in versions:
         raise UserError(f"{path}: a {what} of version {header[1]}, expected {' or '.join(map(str, versions))}")
     return header
 
 
-def read_array(path: Path, dtype, count: int, offset: int, whole: bool = True) -> np.ndarray:
+def read_array(path: Path, dtype, count: int, offset: int, whole: bool = False) -> np.ndarray:
     """`count` elements from byte `offset` on, memory-mapped; whole: the file must end with them."""
-    dtype = np.dtype(dtype)
     try:
-        size = path.stat().st_size
-        needed = offset + count * dtype.itemsize
-        if size < needed or (whole and size > needed):
-            raise UserError(f"{path}: {size:,} bytes, expected {needed:,}: truncated, or of another model")
-        return np.memmap(path, np.uint8, "r", offset, (count * dtype.itemsize,)).view(dtype)
+        size, nbytes = path.stat().st_size, count * np.dtype(dtype).itemsize
+        if size < offset + nbytes or (whole and size > offset + nbytes):
+            raise UserError(f"{path}: {size:,} bytes, expected {offset + nbytes:,}: truncated, or of another model")
+        return np.memmap(path, np.uint8, "r", offset, (nbytes,)).view(dtype)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_arrays(path: Path, dtype, shapes: dict[str, tuple[int, ...]], offset: int) -> dict[str, np.ndarray]:
+    """Arrays of these shapes, one after the other from byte `offset` to the end of the file."""
+    counts = [math.prod(shape) for shape in shapes.values()]
+    elements = read_array(path, dtype, sum(counts), offset, whole=True)
+    parts = (elements[end - count : end] for end, count in zip(accumulate(counts), counts, strict=True))
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def shapes_of(model: Model, Vp: int) -> dict[str, tuple[int, ...]]:
     """parameter -> its shape in a file, all layers together, in the file's order."""
     shapes = {s.name: (model.num_layers, *s.shape) if s.per_layer else s.shape for s in model.parameters()}
     return shapes | {name: (Vp, *shapes[name][1:]) for name in model.vocab_parameters}
-
-
-def split(elements: np.ndarray, shapes: dict) -> dict[str, np.ndarray]:
-    found, start = {}, 0
-    for name, shape in shapes.items():
-        count = math.prod(shape)
-        found[name] = elements[start : start + count].reshape(shape)
-        start += count
-    return found

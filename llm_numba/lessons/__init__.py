@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-if "numba.cuda" not in sys.modules:  # once numba.cuda is loaded, the setting has no effect
-    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # read when Numba is imported
-    if "numba" in sys.modules:
-        sys.modules["numba"].config.ENABLE_CUDASIM = int(os.environ["NUMBA_ENABLE_CUDASIM"])
+from llm_numba.ops import simulate
+
+if "numba.cuda" not in sys.modules and "NUMBA_ENABLE_CUDASIM" not in os.environ:
+    simulate()
 
 FOLDER = Path(__file__).parents[2] / "lessons"
 FAST = os.environ.get("LESSONS_FAST", "0") != "0"  # small sizes, used by the tests: each lesson runs in seconds

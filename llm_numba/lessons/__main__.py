@@ -1,8 +1,8 @@
-"""The lessons: python -m llm_numba.lessons"""
+"""The lessons: llm-numba lessons"""
 
 import argparse
 
-from llm_numba.util.cli import Parser, exit_with
+from llm_numba.util.cli import Parser, UserError, command, exit_with
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,7 +44,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_results(device: str) -> int:
     from llm_numba.lessons import results
-    from llm_numba.util.cli import UserError
 
     path = results.write(device)
     if path is None:
@@ -61,7 +60,7 @@ def list_lessons() -> int:
         print(f"    python lessons/{script.name}, or open lessons/{script.with_suffix('.ipynb').name}")
     names = sorted(file.stem for file in (FOLDER / "exercises").glob("*.py"))
     print(f"exercises: {', '.join(names) or 'none yet'}")
-    print("check your solution: python -m llm_numba.lessons check lessons/exercises/NAME.py")
+    print(f"check your solution: {command('lessons', 'check', 'lessons/exercises/NAME.py')}")
     return 0
 
 

@@ -3,7 +3,7 @@
 exercise.show("layernorm_mean")  # the specification, an example, and the memory accesses of your code so far
 exercise.check("layernorm_mean")  # check the function in the file
 exercise.check("layernorm_mean", my_function)  # check a function defined in the notebook
-python -m llm_numba.lessons check my_file.py
+llm-numba lessons check my_file.py
 """
 
 import inspect

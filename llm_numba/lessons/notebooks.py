@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm_numba.lessons import FOLDER
-from llm_numba.util.cli import UserError, install
+from llm_numba.util.cli import UserError, command
 from llm_numba.util.files import write_whole
 
 TIMEOUT = 900  # seconds for one cell
@@ -37,26 +37,18 @@ def title_of(script: Path) -> str:
 
 def cells(path: Path) -> list[tuple[str, str]]:
     """(type, source) of every cell of a script or a notebook."""
-    try:
-        import jupytext
-    except ImportError as error:
-        raise missing_package(error) from error
+    import jupytext
+
     return [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
-
-
-def missing_package(error: ImportError) -> UserError:
-    return UserError(f"{error.name} is not installed: {install('lessons')}")
 
 
 def build(script: Path) -> Path:
     """Run a script's cells in a new kernel, in the lessons' folder, and write the notebook beside the script."""
-    try:
-        import jupytext
-        import nbformat
-        from nbclient import NotebookClient
-        from nbclient.exceptions import CellExecutionError
-    except ImportError as error:
-        raise missing_package(error) from error
+    import jupytext
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
     notebook = jupytext.read(script)
     notebook.metadata = nbformat.from_dict(KERNEL)
     try:
@@ -83,7 +75,7 @@ def complaints(script: Path) -> list[str]:
     """What is wrong with a lesson's notebook: it is missing, its cells differ from the script's, or it did not run to
     the end."""
     target = script.with_suffix(".ipynb")
-    rebuild = f"run python -m llm_numba.lessons build {script.stem[:2]}"
+    rebuild = f"run {command('lessons', 'build', script.stem[:2])}"
     if not target.exists():
         return [f"{target.name} is missing: {rebuild}"]
     import nbformat

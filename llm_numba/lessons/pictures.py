@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from llm_numba.lessons.counting import SECTOR, WARP, instructions
 from llm_numba.lessons.tracing import Trace
-from llm_numba.plot import COLOURS
+from llm_numba.training.loss_plot import COLOURS
 
 DPI = 80
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}

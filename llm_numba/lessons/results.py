@@ -9,7 +9,7 @@ from pathlib import Path
 from llm_numba.bench.machine import describe_versions
 from llm_numba.bench.tables import split_at_marker, table, write_tables
 from llm_numba.lessons import FOLDER
-from llm_numba.lessons.ladder import Ladder, in_words, ladders, rung_files
+from llm_numba.lessons.ladder import Ladder, format_sizes, ladders, rung_files
 from llm_numba.lessons.timing import COLUMNS, cells, times
 from llm_numba.util.files import write_whole
 
@@ -63,7 +63,7 @@ def page_tables() -> str:
         results = json.loads(path.read_text())
         lines = []
         for name, found in results["ladders"].items():
-            labels = [f"{name}, {in_words(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
+            labels = [f"{name}, {format_sizes(found['sizes'])}", *[""] * (len(found["rows"]) - 1)]
             lines += [[label, *line] for label, line in zip(labels, cells(found), strict=True)]
         head = f"{results['date']}, {results['machine']}; {results['versions']}."
         parts.append("\n".join([head, "", *table(["ladder", "rung", *COLUMNS], lines)]))

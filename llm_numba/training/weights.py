@@ -9,7 +9,7 @@ import tiktoken
 from tqdm import tqdm
 
 from llm_numba.arena import Arena
-from llm_numba.formats import huggingface, llmc, pretrained
+from llm_numba.formats import huggingface, llmc
 from llm_numba.models import Model
 from llm_numba.ops import Ops
 from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
@@ -30,8 +30,8 @@ class Weights(NamedTuple):
 def open_weights(source: str) -> Weights:
     """The weights that `source` names: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a Hugging Face folder; an llm.c .bin,
     or the folder of an exported one; a run folder or a checkpoint. Errors: UserError for anything else, or damage."""
-    if source in pretrained.PUBLISHED:
-        return Weights(*pretrained.open_published(source))
+    if source in huggingface.PUBLISHED:
+        return Weights(*huggingface.open_published(source))
     path = Path(source).expanduser()
     path = path / LLMC_MODEL if (path / LLMC_MODEL).exists() else path
     if (path / huggingface.CONFIG).exists():
@@ -44,7 +44,7 @@ def open_weights(source: str) -> Weights:
         return Weights(model, tokenizer, iter(parameters.items()))
     if path.is_file() or (path / "checkpoints").is_dir():
         return weights_of(open_checkpoint(path))
-    known = f"{', '.join(pretrained.PUBLISHED)}, a folder with a {huggingface.CONFIG}"
+    known = f"{', '.join(huggingface.PUBLISHED)}, a folder with a {huggingface.CONFIG}"
     raise UserError(f"{source}: expected one of {known}, an llm.c .bin, a run folder or a checkpoint")
 
 
