@@ -52,25 +52,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Errors: UserError if there is none, or if no run wrote it.
     """
     path = Path(path)
-    path, (tensors, record, tokenizer) = _load_newest(path) if path.is_dir() else (path, load(path))
+    if path.is_dir():
+        newest(path)
+        found, problems = _last_whole(_checkpoints(path / "checkpoints"))
+        if not found:
+            raise UserError(f"{problems[0]}; {path} has no whole checkpoint")
+        path, stored = found
+        for problem in problems:
+            note(f"note: {problem}; using {path}")
+    else:
+        stored = load(path)
+    tensors, record, tokenizer = stored
     model = check_record(path, tensors, record)
     recorded = settings.from_record(record["settings"], path)
     return Checkpoint(path, tensors, record, tokenizer and tokenizer_from_state(*tokenizer), model, recorded)
-
-
-def _load_newest(run_folder: Path) -> tuple[Path, Stored]:
-    newest(run_folder)
-    problems = []
-    for path in reversed(_checkpoints(run_folder / "checkpoints")):
-        try:
-            stored = _read(path)
-        except UserError as error:
-            problems.append(str(error))
-        else:
-            for problem in problems:
-                note(f"note: {problem}; using {path}")
-            return path, stored
-    raise UserError(f"{problems[0]}; {run_folder} has no whole checkpoint")
 
 
 def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
@@ -110,16 +105,23 @@ def load(path: str | Path) -> Stored:
     """What `save` wrote. Errors: UserError for a file that is missing, damaged or no checkpoint, which names the last
     whole checkpoint before it in the same run."""
     path = Path(path)
-    try:
-        return _read(path)
-    except UserError as error:
-        message = str(error)
-    for other in reversed([p for p in _checkpoints(path.parent) if _step(p) < _step(path)]):
-        with contextlib.suppress(UserError):
-            _read(other)
-            message += f"; use the last whole one before it: {other}"
-            break
-    raise UserError(message)
+    found, problems = _last_whole([p for p in _checkpoints(path.parent) if _step(p) < _step(path)] + [path])
+    if not found:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{problems[0]}; use the last whole one before it: {found[0]}")
+    return found[1]
+
+
+def _last_whole(paths: list[Path]) -> tuple[tuple[Path, Stored] | None, list[str]]:
+    """(the last of these checkpoints that is whole, what is wrong with each after it)."""
+    problems = []
+    for path in reversed(paths):
+        try:
+            return (path, _read(path)), problems
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems
 
 
 def check_record(path: str | Path, tensors: dict[str, np.ndarray], record: dict) -> Model:

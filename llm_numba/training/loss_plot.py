@@ -50,15 +50,15 @@ def figure_of(runs: list[Run], panels: list[tuple] = PANELS):
         for axis, (title, column, against, unit, smoothed, logarithmic) in zip(axes, panels, strict=False):
             scales = logarithmic if long else logarithmic.replace("x", "")
             for i, run in enumerate(runs):
-                draw(axis, i, run, column, against, smoothed, "x" in scales)
+                draw(axis, i, run, column, against, smoothed)
             axis.set(title=title, xlabel=against, ylabel=unit)
             finish(axis, scales)
         legend(axes[-1], runs)
     return figure
 
 
-def draw(axis, i: int, run: Run, column: str, against: str, smoothed: bool, positive: bool) -> None:
-    """Draw a column of run number `i`, if it has it; positive: only where x is."""
+def draw(axis, i: int, run: Run, column: str, against: str, smoothed: bool) -> None:
+    """Draw a column of run number `i`, if it has it."""
     if column not in run.columns or against not in ("step", *run.columns):
         return
     x = steps = run.columns[column][0]
@@ -67,8 +67,6 @@ def draw(axis, i: int, run: Run, column: str, against: str, smoothed: bool, posi
         known, values = run.columns[against]
         inside = (steps >= known[0]) & (steps <= known[-1])
         x, y, steps = np.interp(steps[inside], known, values), y[inside], steps[inside]
-    if positive:
-        x, y, steps = x[x > 0], y[x > 0], steps[x > 0]
     if smoothed:
         axis.plot(x, y, color=look(i)["color"], alpha=0.18, linewidth=0.7)
         axis.plot(x, smooth(y, spacing(steps)), **look(i), linewidth=1.6)
@@ -108,7 +106,7 @@ def finish(axis, logarithmic: str) -> None:
     thousands = FuncFormatter(lambda x, position: engineer(x, position).replace("G", "B"))
     longest, (low, high) = axis.get_xlim()[1], axis.get_ylim()
     if "x" in logarithmic:
-        axis.set_xscale("log")
+        axis.set_xscale("log", nonpositive="mask")  # llm.c starts at step 0
     if axis.get_xlabel() == "seconds" and longest > 300:
         unit, size = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
         axis.set_xlabel(unit)
