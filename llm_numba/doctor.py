@@ -91,11 +91,10 @@ def try_an_op(device: str) -> str:
     return f"an op runs and its result is right, on {threads} threads, thread layer {layer}"
 
 
-def toolkit() -> str:
-    major, missing = gpu.load_driver().CUDA_VERSION // 1000, gpu.missing_parts()
-    if missing:
-        raise UserError(f"CUDA {major}, {', '.join(missing)} not found: {gpu.INSTALL}")
-    return f"CUDA {major}: {', '.join((*gpu.LIBRARIES, 'libdevice'))}"
+def numba_cuda() -> str:
+    driver, missing = gpu.load_driver(), ", ".join(gpu.missing_parts())
+    parts = f"without {missing}: {gpu.INSTALL}" if missing else "complete"
+    return f"{version('numba-cuda')}, CUDA {driver.CUDA_VERSION // 1000} {parts}"
 
 
 def describe(index: int, found: gpu.Gpu) -> str:
@@ -130,10 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = {"--device cpu": report("ops", run_op, "cpu")}
 
     print("CUDA")
-    installed = report("numba-cuda", lambda: gpu.load_driver() and version("numba-cuda"))
+    installed = report("numba-cuda", numba_cuda)
     loads = installed and report("numba.cuda", lambda: importlib.import_module("numba.cuda") and "loads")
-    if installed:
-        report("toolkit", toolkit)
     if installed and report("driver", lambda: f"for CUDA {gpu.driver_version()}"):
         if report("GPUs", lambda: str(len(gpu.gpus()))):
             for index, found in enumerate(gpu.gpus()):

@@ -275,7 +275,10 @@ def test_a_plain_installation(tmp_path):
     assert rows["wandb"] == 'wandb not installed: pip install -e ".[wandb]"'
 
     done = without(missing, "lessons", "check", "layernorm_mean", cwd=tmp_path)
-    assert "numba-cuda, which is not installed" in error_line(done.returncode, done.stderr) and done.stdout == ""
+    assert (
+        "numba-cuda, which simulates the CUDA kernels, is not installed" in error_line(done.returncode, done.stderr)
+        and done.stdout == ""
+    )
 
 
 def test_this_machine(tmp_path):

@@ -218,14 +218,17 @@ def main(argv: list[str] | None = None) -> None:
     if lse:
         groups["attention weights"] = [lse._replace(name="weights", shape=(*lse.shape, source.T), per_layer=False)]
     check_memory(source, layout(groups, source.model.num_layers, "keep")[1], ops)
-    wanted = dict(args.save)
-    known = tensor_names(groups, source.model.num_layers)
+    arena = Arena(groups, source.model, "keep", ops)
+    wanted, known = dict(args.save), {"tokens", "targets", "dlogits"}
+    for group in "parameters", "activations", "activation gradients", "gradients":
+        known |= {name for _, name, _ in tensors_of(ops, arena, group)}
+    if lse:
+        known |= {f"{l}.att" for l in range(source.model.num_layers)}
     for name in wanted.keys() - known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--save {name}={wanted[name]}: no such tensor{hint}")
 
-    arena = Arena(groups, source.model, "keep", ops)
     m = arena.training()
     source.fill(ops, arena, m)
     batch = (("batch", name, ops.to_host(getattr(m, name))) for name in ("tokens", "targets"))
@@ -239,15 +242,6 @@ def main(argv: list[str] | None = None) -> None:
         if name in wanted:
             save(tensor, name, wanted[name])
     print(f"\nloss {float(np.mean(ops.to_host(m.losses), dtype=np.float64)):.4f}")
-
-
-def tensor_names(groups: Groups, L: int) -> set[str]:
-    """The names of the tensors that the command prints."""
-    names = {"tokens", "targets", "dlogits"}
-    for group in "parameters", "activations", "activation gradients", "gradients":
-        for spec in groups[group]:
-            names |= {f"{l}.{spec.name}" for l in range(L)} if spec.per_layer else {spec.name}
-    return names | {f"{l}.att" for l in range(L) if "attention weights" in groups}
 
 
 if __name__ == "__main__":
