@@ -31,17 +31,16 @@ GROUPS = {  # heading -> {name: (module, what it does)}
     },
     "Learn and develop": {
         "lessons": ("lessons.__main__", "list the lessons, check an exercise"),
-        "record-curve": ("training.expected_curve.__main__", "make a run the expected curve of later runs"),
+        "record-curve": ("training.expected_curve", "make a run the expected curve of later runs"),
     },
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
     lines = ["usage: llm-numba COMMAND ...   (or: python -m llm_numba COMMAND ...)"]
     for heading, group in GROUPS.items():
-        lines += ["", heading, *(f"  {name:<{width}}  {what}" for name, (_, what) in group.items())]
+        lines += ["", heading, *(f"  {name:<12}  {what}" for name, (_, what) in group.items())]
     return "\n".join([*lines, "", "llm-numba COMMAND --help lists the options of a command."])
 
 

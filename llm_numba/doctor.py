@@ -12,53 +12,33 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+import psutil
+
 from llm_numba import __version__
 from llm_numba.cuda import gpu, variants
 from llm_numba.util.cli import EXTRAS, Parser, UserError, exit_with, install
+from llm_numba.util.files import format_bytes
 from llm_numba.util.host import cgroup_limit, sensible_threads, usable_cpus
 
 PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "safetensors", "tiktoken")
-OPTIONAL = ("download", "lessons", "tensorboard", "trackio", "wandb")  # extras of pyproject.toml
 VECTORS = {"avx512f": "AVX-512, 512 bits", "avx2": "AVX2, 256 bits", "neon": "NEON, 128 bits"}  # widest first
 
 
-def words(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"fails: {type(error).__name__}: {text}"
-
-
-def report(name: str, say: Callable[[], str]) -> bool:
-    """Print a row of the table, with the error if there is one. Returns whether there was none."""
+def report(name: str, say: Callable[..., str], *arguments) -> bool:
+    """Print a row: what say(*arguments) returns, or its error. Returns whether there was none."""
     try:
-        text, works = say(), True
+        text, works = say(*arguments), True
     except Exception as error:
-        text, works = words(error), False
+        text, works = explain(error), False
     print(f"  {name:<14} {text}")
     return works
 
 
-def why_not_cuda(loads: bool) -> str | None:
-    try:
-        return gpu.obstacle() or (None if loads else "numba.cuda does not load")
-    except Exception as error:
-        return words(error)
-
-
-def package(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError as error:
-        raise UserError(f"not installed: {install()}") from error
-
-
-def optional(extra: str) -> str:
-    """The modules of an extra. Errors: UserError that names the missing ones."""
-    modules = [module for module, its_extra in EXTRAS.items() if its_extra == extra]
-    modules += ["numba_cuda"] if extra == "lessons" else []  # its simulator
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} not installed: {install(extra)}")
-    return f"{', '.join(modules)} installed"
+def explain(error: Exception) -> str:
+    if isinstance(error, PackageNotFoundError):
+        return f"not installed: {install()}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"fails: {type(error).__name__}: {text}"
 
 
 def processor() -> str:
@@ -70,29 +50,15 @@ def processor() -> str:
 
 
 def cores() -> str:
-    import psutil
-
-    quota = cgroup_limit("cpu.max")
+    quota, usable = cgroup_limit("cpu.max"), len(usable_cpus())
     limit = f"; its cgroup may use {quota:.3g}" if quota else ""
-    usable, threads = len(usable_cpus()), sensible_threads()
-    return f"{psutil.cpu_count()} logical, {usable} for this process{limit}: {threads} threads by default"
+    return f"{psutil.cpu_count()} logical, {usable} for this process{limit}: {sensible_threads()} threads by default"
 
 
 def memory() -> str:
-    import psutil
-
-    from llm_numba.util.files import format_bytes
-
     limit, now = cgroup_limit("memory.max"), psutil.virtual_memory()
     allowed = f"; this cgroup may use {format_bytes(limit)}" if limit else ""
     return f"{format_bytes(now.total)}, {format_bytes(now.available)} available{allowed}"
-
-
-def blas() -> str:
-    import numpy as np
-
-    found = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return f"{found['name']} {found.get('version', '')}"
 
 
 def run_op(device: str) -> str:
@@ -108,12 +74,13 @@ def run_op(device: str) -> str:
 
 def try_an_op(device: str) -> str:
     """Compile an op, run it and check its result."""
-    package = "llm_numba.cpu" if device == "cpu" else "llm_numba.cuda"
-    memory, gelu = (importlib.import_module(f"{package}.{file}") for file in ("memory", "gelu"))
-    out, inp = (memory.view(memory.allocate(4 * 32), 0, (1, 2, 16), "float32") for _ in range(2))
-    memory.to_device(inp, 1.0)
-    gelu.gelu_forward(out, inp)
-    if not (abs(memory.to_host(out) - 0.841192) < 1e-6).all():
+    from llm_numba.ops import get_ops
+
+    ops = get_ops(device)
+    out, inp = (ops.view(ops.allocate(4 * 32), 0, (1, 2, 16), "float32") for _ in range(2))
+    ops.to_device(inp, 1.0)
+    ops.gelu_forward(out, inp)
+    if not (abs(ops.to_host(out) - 0.841192) < 1e-6).all():
         raise ArithmeticError("gelu(1) is not 0.841192")
     if device != "cpu":
         return "an op runs and its result is right"
@@ -124,31 +91,25 @@ def try_an_op(device: str) -> str:
     return f"an op runs and its result is right, on {threads} threads, thread layer {layer}"
 
 
-def numba_cuda() -> str:
-    gpu.load_driver()  # raises a UserError if a package is missing
-    return version("numba-cuda")
-
-
-def load_numba_cuda() -> str:
-    importlib.import_module("numba.cuda")
-    return "loads"
-
-
 def toolkit() -> str:
-    major = gpu.load_driver().CUDA_VERSION // 1000
-    missing = gpu.missing_parts()
+    major, missing = gpu.load_driver().CUDA_VERSION // 1000, gpu.missing_parts()
     if missing:
         raise UserError(f"CUDA {major}, {', '.join(missing)} not found: {gpu.INSTALL}")
     return f"CUDA {major}: {', '.join((*gpu.LIBRARIES, 'libdevice'))}"
 
 
 def describe(index: int, found: gpu.Gpu) -> str:
-    from llm_numba.arena import format_bytes
-
-    precision = "fp32 and bf16" if found.has_bf16 else "fp32, no bf16"
-    if found.capability < gpu.OLDEST:
-        precision = "too old"
+    supported = "fp32 and bf16" if found.has_bf16 else "fp32, no bf16"
+    precision = "too old" if found.capability < gpu.OLDEST else supported
     return f"{found}, {precision}, {format_bytes(found.memory)}, {format_bytes(gpu.free_memory(index))} free"
+
+
+def optional(extra: str) -> str:
+    """The modules of an extra. Errors: UserError that names the missing ones."""
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: {install(extra)}")
+    return f"{', '.join(EXTRAS[extra])} installed"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,34 +121,37 @@ def main(argv: list[str] | None = None) -> int:
     report("llm_numba", lambda: __version__)
     report("Python", lambda: f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     for name in PACKAGES:
-        report(name, lambda name=name: package(name))
-    report("NumPy's BLAS", blas)
+        report(name, version, name)
 
     print("CPU")
     report("processor", processor)
     report("cores", cores)
     report("memory", memory)
-    runs = {"--device cpu": report("ops", lambda: run_op("cpu"))}
+    runs = {"--device cpu": report("ops", run_op, "cpu")}
 
     print("CUDA")
-    installed = report("numba-cuda", numba_cuda)
-    loads = installed and report("numba.cuda", load_numba_cuda)
+    installed = report("numba-cuda", lambda: gpu.load_driver() and version("numba-cuda"))
+    loads = installed and report("numba.cuda", lambda: importlib.import_module("numba.cuda") and "loads")
     if installed:
         report("toolkit", toolkit)
     if installed and report("driver", lambda: f"for CUDA {gpu.driver_version()}"):
         if report("GPUs", lambda: str(len(gpu.gpus()))):
             for index, found in enumerate(gpu.gpus()):
-                report(f"GPU {index}", lambda index=index, found=found: describe(index, found))
-    reason = why_not_cuda(loads)
+                report(f"GPU {index}", describe, index, found)
+    try:
+        reason = gpu.obstacle() or ("" if loads else "numba.cuda does not load")
+    except Exception as error:
+        reason = explain(error)
     if not reason:
         dtype = "bf16" if gpu.gpus()[0].has_bf16 else "fp32"
-        runs[f"--device cuda --dtype {dtype}"] = report("ops", lambda: run_op("cuda"))
+        runs[f"--device cuda --dtype {dtype}"] = report("ops", run_op, "cuda")
         report("variants", lambda: "".join("\n    {:<10} {} {:>5}: {}".format(*row) for row in variants.explain()))
-    runs["--device cudasim"] = report("simulator", lambda: run_op("cudasim"))
+    runs["--device cudasim"] = report("simulator", run_op, "cudasim")
 
     print("optional packages")
-    for extra in OPTIONAL:
-        report(extra, lambda extra=extra: optional(extra))
+    for extra in EXTRAS:
+        if extra not in ("", "cuda"):
+            report(extra, optional, extra)
 
     print(f"\nworks here: {', '.join(flags for flags, works in runs.items() if works) or 'nothing'}")
     if reason:

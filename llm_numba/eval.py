@@ -19,9 +19,8 @@ from llm_numba.training import settings
 from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
 from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.run_data import data_of
-from llm_numba.training.scoring import forward_and_loss, scorer
 from llm_numba.training.settings import Settings
-from llm_numba.training.step import set_parameter
+from llm_numba.training.step import forward_and_loss, scorer, set_parameter
 from llm_numba.util.cli import Parser, UserError, exit_with, note
 from llm_numba.util.files import format_bytes
 

@@ -13,17 +13,16 @@ import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
+from llm_numba.arena import DTYPES
 from llm_numba.cuda import variants
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import Parser, UserError
+from llm_numba.util.host import usable_cpus
 
 # file of the device -> its ops -> the arguments that an op writes or adds to
 CONTRACT = {
     "memory": {"zero": ("tensor",), "copy": ("out",), "to_device": ("tensor",)},
     "encoder": {"encoder_forward": ("out",), "encoder_backward": ("dwte", "dwpe")},
-    "layernorm": {
-        "layernorm_forward": ("out", "mean", "rstd"),
-        "layernorm_backward": ("dinp", "dweight", "dbias"),
-    },
+    "layernorm": {"layernorm_forward": ("out", "mean", "rstd"), "layernorm_backward": ("dinp", "dweight", "dbias")},
     "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
     "attention": {
         "attention_forward": ("out", "lse"),
@@ -50,10 +49,9 @@ BACKEND = {
         "set_threads",
         "capture",
         "describe_device",
-    ),
+    ),  # fmt: skip
     "peak": ("peak_flops", "peak_bandwidth", "timed"),
 }
-
 
 DEVICES = ("auto", "cpu", "cuda", "cudasim")  # cudasim: the CUDA kernels in Numba's simulator
 
@@ -68,6 +66,18 @@ class Ops(SimpleNamespace):
     def wrap(self, wrapper: Callable[[str, Callable], Callable], names: Iterable[str] = WRITES) -> "Ops":
         """The same ops, with wrapper(name, op) in place of each op among `names`."""
         return self.replace(**{name: wrapper(name, getattr(self, name)) for name in names})
+
+
+def device_flags(parser: Parser, *others: str) -> None:
+    """Add --device and, if `others` names them, --dtype and --threads to a command."""
+    help = "auto (default): a CUDA GPU if there is one, else the CPU"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=help)
+    if "dtype" in others:
+        help = "bf16 needs a CUDA GPU (default: fp32)"
+        parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help=help)
+    if "threads" in others:
+        help = "CPU threads, at most the cores that this process may use; 0: one for each physical core"
+        parser.number("--threads", 0, help, most=len(usable_cpus()), metavar="N")
 
 
 def choose_device(device: str) -> str:
@@ -92,11 +102,7 @@ def simulate() -> None:
 
 
 def get_ops(
-    device: str,
-    dtype: str = "fp32",
-    interpret: Iterable[str] = (),
-    no_jit: bool = False,
-    variant: Iterable[str] = (),
+    device: str, dtype: str = "fp32", interpret: Iterable[str] = (), no_jit=False, variant: Iterable[str] = ()
 ) -> Ops:
     """The ops of a device ("cpu", "cuda" or "cudasim").
 
@@ -116,9 +122,7 @@ def get_ops(
     if device != "cpu":
         variants.force((family, name) for family, _, name in (value.partition("=") for value in variant))
     elif variant:
-        raise UserError(
-            f"--variant {' '.join(variant)}: the CPU has no variants; remove the flag, or use --device cuda"
-        )
+        raise UserError(f"--variant {' '.join(variant)}: the CPU has no variants; leave it out, or use --device cuda")
     if no_jit:
         from numba import config  # imported here: the command line reads the contract without loading Numba
 

@@ -3,17 +3,8 @@
 from pathlib import Path
 
 from llm_numba.training.loss_plot import FORMATS, write_figure
-from llm_numba.training.read_log import Run, read_run
+from llm_numba.training.read_log import read_run
 from llm_numba.util.cli import Parser, UserError, exit_with, note
-
-
-def with_distinct_names(runs: list[Run], paths: list[Path]) -> list[Run]:
-    """The runs; those with the same name are named by their paths."""
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else run._replace(name=str(path))
-        for run, path in zip(runs, paths, strict=True)
-    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,16 +12,10 @@ def main(argv: list[str] | None = None) -> None:
         prog="llm-numba plot",
         description="Draw the losses, gradient norms, learning rates and speeds of runs in one figure.",
     )
-    parser.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="+",
-        type=Path,
-        help="a run folder, a log.jsonl, llm.c's main.log, or JSON with step or iter, and loss or train/loss",
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("runs.png"), help=".png, .svg or .pdf (default: runs.png)"
-    )
+    runs_help = "a run folder, a log.jsonl or llm.c's main.log"
+    out_help = ".png, .svg or .pdf (default: runs.png)"
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=runs_help)
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("runs.png"), help=out_help)
     args = parser.parse_args(argv)
     if args.out.suffix not in FORMATS:
         raise UserError(f"--out {args.out}: expected a file name ending in {', '.join(FORMATS)}")
@@ -40,7 +25,10 @@ def main(argv: list[str] | None = None) -> None:
         runs.append(run)
         if damaged:
             note(f"note: {path}: skipped {damaged} damaged lines")
-    write_figure(args.out, with_distinct_names(runs, args.runs))
+    names = [run.name for run in runs]
+    pairs = zip(runs, args.runs, strict=True)
+    runs = [run if names.count(run.name) == 1 else run._replace(name=str(path)) for run, path in pairs]
+    write_figure(args.out, runs)
     print(args.out)
 
 

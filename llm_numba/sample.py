@@ -1,17 +1,15 @@
 """Generate text with a trained model: llm-numba sample RUN --prompt "def " """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from llm_numba.arena import Arena
-from llm_numba.ops import DEVICES, choose_device, get_ops
+from llm_numba.ops import choose_device, device_flags, get_ops
 from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
 from llm_numba.training.generate import Choice, encode_prompt, generate, generation_groups, generation_step, text_of
 from llm_numba.training.memory_plan import complete
 from llm_numba.training.precompile import precompile_generation
-from llm_numba.training.settings import Settings, check
 from llm_numba.util.cli import Parser, UserError, exit_with
 
 
@@ -25,41 +23,18 @@ def load(stored: Checkpoint, ops) -> Arena:
     return arena
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="llm-numba sample",
-        description="Print text that a trained model generates.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
-    parser.add_argument("--prompt", default="", help="the text to continue; empty: start a new text")
-    parser.add_argument("--length", type=int, default=200, metavar="TOKENS", help="tokens to generate, at most")
-    parser.add_argument("--number", type=int, default=1, metavar="N", help="how many texts")
-    parser.add_argument("--temperature", type=float, default=0.8, help="lower is more predictable; 0: most likely only")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only tokens that sum to P; 1: all")
-    parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same texts")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one, else the CPU")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one for each physical core")
-    args = parser.parse_args(argv)
-    for flag, value, lowest, highest in (
-        ("--length", args.length, 1, None),
-        ("--number", args.number, 1, None),
-        ("--temperature", args.temperature, 0, None),
-        ("--top-k", args.top_k, 0, None),
-        ("--top-p", args.top_p, 0, 1),
-        ("--seed", args.seed, 0, None),
-        ("--threads", args.threads, 0, None),
-    ):
-        if not (value >= lowest and (highest is None or value <= highest)):
-            bounds = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
-            raise UserError(f"{flag} {value}: must be {bounds}")
-    check(Settings(threads=args.threads))
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    parser = Parser(prog="llm-numba sample", description="Print text that a trained model generates.")
+    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
+    parser.add_argument("--prompt", default="", help="the text to continue (default: start a new text)")
+    parser.number("--length", 200, "tokens to generate, at most", least=1, metavar="TOKENS")
+    parser.number("--number", 1, "how many texts", least=1, metavar="N")
+    parser.number("--temperature", 0.8, "lower is more predictable; 0: most likely only")
+    parser.number("--top-k", 0, "only the K most likely tokens; 0: all", metavar="K")
+    parser.number("--top-p", 0.95, "only tokens that sum to P; 1: all", most=1, metavar="P")
+    parser.number("--seed", 42, "the same seed gives the same texts")
+    device_flags(parser, "threads")
+    args = parser.parse_args(argv)
     stored = open_checkpoint(args.run)
     encoding = stored.encoding
     if encoding is None:

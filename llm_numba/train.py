@@ -65,20 +65,17 @@ def resume(given: Settings, explicit: set[str]) -> tuple[Settings, Checkpoint]:
 def note_changes(path: Path, recorded: dict, checkpoint_path: Path) -> None:
     """Report a settings.json that does not say what the checkpoint says, which counts."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = recorded | json.loads(path.read_text(encoding="utf-8"))
         lasting = [name for name, f in settings.FIELDS.items() if not f.metadata["once"] and name != "out"]
-        differing = [name for name in lasting if found.get(name, recorded[name]) != recorded[name]]
-    except (OSError, ValueError, AttributeError) as error:
+        differing = ", ".join(name for name in lasting if found[name] != recorded[name])
+        problem = differing and f"differs in {differing}"
+    except (OSError, ValueError, TypeError) as error:
         problem = f"is missing or damaged ({error})"
-    else:
-        problem = f"differs in {', '.join(differing)}" if differing else ""
     if problem:
         note(f"note: {path} {problem}; the settings in {checkpoint_path} are used")
 
 
-def train(
-    s: Settings, ops: Ops, model: Model, weights: Weights | None, stored: Checkpoint | None, started: float
-) -> int:
+def train(s: Settings, ops: Ops, model: Model, weights: Weights | None, stored: Checkpoint | None, started: float):
     """Run the whole training, from data to the last checkpoint.
 
     weights: those to start from, or None for random ones; stored: the checkpoint to continue from, or None.
@@ -90,8 +87,9 @@ def train(
     train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
     val_loader = Loader(corpus.val, s.batch_size, T, s.seed, s.shuffle, "--val-data or --val-fraction")
     steps = steps_of(s, T, train_loader.windows_per_epoch)
-    examples, remark = hellaswag.read_examples(s.eval_data, corpus.encoding, T, 0, "--eval-data") if s.eval_every else (
-        None, None)  # fmt: skip
+    examples = remark = None
+    if s.eval_every:
+        examples, remark = hellaswag.read_examples(s.eval_data, corpus.encoding, T, 0, "--eval-data")
     groups = run_groups(s, model, T, ops)
     check_memory(groups, s, model, ops)
     if stored:

@@ -20,9 +20,9 @@ ALIGNMENT = 64
 GUARD = 256  # bytes before and after each array
 MOST_INTERPRETED = 256  # elements of an activation in a test that runs as plain Python
 DEVICES = ("cpu", "cudasim", "cuda")
-FAULT_FILES = {"test_faults", "test_strangers", "test_survival"}
+FAULT_FILES = {"test_faults", "test_untrusted", "test_survival"}
 SLOW_FILES = {
-    *("test_assembled", "test_bench", "test_bf16", "test_borrowed", "test_compilation", "test_debugging"),
+    *("test_assembled", "test_bench", "test_bf16", "test_override", "test_compilation", "test_debugging"),
     *("test_devices", "test_eval", "test_huggingface", "test_lessons", "test_lessons_tools", "test_llmc"),
     *("test_plain_python", "test_weights"),
 }

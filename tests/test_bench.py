@@ -226,7 +226,7 @@ def test_the_page_has_a_section_for_every_device_and_dtype():
 def test_rejected_arguments(monkeypatch, line, message):
     monkeypatch.setattr(bench, "DOCS", Path("no-such-page.md"))
     monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(bench, "warm_up", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(bench, "precompile", lambda *_: pytest.fail("it started"))
     with pytest.raises(UserError, match=message):
         bench.main([*(() if "--device" in line else ("--device", "cpu")), *line.split()])
 
@@ -389,7 +389,7 @@ def test_default_shapes_fit_the_context(name, preset_name, shapes):
 @pytest.mark.parametrize("op, name", CHECKED)
 def test_an_op_with_a_wrong_result_is_not_timed(op, name):
     ops, sizes = get_ops("cpu"), CHECKED[op, name]
-    op_cases.build(ops, op, sizes, NANO)
+    op_cases.build(ops, op, sizes)
     right = getattr(ops, op)
     position = list(inspect.signature(right).parameters).index(name)
 
@@ -399,7 +399,7 @@ def test_an_op_with_a_wrong_result_is_not_timed(op, name):
 
     setattr(ops, op, wrong)
     with pytest.raises(AssertionError, match=f"{op} .*differs from the oracle"):
-        op_cases.build(ops, op, sizes, NANO)
+        op_cases.build(ops, op, sizes)
 
 
 def test_a_wrong_op_has_no_row_and_the_others_have_one(device, monkeypatch):
@@ -428,7 +428,7 @@ def test_ops_in_bf16(device, monkeypatch):
     ops, tiny = get_ops(device, "bf16"), dict(B=1, T=4, C=16)
     cases = {("residual_layernorm_forward", 4 * 4 * 16 * 2): tiny, ("adamw_update", 64 * 30): dict(n=64)}
     for (op, nbytes), sizes in cases.items():
-        assert op_cases.build(ops, op, sizes, NANO, "bfloat16").nbytes == nbytes
+        assert op_cases.build(ops, op, sizes, "bfloat16").nbytes == nbytes
     right = ops.residual_layernorm_forward
 
     def wrong(residual, out, *rest):
@@ -437,7 +437,7 @@ def test_ops_in_bf16(device, monkeypatch):
 
     ops.residual_layernorm_forward = wrong
     with pytest.raises(AssertionError, match="residual_layernorm_forward .*differs from the oracle"):
-        op_cases.build(ops, "residual_layernorm_forward", tiny, NANO, "bfloat16")
+        op_cases.build(ops, "residual_layernorm_forward", tiny, "bfloat16")
 
 
 def test_large_inputs_are_periodic(monkeypatch):
@@ -460,9 +460,7 @@ def test_a_step_on_a_gpu_is_timed_with_and_without_a_graph(monkeypatch):
 
 
 def test_a_nan_loss_is_reported(monkeypatch):
-    monkeypatch.setattr(
-        races.model, "initialise", lambda ops, arena, seed: arena.tensors["parameters", "wpe"].fill(np.nan)
-    )
+    monkeypatch.setattr(races, "initialise", lambda ops, arena, seed: arena.tensors["parameters", "wpe"].fill(np.nan))
     made = results(builds=[])
     races.run_step(get_ops("cpu"), NANO, 1, 4, 1, {}, made)
     assert not made["rows"] and made["wrong"] == ["step 1 of 1 x 4: the loss is nan"]

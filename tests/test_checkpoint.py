@@ -153,9 +153,9 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "text").write_text("not a safetensors file, but a text of some length")
     assert "not a safetensors file" in error_of(load, tmp_path / "text")
     save_file({"wte": np.zeros(3, np.float32)}, tmp_path / "other")
-    assert "no checkpoint" in error_of(load, tmp_path / "other")
+    assert "not a checkpoint" in error_of(load, tmp_path / "other")
     save_file({"wte": np.zeros(3, np.float32)}, tmp_path / "other", {"format": "pt"})
-    assert "no checkpoint" in error_of(load, tmp_path / "other")
+    assert "not a checkpoint" in error_of(load, tmp_path / "other")
 
 
 def test_another_version_s_checkpoint(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from llm_numba.data.tokenizer import load_tokenizer, tokenizer_state
 from llm_numba.models import preset
 from llm_numba.ops import get_ops
 from llm_numba.training import checkpoint
+from llm_numba.training.checkpoint import open_checkpoint
 from llm_numba.training.settings import Settings, to_record
 
 pytestmark = pytest.mark.compiled
@@ -115,7 +116,7 @@ def test_hellaswag_is_what_pytorch_says(tmp_path, capsys, rng, parameters, T, wo
             losses = by_torch(parameters, tokens[-(T + 1) :])[-n:]
             sums[i, j], means[i, j] = losses.sum(), losses.mean()
 
-    trained = checkpoint.open_checkpoint(folder)
+    trained = open_checkpoint(folder)
     read, note = hellaswag.read_examples(file, trained.encoding, T, 0, "--data")
     assert (f"{cut} of 100 contexts with endings are longer than {T} tokens" in note) if cut else note is None
     assert (cut > 0) == (words > 1)
@@ -284,7 +285,7 @@ def test_on_every_device(tmp_path, rng, parameters):
     device = "cuda" if DEVICE == "cuda" else "cudasim"
     folder = write_checkpoint(tmp_path / "run", NANO, parameters, sequence_length=2)
     file = write_examples(tmp_path / "h.jsonl", some_examples(rng, 1))
-    trained = checkpoint.open_checkpoint(folder)
+    trained = open_checkpoint(folder)
     examples, _ = hellaswag.read_examples(file, BYTES, 2, 0, "--data")
     found = []
     for name in "cpu", device:

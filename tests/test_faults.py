@@ -33,7 +33,7 @@ from programs import (
     write_text,
 )
 
-from llm_numba import sample
+from llm_numba import sample, train
 from llm_numba.data.shards import write_shard
 from llm_numba.training import checkpoint
 
@@ -133,7 +133,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(whole, text, tmp_path, capsys, 
         process.send_signal(number)
         out, err = process.communicate()
     assert process.returncode == 128 + number
-    assert err.decode().split() == f"{number.name}: stopping after this step; once more stops at once".split()
+    assert err.decode().split() == f"{number.name}: stopping after this step; again to stop at once".split()
     steps = len(rows_of(folder))
     assert 21 <= steps < STEPS and steps_of(folder)[-1] == steps
     *_, stopped, go_on = out.decode().splitlines()  # the path has a space
@@ -148,15 +148,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint(whole, text, tmp_path, capsys, 
 @posix
 def test_a_signal_before_the_first_step(whole, text, tmp_path, capsys, monkeypatch):
     """Even then the run can be resumed."""
-    from llm_numba import train
-
     folder = tmp_path / "run"
 
-    def checked(ops, m, arena, state):  # called just before the first step
+    def checked(ops, *_):  # called just before the first step
         os.kill(os.getpid(), signal.SIGTERM)
         return ops
 
-    monkeypatch.setattr(train, "checked", checked)
+    monkeypatch.setattr("llm_numba.training.trainer.checked", checked)
     arguments = ("--data", text, *QUICK, *RUN, "--out", folder)
     assert run_here(*arguments, "--check-finite") == 128 + signal.SIGTERM
     assert steps_of(folder) == [0] and rows_of(folder) == []
@@ -172,7 +170,7 @@ def test_a_second_signal_ends_the_run_at_once(text, tmp_path):
         assert wait_until(lambda: "first step" in text_of(folder / "train.log"), process), process.stderr.read()
         process.send_signal(signal.SIGINT)
         line = process.stderr.readline() + process.stderr.readline()
-        assert b"once more stops at once" in line
+        assert b"again to stop at once" in line
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err.decode()) == (130, "stopped by Ctrl-C\n")
@@ -255,7 +253,7 @@ def test_a_bad_flag_in_a_subprocess(tmp_path):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (None, "no text and no .bin shard there"),
+        (None, "no text and no .bin shard found"),
         (b"", "empty"),
         (b"too short", "--sequence-length"),
         (b"the cat\xff sat " * 500, "not UTF-8 at byte 7"),
@@ -293,19 +291,21 @@ def test_a_bad_shard(tmp_path, monkeypatch, capfd, what):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_checkpoint(copy, capfd, damage):
-    """If it is requested by name, the error names the previous good one; a run resumes from that one."""
+    """If it is requested by name, the error names the previous good one; a run's folder uses that one."""
     path = checkpoint.newest(copy)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes({"cut": content[:-100], "flipped": content, "empty": b""}[damage])
     before = files_in(copy)
-    for arguments, program in [(("--resume", path), None), ((copy,), sample), ((path,), sample)]:
-        line = refused(capfd, *arguments, **({"program": program} if program else {}))
+    for arguments, program in [(("--resume", path), train), ((path,), sample)]:
+        line = refused(capfd, *arguments, program=program)
         assert str(path) in line and "step_000002" in line
+    run_here(copy, "--length", 1, program=sample)
+    assert f"using {checkpoint.checkpoint_path(copy, 2)}" in capfd.readouterr().err
     assert files_in(copy) == before
     run_here("--resume", copy)
     err = capfd.readouterr().err
-    assert err.startswith(f"note: {path}") and err.endswith(f"; going on from {checkpoint.checkpoint_path(copy, 2)}\n")
+    assert err.startswith(f"note: {path}") and err.endswith(f"; using {checkpoint.checkpoint_path(copy, 2)}\n")
     assert path.with_name(path.name + ".aside").read_bytes() == before[f"checkpoints/{path.name}"]
 
 
@@ -317,7 +317,7 @@ def test_a_checkpoint_of_another_version(copy, capfd, where):
     if where == "settings":
         state["settings"]["dropout"] = 0.1
     else:
-        del state["settings"]["seed"]
+        del state["loader"]
     checkpoint.save(path, tensors, state, tokenizer)
     assert str(path) in refused(capfd, "--resume", copy, "--steps", 8)
 

@@ -290,7 +290,7 @@ WTE = "transformer.wte.weight"
 @pytest.mark.parametrize(
     "break_it, words",
     [
-        (config_with(model_type="llama"), ["model_type", '"llama"', '"gpt2"']),
+        (config_with(model_type="llama"), ["model_type", '"llama"', "gpt2"]),
         (config_with(activation_function="relu"), ["activation_function", '"relu"', "gelu_new", "gelu_pytorch_tanh"]),
         (config_with(activation_function="gelu"), ["activation_function", '"gelu"']),
         (config_with(layer_norm_epsilon=1e-6), ["layer_norm_epsilon", "1e-06", "1e-05"]),

@@ -35,7 +35,7 @@ def lines_of(log):
 
 def test_a_pipe_gets_every_line(log, capsys):
     steps(log, 1, 30, of=30)
-    log.validation(30, 4.5)
+    log.event("validation at step 30: loss 4.5000", step=30, val_loss=4.5)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 31 and printed == lines_of(log)
 
@@ -64,8 +64,8 @@ def test_a_terminal_gets_a_live_line_and_a_tenth_of_the_lines(terminal, log, cap
 
 def test_a_terminal_gets_the_whole_line_of_a_step_before_its_validation(terminal, log, capsys):
     steps(log, 1, 14, of=100)
-    log.validation(14, 4.5)
-    log.sample(14, "text")
+    log.event("validation at step 14: loss 4.5000", step=14, val_loss=4.5)
+    log.event("--- sample at step 14 ---\ntext\n---", step=14, sample="text")
     lines, _ = shown_on_terminal(capsys.readouterr().out)
     assert list(map(step_of, lines[:3])) == [1, 10, 14] and "(z" in lines[2]
     assert lines[3:] == ["validation at step 14: loss 4.5000", "--- sample at step 14 ---", "text", "---"]
@@ -87,7 +87,7 @@ def test_the_plot_of_losses(log):
     log.picture([])
     assert not (log.folder / "loss.png").exists()  # no step yet
     steps(log, 1, 30, of=30)
-    log.validation(30, 4.5)
+    log.event("validation at step 30: loss 4.5000", step=30, val_loss=4.5)
     log.picture([[20, 4.8], [40, 4.4]])
     assert (log.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 

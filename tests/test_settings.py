@@ -317,7 +317,7 @@ def test_resume_takes_over_what_was_recorded():
     settings = resume_with(recorded, *parse(["--resume", "runs/a"]))
     # what holds for one start only is back at its default
     assert settings == replace(
-        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), use=(), check_finite=False
+        recorded, resume="runs/a", plan_memory=False, no_jit=False, interpret=(), use=(), check_finite=False, variant=()
     )
     assert resume_with(recorded, *parse(EVERYTHING)) == recorded
 

@@ -32,7 +32,7 @@ from programs import (
 
 from llm_numba.data.shards import write_shard
 from llm_numba.training import checkpoint
-from llm_numba.util import cli
+from llm_numba.training.trainer import Trainer
 
 pytestmark = [pytest.mark.compiled, pytest.mark.skipif(os.name == "nt", reason="needs POSIX")]
 KILLS = 50
@@ -63,13 +63,13 @@ def copy(short, tmp_path):
 KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from llm_numba import oracle, train
+from llm_numba.ops import Ops
 from llm_numba.util.cli import exit_with
 
 own = dict(is_compiled=lambda: False, set_threads=lambda n: None, capture=lambda f: f, describe_device=lambda: "NumPy",
            peak_flops=lambda dtype: 1e9)
-train.get_ops = lambda *_: SimpleNamespace(**vars(oracle) | own)
+train.get_ops = lambda *_: Ops(**vars(oracle) | own)
 
 def start(*what):
     child = os.fork()
@@ -179,13 +179,11 @@ def test_a_shard_that_was_replaced(tmp_path, capfd):
 @pytest.mark.parametrize("how", ["replaced", "cut off", "removed"])
 def test_a_shard_that_is_replaced_under_the_run(tmp_path, capfd, monkeypatch, how):
     """While it reads; cut off, a memory map would end the process without a word."""
-    from llm_numba import train
-
     arguments = shards_in(tmp_path, 1)
-    one_step = train.one_step
+    step = Trainer.step
 
     def then(run):
-        one_step(run)
+        step(run)
         if run.state.step == 3:
             if how == "replaced":
                 write_shard(tmp_path / "0.bin", [5] * 1500)
@@ -194,7 +192,7 @@ def test_a_shard_that_is_replaced_under_the_run(tmp_path, capfd, monkeypatch, ho
             else:
                 os.remove(tmp_path / "0.bin")
 
-    monkeypatch.setattr(train, "one_step", then)
+    monkeypatch.setattr(Trainer, "step", then)
     line = refused(capfd, *QUICK, *arguments, "--checkpoint-every", 1, "--steps", 9, "--out", tmp_path / "run")
     assert "0.bin: changed while the run was reading it" in line
     assert steps_of(tmp_path / "run")[-1] == 3 and len(rows_of(tmp_path / "run")) == 3
@@ -248,16 +246,14 @@ def test_no_output_at_all(text, tmp_path):
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_goes(text, tmp_path, monkeypatch, capsys, nohup):
     """SIGHUP stops the run with a checkpoint, unless it is ignored, as under nohup."""
-    from llm_numba import train
-
-    one_step = train.one_step
+    step = Trainer.step
 
     def then(run):
-        one_step(run)
+        step(run)
         if run.state.step == 3:
             os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr(train, "one_step", then)
+    monkeypatch.setattr(Trainer, "step", then)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
         status = run_here(*QUICK, "--data", text, "--steps", 6, "--out", tmp_path / "run")
@@ -317,43 +313,3 @@ def test_a_cache_on_a_disk_that_is_read_only(text, tmp_path):
     if process.returncode == 32:
         pytest.skip("cannot mount a file system here")
     assert "set LLM_NUMBA_CACHE to one you may write" in error_line(process.returncode, process.stderr)
-
-
-def test_ctrl_c_while_c_calls_python(text, tmp_path, monkeypatch, capsys):
-    """LLVM calls back while functions are compiled or loaded, and an exception would be lost there: the process ends at
-    once instead. A reader of text is interrupted by an exception, for what it has begun must go."""
-    from llm_numba import train
-
-    handlers = {}
-
-    def noting(name, function):
-        def call(*arguments):
-            handlers[name] = signal.getsignal(signal.SIGINT)
-            return function(*arguments)
-
-        return call
-
-    for name in "get_ops", "warm_up", "read_data", "one_step":
-        monkeypatch.setattr(train, name, noting(name, getattr(train, name)))
-    before = signal.getsignal(signal.SIGINT)
-    run_here(*QUICK, "--data", text, "--steps", 1, "--out", tmp_path / "run")
-    assert handlers["get_ops"] is handlers["warm_up"] is cli._leave
-    assert handlers["read_data"] is before and handlers["one_step"] not in (before, cli._leave)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_ctrl_c_in_the_first_half_second(text, tmp_path):
-    """At moments from the first line of ours to the first step."""
-    arguments = command("train", *QUICK, "--data", text, "--steps", 100_000, "--out", "run")
-    for delay in (0, 0.05, 0.15, 0.25, 0.3, 0.35):
-        with started([*arguments[:1], "-X", "importtime", *arguments[1:]], tmp_path) as process:
-            for line in process.stderr:  # a line for each module that is loaded
-                if b"llm_numba.util.cli" in line:
-                    break
-            process.stderr.readline()  # the next module: by now it has said who takes a Ctrl-C
-            time.sleep(delay)
-            process.send_signal(signal.SIGINT)
-            err = process.stderr.read().decode()
-            said = [line for line in err.splitlines() if not line.startswith("import time:")]
-            assert (process.wait(), said) == (130, ["stopped by Ctrl-C"]), f"after {delay} s"
-    assert not (tmp_path / "run").exists()

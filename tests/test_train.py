@@ -1,6 +1,7 @@
 """A training run: what it leaves to read, what its settings do, and how it goes on after it was stopped."""
 
 import json
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -100,10 +101,10 @@ def test_the_files_of_a_run(base):
 
 def test_what_to_do_next_is_said_with_commands_that_work(base, tmp_path):
     """Those that the run ends with, each as it stands."""
-    lines = [line for line in base.stdout.splitlines() if "python -m llm_numba." in line and "FILE" not in line]
+    lines = [line for line in base.stdout.splitlines() if "llm-numba " in line and "FILE" not in line]
     assert len(lines) == 3
     for line in lines:
-        name, *arguments = line.partition("python -m llm_numba.")[2].replace('"', "").split()
+        name, *arguments = shlex.split(line.partition("llm-numba ")[2])
         if name == "train":
             continue  # test_more_steps_go_on does, in a copy
         assert run(name, *arguments, cwd=base.folder.parents[1]).returncode == 0
@@ -269,7 +270,7 @@ def test_keep(text, tmp_path, capsys):
         ("--learning-rate", 1e-4),
         ("--seed", 1),
         ("--preset", "tiny"),
-        ("--data", "other.txt"),
+        ("--vocab-size", "300"),
         ("--out", "elsewhere"),
         ("--no-shuffle", None),
         ("--overfit", None),
@@ -321,7 +322,7 @@ def test_python_s_own_library_is_what_there_is_to_train_on(tmp_path, monkeypatch
     monkeypatch.setattr(data, "standard_library_files", lambda: [tmp_path / "stdlib.py"])
     run_here(*QUICK, "--steps", 2, "--out", tmp_path / "run")
     assert len(losses_of(tmp_path / "run")) == 2
-    assert '--prompt "def "' in capsys.readouterr().out
+    assert "--prompt 'def '" in capsys.readouterr().out
 
 
 def test_the_plan_of_the_memory(tmp_path, monkeypatch, capsys):

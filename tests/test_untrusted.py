@@ -243,7 +243,7 @@ def test_a_crafted_checkpoint(run_folder, tmp_path, capfd, what):
     checkpoint.save(path, tensors, state, tokenizer)
     for program, arguments in (None, ("--resume", path, "--steps", 4)), (sample, (path,)), (inspect, (path,)):
         line = refused(capfd, *arguments, **({"program": program} if program else {}))
-        assert str(path) in line and ("not a run's checkpoint" in line or "settings" in line)
+        assert str(path) in line and ("is not a run's checkpoint" in line or "settings" in line)
     assert str(path) in refused(capfd, path, program=replay)
     assert files_in(tmp_path / "run").keys() == {"checkpoints", "checkpoints/step_000002.safetensors"}
 

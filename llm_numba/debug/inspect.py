@@ -15,18 +15,16 @@ import numpy as np
 from llm_numba.arena import DTYPES, Arena, Groups, layout
 from llm_numba.data.loader import Loader
 from llm_numba.models import Model, preset, presets
-from llm_numba.ops import DEVICES, Ops, choose_device, get_ops
+from llm_numba.ops import Ops, choose_device, device_flags, get_ops
 from llm_numba.training.checkpoint import open_checkpoint
 from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.run_data import data_of
-from llm_numba.training.step import initialise, set_parameter
+from llm_numba.training.step import set_parameter
 from llm_numba.util.cli import Parser, UserError, exit_with
 from llm_numba.util.files import format_bytes
 
-HEADER = (
-    f"{'tensor':<16} {'shape':<20} {'mean':>11} {'std':>10} {'min':>11} {'max':>11} {'zeros':>7} {'not finite':>11}"
-)
-UNUSED = ("m", "v")  # groups of training that come after the gradients
+HEADER = "{:<16} {:<20} {:>11} {:>10} {:>11} {:>11} {:>7} {:>11}".format(
+    "tensor", "shape", "mean", "std", "min", "max", "zeros", "not finite")  # fmt: skip
 Named = Iterator[tuple[str, str, np.ndarray]]  # (heading, name, tensor)
 
 
@@ -38,8 +36,7 @@ def one_batch(ops: Ops, arena: Arena, m) -> Named:
     model = arena.model
     model.forward(ops, m)
     model.loss(ops, m, write_dlogits=False)
-    yield from tensors_of(ops, arena, "activations", without=("losses",))
-    yield "loss", "losses", ops.to_host(m.losses)
+    yield from tensors_of(ops, arena, "activations")
     model.loss(ops, m)
     model.backward(ops, m)
     if hasattr(m, "logits"):
@@ -48,9 +45,9 @@ def one_batch(ops: Ops, arena: Arena, m) -> Named:
     yield from tensors_of(ops, arena, "gradients")
 
 
-def tensors_of(ops: Ops, arena: Arena, group: str, without=()) -> Named:
+def tensors_of(ops: Ops, arena: Arena, group: str) -> Named:
     """The tensors of a group, those of the layers in the middle; gradients from the last layer to the first."""
-    specs = [p.spec for p in arena.places if p.group == group and p.spec.name not in without]
+    specs = [p.spec for p in arena.places if p.group == group]
     if group == "gradients":  # in the order of the parameters
         specs.reverse()
     layers = range(arena.model.num_layers)
@@ -66,13 +63,12 @@ def tensors_of(ops: Ops, arena: Arena, group: str, without=()) -> Named:
 def attention_weights(ops: Ops, arena: Arena, m) -> Named:
     """The weights of every attention call of a forward pass, (B, NH, T, T), of which training saves only `lse`."""
     weights = arena.tensors["attention weights", "weights"]
-    found, calls = [], [-1]
+    found = []
 
     def attention(out, lse, *inputs):
         ops.attention_forward(out, lse, *inputs)
         ops.attention_weights(weights, lse, *inputs[:-1])  # without scratch
-        calls[0] += 1
-        found.append(("attention weights", f"{calls[0]}.att", np.array(ops.to_host(weights))))
+        found.append(("attention weights", f"{len(found)}.att", np.array(ops.to_host(weights))))
 
     arena.model.forward(ops.replace(attention_forward=attention), m)
     yield from found
@@ -95,33 +91,28 @@ def save(tensor: np.ndarray, name: str, path: Path) -> None:
         if path.suffix == ".npy":
             np.save(path, tensor)
         else:
-            picture(tensor, name, path)
+            picture(tensor, name).savefig(path, dpi=120)
     except OSError as error:
         raise UserError(f"--save {name}={path}: cannot be written ({error.strerror})") from error
 
 
-def picture(tensor: np.ndarray, name: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def picture(tensor: np.ndarray, name: str):
+    """A matplotlib figure. Its colours leave out the largest 0.5% of the elements, which would hide the rest."""
+    from matplotlib.figure import Figure
 
     flat = tensor[0] if tensor.ndim >= 3 else np.atleast_2d(tensor)
     panels = flat if flat.ndim == 3 else flat[None]
     finite = np.abs(panels[np.isfinite(panels)])
-    bound = float(np.quantile(finite, 0.995)) if finite.any() else 1.0  # a few outliers would hide the rest
-    bound = bound or float(finite.max())
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(max(6, 3 * len(panels)), 5), squeeze=False, sharey=True, layout="constrained"
-    )
-    for i, (axis, values) in enumerate(zip(axes[0], panels, strict=True)):
+    bound = float(np.quantile(finite, 0.995) or finite.max()) if finite.any() else 1.0
+    figure = Figure(figsize=(max(6, 3 * len(panels)), 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for i, (axis, values) in enumerate(zip(axes, panels, strict=True)):
         image = axis.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
         axis.set(xlabel="key" if len(panels) > 1 else "column", title=f"head {i}" if len(panels) > 1 else "")
-    axes[0, 0].set_ylabel("query" if len(panels) > 1 else "row")
+    axes[0].set_ylabel("query" if len(panels) > 1 else "row")
     figure.suptitle(f"{name}  {' x '.join(map(str, tensor.shape))}")
-    figure.colorbar(image, ax=axes[0].tolist())
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.colorbar(image, ax=axes.tolist())
+    return figure
 
 
 class Source(NamedTuple):
@@ -130,7 +121,15 @@ class Source(NamedTuple):
     model: Model
     B: int
     T: int
-    fill: Callable  # (ops, arena, m): writes the parameters, m.tokens and m.targets
+    parameters: Iterator[tuple[str, np.ndarray]]
+    read_batch: Callable[[], np.ndarray]  # (2, B, T): tokens and targets
+
+    def fill(self, ops: Ops, arena: Arena, m) -> None:
+        """Write the parameters, m.tokens and m.targets; once."""
+        for name, values in self.parameters:
+            set_parameter(ops, arena, name, values)
+        for tensor, values in zip((m.tokens, m.targets), self.read_batch(), strict=True):
+            ops.to_device(tensor, values)
 
 
 def read_source(source: str, B: int, T: int, seed: int) -> Source:
@@ -140,42 +139,32 @@ def read_source(source: str, B: int, T: int, seed: int) -> Source:
     """
     if source in presets():
         model = preset(source)
-        T = length(T, model.max_seq_len)
-
-        def fill(ops, arena, m):
-            initialise(ops, arena, seed)
-            batch = np.random.default_rng(seed).integers(0, model.vocab_size, (B, T + 1))
-            ops.to_device(m.tokens, batch[:, :-1])
-            ops.to_device(m.targets, batch[:, 1:])
-
-        return Source(model, B, T, fill)
-
-    if not Path(source).exists():
+        parameters, context = model.initial_parameters(seed), model.max_seq_len
+    elif Path(source).exists():
+        stored = open_checkpoint(source)
+        model, parameters = stored.model, stored.parameters()
+        context = stored.settings.sequence_length or model.max_seq_len
+    else:
         raise UserError(f"{source}: neither a run folder, a checkpoint nor a preset ({', '.join(presets())})")
-    stored = open_checkpoint(source)
-    T = length(T, stored.settings.sequence_length or stored.model.max_seq_len)
-
-    def fill(ops, arena, m):
-        for name, values in stored.parameters():
-            set_parameter(ops, arena, name, values)
-        batch = np.empty((2, B, T), np.int32)
-        Loader(data_of(stored).train, B, T, seed, True).next_batch(*batch)
-        ops.to_device(m.tokens, batch[0])
-        ops.to_device(m.targets, batch[1])
-
-    return Source(stored.model, B, T, fill)
-
-
-def length(T: int, context: int) -> int:
     if not 0 <= T <= context:
         raise UserError(f"--sequence-length {T}: the context is {context}; give 1 to {context}")
-    return T or context
+    T = T or context
+
+    def read_batch():
+        if source in presets():
+            windows = np.random.default_rng(seed).integers(0, model.vocab_size, (B, T + 1))
+            return np.stack([windows[:, :-1], windows[:, 1:]])
+        batch = np.empty((2, B, T), np.int32)
+        Loader(data_of(stored).train, B, T, seed, True).next_batch(*batch)
+        return batch
+
+    return Source(model, B, T, parameters, read_batch)
 
 
 def step_groups(source: Source, ops: Ops, dtype: str) -> Groups:
     """What a step needs up to its gradients."""
     groups = training_groups(source.model, source.B, source.T)
-    groups = {group: specs for group, specs in groups.items() if group not in UNUSED}
+    del groups["m"], groups["v"]
 
     def program(ops, arena):
         m = arena.training()
@@ -196,63 +185,32 @@ def check_memory(source: Source, needed: int, ops: Ops) -> None:
         )
 
 
-def names_of(arena: Arena, groups) -> set[str]:
-    """The names under which `one_batch` and `tensors_of` yield the tensors of these groups."""
-    names = {"dlogits"}
-    for place in arena.places:
-        if place.group in groups:
-            spec = place.spec
-            names |= {f"{l}.{spec.name}" for l in range(arena.model.num_layers)} if spec.per_layer else {spec.name}
-    return names
+def source_flags(parser: Parser) -> None:
+    """Add the flags that choose the batch."""
+    parser.number("--batch-size", 1, "sequences in the batch", least=1, metavar="B")
+    parser.number("--sequence-length", 0, "tokens in each; 0: as the run", metavar="T")
+    parser.number("--seed", 42, "which batch, and which random weights", metavar="N")
 
 
-def add_source_flags(parser: Parser) -> None:
-    """The flags that choose the batch."""
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences in the batch (default: 1)")
-    parser.add_argument(
-        "--sequence-length", type=int, default=0, metavar="T", help="tokens in each (default: as the run)"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="which batch, and which random weights (default: 42)")
-
-
-def check_source_flags(args) -> None:
-    for flag, value, lowest in ("--batch-size", args.batch_size, 1), ("--seed", args.seed, 0):
-        if value < lowest:
-            raise UserError(f"{flag} {value}: must be at least {lowest}")
+def parse_save(text: str) -> tuple[str, Path]:
+    """TENSOR=FILE as (tensor, file)."""
+    name, equals, file = text.partition("=")
+    if not equals or Path(file).suffix not in (".npy", ".png"):
+        raise UserError(f"--save {text}: expected TENSOR=FILE with FILE ending in .npy or .png")
+    return name, Path(file)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="llm-numba inspect",
-        description="Run one batch forward and backward, and print statistics of every activation and gradient.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="RUN_OR_PRESET",
-        help="a run folder or a checkpoint, with a batch of its data; or a preset, with random weights and tokens",
-    )
-    add_source_flags(parser)
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="auto (default): a CUDA GPU if there is one, else the CPU"
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 needs a CUDA GPU")
-    parser.add_argument(
-        "--save",
-        action="append",
-        default=[],
-        metavar="TENSOR=FILE",
-        help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png (the attention weights "
-        "of layer 0) or tokens=tokens.npy; repeatable",
-    )
+    parser = Parser(prog="llm-numba inspect", description="Run one batch forward and backward, and print statistics of "
+                    "every activation and gradient.")  # fmt: skip
+    parser.add_argument("source", metavar="RUN_OR_PRESET", help="a run folder or a checkpoint, with a batch of its "
+                        "data; or a preset, with random weights and tokens")  # fmt: skip
+    source_flags(parser)
+    device_flags(parser, "dtype")
+    parser.add_argument("--save", action="append", type=parse_save, default=[], metavar="TENSOR=FILE",
+                        help="write a tensor to FILE.npy or, as a picture, to FILE.png, such as 0.att=att.png (the "
+                        "attention weights of layer 0) or tokens=tokens.npy; repeatable")  # fmt: skip
     args = parser.parse_args(argv)
-    check_source_flags(args)
-    wanted = {}
-    for value in args.save:
-        name, equals, file = value.partition("=")
-        if not equals or Path(file).suffix not in (".npy", ".png"):
-            raise UserError(f"--save {value}: expected TENSOR=FILE with FILE ending in .npy or .png")
-        wanted[name] = Path(file)
-
     ops = get_ops(choose_device(args.device), args.dtype)
     source = read_source(args.source, args.batch_size, args.sequence_length, args.seed)
     groups = step_groups(source, ops, DTYPES[args.dtype])
@@ -260,21 +218,20 @@ def main(argv: list[str] | None = None) -> None:
     if lse:
         groups["attention weights"] = [lse._replace(name="weights", shape=(*lse.shape, source.T), per_layer=False)]
     check_memory(source, layout(groups, source.model.num_layers, "keep")[1], ops)
-    arena = Arena(groups, source.model, "keep", ops)
-    m = arena.training()
-    shown = ("parameters", "activations", "activation gradients", "gradients")
-    known = names_of(arena, shown) | {"tokens", "targets"}
-    known |= {f"{l}.att" for l in range(source.model.num_layers)} if lse else set()
+    wanted = dict(args.save)
+    known = tensor_names(groups, source.model.num_layers)
     for name in wanted.keys() - known:
         near = difflib.get_close_matches(name, known, 1)
-        raise UserError(
-            f"--save {name}={wanted[name]}: no such tensor" + (f"; did you mean {near[0]}?" if near else "")
-        )
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--save {name}={wanted[name]}: no such tensor{hint}")
+
+    arena = Arena(groups, source.model, "keep", ops)
+    m = arena.training()
     source.fill(ops, arena, m)
     batch = (("batch", name, ops.to_host(getattr(m, name))) for name in ("tokens", "targets"))
+    weights = attention_weights(ops, arena, m) if lse else ()
     heading = None
-    parts = [batch, tensors_of(ops, arena, "parameters"), one_batch(ops, arena, m)]
-    for part, name, tensor in chain(*parts, attention_weights(ops, arena, m) if lse else ()):
+    for part, name, tensor in chain(batch, tensors_of(ops, arena, "parameters"), one_batch(ops, arena, m), weights):
         if part != heading:
             print(f"\n{part}\n{HEADER}")
             heading = part
@@ -282,6 +239,15 @@ def main(argv: list[str] | None = None) -> None:
         if name in wanted:
             save(tensor, name, wanted[name])
     print(f"\nloss {float(np.mean(ops.to_host(m.losses), dtype=np.float64)):.4f}")
+
+
+def tensor_names(groups: Groups, L: int) -> set[str]:
+    """The names of the tensors that the command prints."""
+    names = {"tokens", "targets", "dlogits"}
+    for group in "parameters", "activations", "activation gradients", "gradients":
+        for spec in groups[group]:
+            names |= {f"{l}.{spec.name}" for l in range(L)} if spec.per_layer else {spec.name}
+    return names | {f"{l}.att" for l in range(L) if "attention weights" in groups}
 
 
 if __name__ == "__main__":

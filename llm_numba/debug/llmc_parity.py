@@ -5,13 +5,12 @@ trains ten steps on that batch and compares their losses.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from llm_numba.arena import Arena
 from llm_numba.formats.llmc import read_model, read_state
-from llm_numba.ops import DEVICES, choose_device, get_ops
+from llm_numba.ops import choose_device, device_flags, get_ops
 from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.settings import Settings
 from llm_numba.training.step import gradients, training_step
@@ -31,39 +30,27 @@ PUBLISHED = (5.270007, 4.059707, 3.375123, 2.800783, 2.315382, 1.849029, 1.39465
 FP32_VERSION = 3
 
 
-class Row(NamedTuple):
-    """One comparison: what, the numbers as text, and the verdict."""
-
-    what: str
-    numbers: str
-    agrees: bool
+Row = tuple[str, str, bool]  # what is compared, the numbers as text, whether they agree
 
 
 def compare_tensors(what: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
     """By norm and by element; a NaN on either side differs."""
-    difference, theirs = np.subtract(ours, theirs, dtype=np.float64), np.abs(theirs, dtype=np.float64)
-    rms = np.sqrt(np.mean(theirs**2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        norm = np.sqrt(np.mean(difference**2)) / rms if difference.any() else 0.0
-        element = np.max(np.abs(difference) / (theirs + rms)) if difference.any() else 0.0
+    difference, theirs = np.abs(np.subtract(ours, theirs, dtype=np.float64)), np.abs(theirs, dtype=np.float64)
+    rms, norm, element = np.sqrt(np.mean(theirs**2)), 0.0, 0.0
+    if difference.any():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            norm, element = np.sqrt(np.mean(difference**2)) / rms, np.max(difference / (theirs + rms))
     agrees = bool(norm <= NORM_TOLERANCE and element <= ELEMENT_TOLERANCE)
     numbers = f"norm {norm:.1e} (at most {NORM_TOLERANCE:.0e}), element {element:.1e} (at most {ELEMENT_TOLERANCE:.0e})"
-    return Row(what, numbers, agrees)
-
-
-def compare_losses(what: str, ours: float, theirs: float) -> Row:
-    return Row(what, f"{ours:.6f}, expected {theirs:.6f}", abs(ours - theirs) <= LOSS_TOLERANCE)
+    return what, numbers, agrees
 
 
 def compare(ops, model, parameters, state, losses) -> list[Row]:
     """Logits, gradients and loss of the state's batch, then the `losses` of training on it."""
     B, T = state.tokens.shape
     V = model.vocab_size
-
-    def program(ops, arena):
-        training_step(ops, model, arena.training(), OPTIMISER)
-
-    groups = complete(training_groups(model, B, T), model, ops, "float32", program)
+    groups = complete(training_groups(model, B, T), model, ops, "float32",
+                      lambda ops, arena: training_step(ops, model, arena.training(), OPTIMISER))  # fmt: skip
     arena = Arena(groups, model, "reuse", ops)
     m = arena.training()
     set_parameters(ops, arena, parameters.items())
@@ -90,41 +77,40 @@ def compare(ops, model, parameters, state, losses) -> list[Row]:
                 rows.append(compare_tensors("d" + name, ours[used], theirs[used]))
         ops.to_device(m.step, step)
         model.update(ops, m, OPTIMISER)
-    rows.append(compare_losses("loss", found[0], state.loss))
-    pairs = enumerate(zip(found, losses, strict=False), 1)
-    return rows + [compare_losses(f"loss of step {i}", *pair) for i, pair in pairs]
+    pairs = {"loss": (found[0], state.loss)}
+    pairs |= {f"loss of step {i}": pair for i, pair in enumerate(zip(found, losses, strict=False), 1)}
+    return rows + [
+        (what, f"{ours:.6f}, expected {theirs:.6f}", abs(ours - theirs) <= LOSS_TOLERANCE)
+        for what, (ours, theirs) in pairs.items()
+    ]
 
 
-def read_losses(path: Path) -> tuple[float, ...]:
+def read_losses(path: str) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in path.read_text().replace(",", " ").split())
+        return tuple(map(float, Path(path).read_text().replace(",", " ").split()))
     except (OSError, ValueError) as error:
         raise UserError(f"--losses {path}: expected a text file of numbers ({error})") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="llm-numba check-llmc", description="Run llm.c's acceptance test.")
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL.bin",
-        help="a model file of llm.c, version 3 (fp32); a bf16 model (version 5) cannot be compared, since the debug "
-        "state belongs to the weights before rounding",
-    )  # fmt: skip
+    parser.add_argument("model", type=Path, metavar="MODEL.bin",
+                        help="a model file of llm.c, version 3 (fp32); a bf16 model (version 5) cannot be compared, "
+                        "since the debug state belongs to the weights before rounding")  # fmt: skip
     parser.add_argument("state", type=Path, metavar="STATE.bin", help="its debug state")
-    parser.add_argument(
-        "--losses", type=Path, metavar="FILE",
-        help="expected losses of the steps to train, as a text file of numbers (default: for GPT-2 124M llm.c's ten)",
-    )  # fmt: skip
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU with CUDA, or else the CPU")
+    parser.add_argument("--losses", type=read_losses, metavar="FILE", help="expected losses of the steps to train, as "
+                        "a text file of numbers (default: for GPT-2 124M llm.c's ten)")  # fmt: skip
+    device_flags(parser)
     args = parser.parse_args(argv)
     model, Vp, parameters = read_model(args.model, [FP32_VERSION])
     state = read_state(args.state, model, Vp)
     published = model.num_layers == 12 and abs(state.loss - PUBLISHED[0]) < LOSS_TOLERANCE
-    losses = read_losses(args.losses) if args.losses else PUBLISHED if published else ()
+    losses = args.losses or (PUBLISHED if published else ())
 
     rows = compare(get_ops(choose_device(args.device)), model, parameters, state, losses)
-    for row in rows:
-        print(f"{row.what:<16} {row.numbers:<62} {'agrees' if row.agrees else 'DIFFERS'}")
-    wrong = [row.what for row in rows if not row.agrees]
+    for what, numbers, agrees in rows:
+        print(f"{what:<16} {numbers:<62} {'agrees' if agrees else 'DIFFERS'}")
+    wrong = [what for what, _, agrees in rows if not agrees]
     if not losses:
         print("no expected losses of training steps: give them with --losses")
     print(f"{len(wrong)} of {len(rows)} differ: {', '.join(wrong)}" if wrong else f"all {len(rows)} agree")

@@ -1,7 +1,7 @@
 """Run the step again that --check-finite stopped: llm-numba replay RUN
 
-The run folder's bad_step.safetensors holds the parameters, the moments and the batches from before that step, so it
-runs on any device, also as plain Python, without the data of the run.
+The run folder's bad_step.safetensors holds the parameters, moments and batches that the step started from. It runs on
+any device, also as plain Python, without the data of the run.
 """
 
 import math
@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_numba.arena import DTYPES, Arena
-from llm_numba.ops import DEVICES, choose_device, get_ops
+from llm_numba.ops import choose_device, device_flags, get_ops
 from llm_numba.training import settings
-from llm_numba.training.checkpoint import open_checkpoint
+from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
 from llm_numba.training.memory_plan import check_memory, micro_batches, run_groups
 from llm_numba.training.nan_check import bad_step_path, checked
 from llm_numba.training.override import override
@@ -28,14 +28,11 @@ def replay(path: Path, device: str, dtype: str | None, no_jit: bool) -> tuple[fl
     stored = open_checkpoint(path)
     model, s = stored.model, stored.settings
     dtype = dtype or ("fp32" if device == "cpu" else s.dtype)
-    rounding = s.stochastic_rounding and dtype == "bf16"
-    s = replace(
-        s, device=device, dtype=dtype, stochastic_rounding=rounding, no_jit=no_jit, interpret=(), check_finite=True
-    )
+    s = replace(s, device=device, dtype=dtype, stochastic_rounding=s.stochastic_rounding and dtype == "bf16",
+                no_jit=no_jit, interpret=(), check_finite=True)  # fmt: skip
     settings.check(s)
     T = s.sequence_length or model.max_seq_len
-    shape = (micro_batches(s, T), 2, s.batch_size, T)
-    inputs = read_inputs(stored.tensors, stored.record, shape, model.vocab_size, path)
+    inputs = read_inputs(stored, (micro_batches(s, T), 2, s.batch_size, T))
 
     production = get_ops(device, dtype, no_jit=no_jit, variant=s.variant)
     production.set_threads(0)
@@ -51,24 +48,23 @@ def replay(path: Path, device: str, dtype: str | None, no_jit: bool) -> tuple[fl
     return float(ops.to_host(m.loss)[0]), math.sqrt(ops.to_host(m.grad_norm_squared)[0])
 
 
-def read_inputs(tensors, record, shape: tuple, vocab_size: int, path: Path) -> dict:
-    """The step's inputs. Errors: they are missing, or do not fit the model's sizes."""
-    batches, scalars = tensors.get("batches"), record.get("inputs")
-    whole = isinstance(scalars, dict) and scalars.keys() == {"learning_rate", "step", "limits"}
-    if not whole or batches is None or batches.shape != shape or batches.dtype != "int32":
-        raise UserError(f"{path}: not a step that --check-finite saved, or damaged")
-    if batches.min() < 0 or batches.max() >= vocab_size:
-        raise UserError(f"{path}: holds tokens beyond the vocabulary of {vocab_size}")
+def read_inputs(stored: Checkpoint, shape: tuple) -> dict:
+    """The step's inputs; shape: of its batches. Errors: they are missing, or do not fit the model's sizes."""
+    batches, scalars = stored.tensors.get("batches"), stored.record.get("inputs")
+    if not isinstance(scalars, dict) or scalars.keys() != {"learning_rate", "step", "limits"}:
+        scalars = {}
+    if not scalars or batches is None or batches.shape != shape or batches.dtype != "int32":
+        raise UserError(f"{stored.path}: not a step that --check-finite saved, or damaged")
+    if batches.min() < 0 or batches.max() >= stored.model.vocab_size:
+        raise UserError(f"{stored.path}: holds tokens beyond the vocabulary of {stored.model.vocab_size}")
     return {"batches": batches, **scalars}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="llm-numba replay",
-        description="Run the step again that train --check-finite stopped; name the first value that is not finite.",
-    )
+    parser = Parser(prog="llm-numba replay", description="Run the step again that train --check-finite stopped; name "
+                    "the first value that is not finite.")  # fmt: skip
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or its bad_step.safetensors")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one, else the CPU")
+    device_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the run; the CPU has fp32 only")
     parser.add_argument("--no-jit", action="store_true", help="run as plain Python, so that a debugger can step in")
     args = parser.parse_args(argv)

@@ -1,4 +1,6 @@
 """The models by name. A model is one file: copy gpt2.py to add one, and list its class in MODELS."""
+# pyright: reportReturnType=false
+# (the methods of the protocol have no bodies)
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,63 +32,48 @@ class Model(Protocol):
 
     def parameters(self) -> list[TensorSpec]:
         """The parameters. The arena derives gradients, moments and master weights from them."""
-        ...
 
     def activations(self, B: int, T: int, recompute: str = "none") -> list[TensorSpec]:
         """What `forward` and `loss` write, in their order; `losses` (B, T) float32 among it."""
-        ...
 
     def activation_gradients(self, B: int, T: int) -> list[TensorSpec]:
         """What `loss` and `backward` write beside the parameters' gradients, in their order."""
-        ...
 
     def wire(self, m: SimpleNamespace) -> None:
         """Add to m and m.layers the names that connect layers, such as a layer's input."""
-        ...
 
     def initial_parameters(self, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, values) of every parameter at the start of training; a single value fills the parameter."""
-        ...
 
     def forward(self, ops, m) -> None:
         """m.tokens (B, T) -> the activations up to the logits' input."""
-        ...
 
     def loss(self, ops, m, share: float = 1.0, write_dlogits: bool = True, accumulate: bool = False) -> None:
         """m.losses (B, T) = the loss of each target, m.loss += share * their mean; the first part of the backward."""
-        ...
 
     def backward(self, ops, m, accumulate: bool = False) -> None:
         """The gradients of all parameters, written (=), or added (+=) if `accumulate`."""
-        ...
 
     def update(self, ops, m, s) -> None:
         """parameters = those after one step of the optimiser with the settings s."""
-        ...
 
     def generation_cache(self) -> list[TensorSpec]:
         """What generating text keeps of earlier tokens, such as keys and values."""
-        ...
 
     def generation_activations(self, T: int) -> list[TensorSpec]:
         """What `next_logits` needs for T new tokens, beside parameters and cache."""
-        ...
 
     def seek(self, ops, m, parameters: dict, position: int) -> None:
         """Set the position of the first of the new tokens in m.tokens."""
-        ...
 
     def next_logits(self, ops, m) -> None:
         """m.logits (1, T, Vp) = the logits after each new token; the cache is extended."""
-        ...
 
     def flops_per_token(self, T: int) -> float:
         """Floating-point operations of forward and backward, for each token of sequences of length T."""
-        ...
 
     def miniature(self, T: int) -> "Model":
         """The smallest model with a context of T tokens whose step compiles the same code as this model's."""
-        ...
 
 
 MODELS: dict[str, type] = {GPT2.name: GPT2}

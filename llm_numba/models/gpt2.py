@@ -18,67 +18,10 @@ import numpy as np
 from llm_numba.arena import TensorSpec, padded
 from llm_numba.util.cli import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GPT-2 in other programs' files
-
-# Hugging Face stores tensors per layer, and matrices as (in, out); ours are (out, in)
-HUGGINGFACE = SimpleNamespace(
-    architecture="GPT2LMHeadModel",
-    sizes={  # our fields -> keys of config.json
-        "max_seq_len": "n_positions",
-        "vocab_size": "vocab_size",
-        "num_layers": "n_layer",
-        "num_heads": "n_head",
-        "channels": "n_embd",
-    },
-    accepted={  # values with which our model computes the same; the first is the default for a missing key
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    },
-    accepted_for=lambda model: {"n_inner": (None, 4 * model.channels)},
-    written={"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-    tensors={
-        "wte": "wte.weight",
-        "wpe": "wpe.weight",
-        "ln1w": "h.{}.ln_1.weight",
-        "ln1b": "h.{}.ln_1.bias",
-        "qkvw": "h.{}.attn.c_attn.weight",
-        "qkvb": "h.{}.attn.c_attn.bias",
-        "attprojw": "h.{}.attn.c_proj.weight",
-        "attprojb": "h.{}.attn.c_proj.bias",
-        "ln2w": "h.{}.ln_2.weight",
-        "ln2b": "h.{}.ln_2.bias",
-        "fcw": "h.{}.mlp.c_fc.weight",
-        "fcb": "h.{}.mlp.c_fc.bias",
-        "fcprojw": "h.{}.mlp.c_proj.weight",
-        "fcprojb": "h.{}.mlp.c_proj.bias",
-        "lnfw": "ln_f.weight",
-        "lnfb": "ln_f.bias",
-    },
-    transposed={"qkvw", "attprojw", "fcw", "fcprojw"},
-    prefix="transformer.",  # of every tensor's name; may be missing
-    ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),  # attention masks, which old versions saved
-    tied={"lm_head.weight": "wte.weight"},  # may be saved twice
-)
-
-LLMC = SimpleNamespace(
-    model=20240326,  # magic numbers
-    state=20240327,
-    sizes=("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels"),  # header[2:7]; header[7] is Vp
-)
-
 
 def logits_rows(rows: int) -> int:
-    """Of this many rows (b, t), how many have their logits in memory at a time: a quarter, but at least 1024.
-
-    The logits of all rows would be the largest activation.
-    """
-    return min(rows, max(1024, padded(-(-rows // 4))))
+    """How many of the rows (b, t) have their logits in memory at a time; those of all would be the largest tensor."""
+    return min(rows, max(1024, padded(-(-rows // 4))))  # a quarter, but at least 1024
 
 
 @dataclass(frozen=True)
@@ -92,9 +35,9 @@ class GPT2:
     channels: int  # C
 
     name: ClassVar[str] = "gpt2"
-    PRESETS: ClassVar[dict[str, "GPT2"]] = {}
-    huggingface: ClassVar[SimpleNamespace] = HUGGINGFACE
-    llmc: ClassVar[SimpleNamespace] = LLMC
+    PRESETS: ClassVar[dict[str, "GPT2"]] = {}  # the end of the file fills in these three
+    huggingface: ClassVar[SimpleNamespace]
+    llmc: ClassVar[SimpleNamespace]
     vocab_parameters: ClassVar[set[str]] = {"wte"}  # a row for each token: Vp rows here, V to any number in files
 
     def __post_init__(self):
@@ -150,8 +93,7 @@ class GPT2:
         recompute: what the backward pass computes again, so that all layers can share its memory.
         """
         C = self.channels
-        norm = "norm" if "layernorm" in recompute else ""
-        gelu = "gelu" if "gelu" in recompute else ""
+        norm, gelu = "norm" if "layernorm" in recompute else "", "gelu" if "gelu" in recompute else ""
         return [
             TensorSpec("encoded", (B, T, C)),
             TensorSpec("ln1", (B, T, C), per_layer=True, shares=norm),
@@ -212,34 +154,30 @@ class GPT2:
         for spec in self.parameters():
             values = np.array(spec.fill, np.float32)
             if spec.std:
-                layers = (self.num_layers,) if spec.per_layer else ()
-                values = rng.standard_normal((*layers, *spec.shape), np.float32) * np.float32(spec.std)
-                if spec.name == "wte":
-                    values[self.vocab_size :] = 0
+                shape = (self.num_layers, *spec.shape) if spec.per_layer else spec.shape
+                values = rng.standard_normal(shape, np.float32) * np.float32(spec.std)
+            if spec.name == "wte":
+                values[self.vocab_size :] = 0
             yield spec.name, values
 
     # -----------------------------------------------------------------------------------------------------------------
     # A training step
 
     def forward(self, ops, m) -> None:
-        """m.tokens (B, T) -> m.lnf (B, T, C), the input of `logits`."""
+        """m.tokens (B, T) -> m.lnf (B, T, C), the input of `logits`. Without a comment a result is (B, T, C)."""
         NH, first = self.num_heads, m.layers[0]
-        ops.encoder_forward(m.encoded, m.tokens, m.wte, m.wpe)  # (B, T, C)
-        ops.layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, m.encoded, first.ln1w, first.ln1b)  # (B, T, C)
+        ops.encoder_forward(m.encoded, m.tokens, m.wte, m.wpe)
+        ops.layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, m.encoded, first.ln1w, first.ln1b)
         for l in m.layers:
             ops.matmul_forward(l.qkv, l.ln1, l.qkvw, l.qkvb, m.scratch)  # (B, T, 3*C)
-            ops.attention_forward(l.atty, l.lse, l.qkv, NH, NH, m.scratch)  # (B, T, C)
-            ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)  # (B, T, C)
-            ops.residual_layernorm_forward(
-                l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b
-            )  # both (B, T, C)
+            ops.attention_forward(l.atty, l.lse, l.qkv, NH, NH, m.scratch)
+            ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)
+            ops.residual_layernorm_forward(l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b)
             ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
             ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
-            ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)  # (B, T, C)
-            next = l.next
-            ops.residual_layernorm_forward(
-                l.residual3, next.out, next.mean, next.rstd, l.residual2, l.fcproj, next.weight, next.bias
-            )  # both (B, T, C)
+            ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)
+            n = l.next  # ln1 of the next layer, or lnf
+            ops.residual_layernorm_forward(l.residual3, n.out, n.mean, n.rstd, l.residual2, l.fcproj, n.weight, n.bias)
 
     def logits(self, ops, m, rows) -> None:
         """rows.lnf (1, n, C) -> rows.logits (1, n, Vp); rows is one of m.blocks, or m itself."""
@@ -266,40 +204,31 @@ class GPT2:
         Gradients of parameters are written (=), or added (+=) if accumulate. `encoder_backward` always adds: to what
         `loss` left in m.dwte, and to m.dwpe.
         """
-        NH, top = self.num_heads, m.layers[-1]
-        if not accumulate:
+        NH, top, scratch, add = self.num_heads, m.layers[-1], m.scratch, accumulate
+        if not add:
             ops.zero(m.dwpe)
         ops.zero(top.dresidual3)
-        ops.layernorm_backward(
-            top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd, m.scratch,
-            accumulate,
-        )  # fmt: skip
+        ops.layernorm_backward(top.dresidual3, m.dlnfw, m.dlnfb, m.dlnf, top.residual3, m.lnfw, m.lnf_mean, m.lnf_rstd,
+                               scratch, add)  # fmt: skip
         for l in reversed(m.layers):
             if "gelu" in m.recompute:
                 ops.gelu_forward(l.fch_gelu, l.fch)
-            ops.matmul_backward(
-                l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, m.scratch, accumulate
-            )
+            ops.matmul_backward(l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, scratch, add)
             ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
             if "layernorm" in m.recompute:
                 ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)
-            ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, m.scratch, accumulate)
+            ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, scratch, add)
             ops.residual_backward(l.dresidual2, l.dresidual3)
-            ops.layernorm_backward(
-                l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd, m.scratch,
-                accumulate,
-            )  # fmt: skip
-            ops.matmul_backward(
-                l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, m.scratch, accumulate
-            )
-            ops.attention_backward(l.dqkv, l.datty, l.atty, l.lse, l.qkv, NH, NH, m.scratch)
+            ops.layernorm_backward(l.dresidual2, l.dln2w, l.dln2b, l.dln2, l.residual2, l.ln2w, l.ln2_mean, l.ln2_rstd,
+                                   scratch, add)  # fmt: skip
+            ops.matmul_backward(l.datty, l.dattprojw, l.dattprojb, l.dresidual2, l.atty, l.attprojw, scratch, add)
+            ops.attention_backward(l.dqkv, l.datty, l.atty, l.lse, l.qkv, NH, NH, scratch)
             if "layernorm" in m.recompute:
                 ops.layernorm_forward(l.ln1, l.ln1_mean, l.ln1_rstd, l.inp, l.ln1w, l.ln1b)
-            ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, m.scratch, accumulate)
+            ops.matmul_backward(l.dln1, l.dqkvw, l.dqkvb, l.dqkv, l.ln1, l.qkvw, scratch, add)
             ops.residual_backward(l.dinp, l.dresidual2)
-            ops.layernorm_backward(
-                l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd, m.scratch, accumulate
-            )
+            ops.layernorm_backward(l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd,
+                                   scratch, add)  # fmt: skip
         ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
 
     def update(self, ops, m, s) -> None:
@@ -310,10 +239,8 @@ class GPT2:
         flat = m.flat
         ops.global_norm_squared(m.grad_norm_squared, flat.gradients, m.scratch)
         ops.clip(m.grad_scale, m.loss, m.grad_norm_squared, m.limits, s.grad_clip)
-        ops.adamw_update(
-            flat.parameters, flat.master, flat.gradients, flat.m, flat.v, m.decays,
-            m.learning_rate, s.beta1, s.beta2, s.eps, s.weight_decay, m.step, m.seed, m.grad_scale,
-        )  # fmt: skip
+        ops.adamw_update(flat.parameters, flat.master, flat.gradients, flat.m, flat.v, m.decays, m.learning_rate,
+                         s.beta1, s.beta2, s.eps, s.weight_decay, m.step, m.seed, m.grad_scale)  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generating text
@@ -350,6 +277,9 @@ class GPT2:
         self.logits(ops, m, m)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets, and GPT-2 in other programs' files
+
 GPT2.PRESETS.update({
     #             context  V      L   NH  C
     "nano": GPT2(32, 257, 2, 2, 16),  # 12 thousand parameters: for stepping through
@@ -359,3 +289,35 @@ GPT2.PRESETS.update({
     "d36": GPT2(1024, 50257, 36, 20, 1280),  # 774 million: large
     "d48": GPT2(1024, 50257, 48, 25, 1600),  # 1558 million: XL
 })  # fmt: skip
+
+# Hugging Face stores tensors per layer, and matrices as (in, out); ours are (out, in)
+GPT2.huggingface = SimpleNamespace(
+    architecture="GPT2LMHeadModel",
+    sizes=dict(  # our fields -> keys of config.json
+        max_seq_len="n_positions", vocab_size="vocab_size", num_layers="n_layer", num_heads="n_head", channels="n_embd",
+    ),
+    accepted=dict(  # values with which our model computes the same; the first is the default for a missing key
+        model_type=("gpt2",), activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
+        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
+        tie_word_embeddings=(True,),
+    ),
+    accepted_for=lambda model: {"n_inner": (None, 4 * model.channels)},
+    written=dict(n_inner=None, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    tensors=dict(
+        wte="wte.weight", wpe="wpe.weight", lnfw="ln_f.weight", lnfb="ln_f.bias",
+        ln1w="h.{}.ln_1.weight", ln1b="h.{}.ln_1.bias", ln2w="h.{}.ln_2.weight", ln2b="h.{}.ln_2.bias",
+        qkvw="h.{}.attn.c_attn.weight", qkvb="h.{}.attn.c_attn.bias",
+        attprojw="h.{}.attn.c_proj.weight", attprojb="h.{}.attn.c_proj.bias",
+        fcw="h.{}.mlp.c_fc.weight", fcb="h.{}.mlp.c_fc.bias",
+        fcprojw="h.{}.mlp.c_proj.weight", fcprojb="h.{}.mlp.c_proj.bias",
+    ),
+    transposed={"qkvw", "attprojw", "fcw", "fcprojw"},
+    prefix="transformer.",  # of every tensor's name; may be missing
+    ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),  # attention masks, which old versions saved
+    tied={"lm_head.weight": "wte.weight"},  # may be saved twice
+)  # fmt: skip
+
+GPT2.llmc = SimpleNamespace(
+    model=20240326, state=20240327,  # magic numbers
+    sizes=("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels"),  # header[2:7]; header[7] is Vp
+)  # fmt: skip

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from llm_numba.models import Model, model_of
 from llm_numba.training import settings
 from llm_numba.training.outliers import WINDOW
 from llm_numba.training.settings import Settings
-from llm_numba.util.cli import UserError
+from llm_numba.util.cli import UserError, note
 
 FORMAT = "llm_numba checkpoint 1"
 RANKS = "tokenizer.ranks"
@@ -53,30 +52,37 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Errors: UserError if there is none, or if no run wrote it.
     """
     path = Path(path)
-    if path.is_dir():
-        path, stored, problems = load_newest(path)
-        for problem in problems:
-            print(f"note: {problem}; using {path}", file=sys.stderr)
-    else:
-        stored = load(path)
-    tensors, record, tokenizer = stored
+    path, (tensors, record, tokenizer) = _load_newest(path) if path.is_dir() else (path, load(path))
     model = check_record(path, tensors, record)
     recorded = settings.from_record(record["settings"], path)
     return Checkpoint(path, tensors, record, tokenizer and tokenizer_from_state(*tokenizer), model, recorded)
 
 
+def _load_newest(run_folder: Path) -> tuple[Path, Stored]:
+    newest(run_folder)
+    problems = []
+    for path in reversed(_checkpoints(run_folder / "checkpoints")):
+        try:
+            stored = _read(path)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                note(f"note: {problem}; using {path}")
+            return path, stored
+    raise UserError(f"{problems[0]}; {run_folder} has no whole checkpoint")
+
+
 def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenizer: Tokenizer | None = None) -> None:
     """Write a checkpoint. After a crash or a power cut, `path` holds either its old content or all of the new one.
 
-    tensors:   any shapes; float32, uint8, int64 ... are restored bit for bit
-    state:     JSON types; floats are restored exactly, nan and inf included
-    tokenizer: a dict of JSON types and the bytes of the ranks
+    tensors: any shapes and dtypes, restored bit for bit; state: JSON types, floats restored exactly, nan and inf too;
+    tokenizer: a dict of JSON types and the bytes of the ranks.
     Errors: UserError if the file cannot be written (disk full, folder not writable ...); no temporary file stays.
     """
     path = Path(path)
     texts = {"format": FORMAT, "state": json.dumps(state), "tokenizer": json.dumps(tokenizer and tokenizer[0])}
-    # safetensors ignores strides
-    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # safetensors ignores strides
     if tokenizer:
         tensors[RANKS] = np.frombuffer(tokenizer[1], np.uint8)
     texts["sha256"] = _sha256(texts, tensors)
@@ -101,11 +107,8 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], state: dict, tokenize
 
 
 def load(path: str | Path) -> Stored:
-    """What `save` wrote.
-
-    Errors: UserError for a file that is missing, truncated, damaged or not a checkpoint. It names the last whole
-    checkpoint before it in the same run.
-    """
+    """What `save` wrote. Errors: UserError for a file that is missing, damaged or no checkpoint, which names the last
+    whole checkpoint before it in the same run."""
     path = Path(path)
     try:
         return _read(path)
@@ -119,26 +122,9 @@ def load(path: str | Path) -> Stored:
     raise UserError(message)
 
 
-def load_newest(run_folder: str | Path) -> tuple[Path, Stored, list[str]]:
-    """(path, what `load` returns, what is wrong with each newer one) of the run's newest whole checkpoint.
-
-    Errors: UserError if there is none.
-    """
-    newest(run_folder)
-    problems = []
-    for path in reversed(_checkpoints(Path(run_folder) / "checkpoints")):
-        try:
-            return path, _read(path), problems
-        except UserError as error:
-            problems.append(str(error))
-    raise UserError(f"{problems[0]}; {run_folder} has no whole checkpoint")
-
-
 def check_record(path: str | Path, tensors: dict[str, np.ndarray], record: dict) -> Model:
-    """The model of a checkpoint's tensors and record.
-
-    Errors: UserError for a whole file that no run wrote, in which something that a run reads is missing or misfit.
-    """
+    """The model of a checkpoint's tensors and record. Errors: UserError if something that a run reads is missing or
+    does not fit, as in a whole file that no run wrote."""
     try:
         model = model_of(record)
         for spec in model.parameters():
@@ -168,33 +154,25 @@ def checkpoint_path(run_folder: str | Path, step: int) -> Path:
 def newest(run_folder: str | Path) -> Path:
     """The run's checkpoint with the most steps. Errors: UserError if there is none."""
     folder = Path(run_folder) / "checkpoints"
-    checkpoints = _checkpoints(folder)
-    if not checkpoints:
-        raise UserError(f"no checkpoint in {folder}: is {run_folder} a run folder?")
-    return checkpoints[-1]
+    if checkpoints := _checkpoints(folder):
+        return checkpoints[-1]
+    raise UserError(f"no checkpoint in {folder}: is {run_folder} a run folder?")
 
 
 def set_aside(path: str | Path) -> list[Path]:
-    """Rename the checkpoints of the same run with more steps than this one, since the run continues from this one.
-
-    They become step_000200.safetensors.aside, aside2 and so on. Returns their new paths.
-    """
-    path = Path(path)
-    newer = [p for p in _checkpoints(path.parent) if _step(p) > _step(path)]
-    return [p.rename(_free(p.with_name(p.name + ".aside"))) for p in newer]
-
-
-def _free(path: Path) -> Path:
-    """The path itself, or the first of path2, path3, ... that does not exist."""
-    return next(p for i in itertools.count(1) if not (p := path.with_name(f"{path.name}{i if i > 1 else ''}")).exists())
+    """Rename the run's checkpoints with more steps than this one, from which it continues, to NAME.aside, NAME.aside2
+    and so on. Returns their new paths."""
+    renamed = []
+    for newer in _checkpoints(Path(path).parent):
+        if _step(newer) > _step(Path(path)):
+            names = (newer.with_name(f"{newer.name}.aside{i if i > 1 else ''}") for i in itertools.count(1))
+            renamed.append(newer.rename(next(name for name in names if not name.exists())))
+    return renamed
 
 
 def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
-    """Remove the run's checkpoints except the last `keep` (at least 1) and every `keep_every`-th step (0: none).
-
-    Temporary files of killed writers are removed too, so nothing else may be writing a checkpoint at the same time.
-    Errors: UserError if a file cannot be removed.
-    """
+    """Remove the run's checkpoints except the last `keep` (at least 1) and every `keep_every`-th step (0: none), and
+    the temporary files of killed writers. Errors: UserError if a file cannot be removed."""
     folder = Path(run_folder) / "checkpoints"
     old = [p for p in _checkpoints(folder)[:-keep] if not keep_every or _step(p) % keep_every]
     for path in [*old, *(p for pattern in TEMPORARY for p in folder.glob(pattern))]:
@@ -206,8 +184,7 @@ def prune(run_folder: str | Path, keep: int, keep_every: int) -> None:
 
 def _read(path: Path) -> Stored:
     try:
-        with open(path, "rb"):  # its error messages are clearer than those of safetensors
-            pass
+        open(path, "rb").close()  # its error messages are clearer than those of safetensors
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     try:

@@ -28,8 +28,8 @@ class Choice(NamedTuple):
 
 def generation_groups(model: Model) -> Groups:
     """What generating text needs beside parameters and scratch: the cache, activations for a chunk and for a token."""
-    activations = {name: model.generation_activations(T) for name, T in (("chunk", CHUNK), ("token", 1))}
-    return {"cache": model.generation_cache(), **activations}
+    chunk, token = (model.generation_activations(T) for T in (CHUNK, 1))
+    return {"cache": model.generation_cache(), "chunk": chunk, "token": token}
 
 
 def generation_step(ops: Ops, arena: Arena) -> None:
@@ -40,9 +40,7 @@ def generation_step(ops: Ops, arena: Arena) -> None:
 
 def generate(ops: Ops, arena: Arena, prompt: list[int], choice: Choice, rng) -> Iterator[int]:
     """Tokens that continue `prompt` (at least one token), one by one, without end; the arena has `generation_groups`.
-
-    When the context is full, the last half of the text becomes the prompt of a new one.
-    """
+    When the context is full, the last half of the text becomes the prompt of a new one."""
     maxT, V = arena.model.max_seq_len, arena.model.vocab_size
     chunk, token = (stepper(ops, arena, group) for group in ("chunk", "token"))
     text = list(prompt[-maxT:])

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from llm_numba.data.hellaswag import Score
 from llm_numba.training.loss_plot import LOSSES, write_figure
 from llm_numba.training.read_log import Run, columns_in
 from llm_numba.training.trackers import Tracker
@@ -31,15 +30,13 @@ class RunLog:
 
     train.log and log.jsonl get every step. A terminal gets one live line, and the full line of every tenth of the run,
     of outliers, and of each step after which something else is printed. Other outputs get every line.
-    step: that of the checkpoint from which a run resumes; later rows are removed from log.jsonl. None for a new run.
-    track: a tracker that gets the rows too. unwritable: why the screen can no longer be written, if so.
-    Errors: UserError if the folder of a new run already contains one, another process is writing it, or a file cannot
-    be written.
+    step: that of the checkpoint from which a run resumes (later rows are removed from log.jsonl); None for a new run.
+    Errors: UserError if a new run's folder contains a run, another process writes it, or a file cannot be written.
     """
 
     def __init__(self, folder: Path, record: dict, step: int | None, track: str = "none"):
         self.folder, self.path = folder, folder / "log.jsonl"
-        self.unwritable: OSError | None = None
+        self.unwritable: OSError | None = None  # why the screen can no longer be written
         self.is_terminal, self.is_live, self.hidden = sys.stdout.isatty(), False, ""
         self.lock = FileLock(folder / ".lock")  # released by the system however the process ends
         try:
@@ -47,9 +44,8 @@ class RunLog:
             self.lock.acquire(timeout=0)
             self._open(record, step)
         except Timeout as error:
-            raise UserError(
-                f"{folder}: another process is writing this run; wait until it ends, or choose another --out"
-            ) from error
+            problem = "another process is writing this run; wait until it ends, or choose another --out"
+            raise UserError(f"{folder}: {problem}") from error
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -63,10 +59,8 @@ class RunLog:
         if step is None and (self.folder / "settings.json").exists():
             resume = command("train", "--resume", self.folder)
             raise UserError(f"--out {self.folder}: already contains a run; resume it with {resume}, or choose another")
-        lines = []
-        if step is not None and self.path.exists():
-            with open(self.path, encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n")]  # the last line may be cut off
+        rows = self.path.read_text(encoding="utf-8") if step is not None and self.path.exists() else ""
+        lines = rows[: rows.rfind("\n") + 1].splitlines(keepends=True)  # the last line may be cut off
         write_whole(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
         write_whole(self.folder / "settings.json", json.dumps(record, indent=1).encode() + b"\n")
         self.text = open(self.folder / "train.log", "a", encoding="utf-8", errors="surrogateescape")
@@ -76,7 +70,7 @@ class RunLog:
         return self
 
     def __exit__(self, *_):
-        self.tracker.close()
+        self.tracker.attempt(self.tracker.finish)
         self._show("")
         for file in self.text, self.json:
             with contextlib.suppress(OSError):  # a line that could not be written, which was reported then
@@ -117,39 +111,29 @@ class RunLog:
 
     def step(self, step: int, steps: int, seconds_left: float, **values) -> None:
         """A training step, in the format that COLUMNS describes."""
-
-        def z(value):
-            return "    -" if math.isnan(value) else f"{value:5.2f}"
-
         v = values
-        share = f" | {v['share_of_peak']:4.0%} of peak" if v["share_of_peak"] is not None else ""
+        loss_z, norm_z = ("    -" if math.isnan(z) else f"{z:5.2f}" for z in (v["loss_z"], v["norm_z"]))
         number = f"step {step:>{len(str(steps))}}/{steps} | loss {v['loss']:7.4f}"
+        speed = f"{v['tokens_per_second']:7,.0f} tok/s"
+        share = f" | {v['share_of_peak']:4.0%} of peak" if v["share_of_peak"] is not None else ""
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02} left"
         line = (
-            f"{number} (z {z(v['loss_z'])}) | norm {v['norm']:7.4f} (z {z(v['norm_z'])}) | "
-            f"lr {v['learning_rate']:.2e} | {v['ms']:7.1f} ms | {v['tokens_per_second']:7,.0f} tok/s{share} | {left}"
-            + (" | SKIPPED: an outlier" if v["skipped"] else "")
+            f"{number} (z {loss_z}) | norm {v['norm']:7.4f} (z {norm_z}) | lr {v['learning_rate']:.2e} | "
+            f"{v['ms']:7.1f} ms | {speed}{share} | {left}{' | SKIPPED: an outlier' if v['skipped'] else ''}"
         )
         if not self.is_terminal or v["skipped"] or step == 1 or step % max(1, steps // 10) == 0:
             self.hidden = ""
             self.say(line)
         else:
             self.hidden = line + "\n"
-            self._show(f"{number} | {v['tokens_per_second']:7,.0f} tok/s | {left}", live=True)
+            self._show(f"{number} | {speed} | {left}", live=True)
             self._write(self.text, line)
         self.record(step=step, **values)
 
-    def validation(self, step: int, loss: float) -> None:
-        self.say(f"validation at step {step}: loss {loss:.4f}")
-        self.record(step=step, val_loss=loss)
-
-    def hellaswag(self, step: int, score: Score) -> None:
-        self.say(f"hellaswag at step {step}: {score}")
-        self.record(step=step, **{f"hellaswag_{name}": value for name, value in score._asdict().items()})
-
-    def sample(self, step: int, text: str) -> None:
-        self.say(f"--- sample at step {step} ---\n{text}\n---")
-        self.record(step=step, sample=text)
+    def event(self, line: str, **row) -> None:
+        """A line and a row about something else than a training step."""
+        self.say(line)
+        self.record(**row)
 
     def picture(self, expected: list[list[float]]) -> None:
         """loss.png: the losses so far, and the expected curve [(step, loss)] if there is one."""
@@ -162,13 +146,11 @@ class RunLog:
         write_figure(self.folder / "loss.png", runs, LOSSES)
 
 
-def share_of_peak(
-    flops: float, peak: float | None, measure: Callable[[], float | None]
-) -> tuple[float | None, float | None]:
-    """(share, peak): which part of `peak` the `flops` per second of a step are; None if no peak is known.
+def share_of_peak(flops: float, peak: float | None, measure: Callable[[], float | None]):
+    """(share, peak): the part of `peak` that the `flops` per second of a step are, or None if no peak is known.
 
-    A step that exceeds the peak proves that the machine was busy when it was measured, so it is measured again; if the
-    step exceeds that too, the peak stays unknown.
+    A step above the peak means that the machine was busy during the measurement, so it is repeated. If the step is
+    above that too, the peak stays unknown.
     """
     if peak and flops > peak:
         peak = measure()

@@ -49,61 +49,54 @@ def figure_of(runs: list[Run], panels: list[tuple] = PANELS):
         axes = figure.subplots(rows, columns).flat
         for axis, (title, column, against, unit, smoothed, logarithmic) in zip(axes, panels, strict=False):
             scales = logarithmic if long else logarithmic.replace("x", "")
-            draw(axis, runs, column, against, smoothed, "x" in scales)
+            for i, run in enumerate(runs):
+                draw(axis, i, run, column, against, smoothed, "x" in scales)
             axis.set(title=title, xlabel=against, ylabel=unit)
             finish(axis, scales)
         legend(axes[-1], runs)
     return figure
 
 
-def draw(axis, runs: list[Run], column: str, against: str, smoothed: bool, positive: bool) -> None:
-    """Draw a column of each run; positive: only where x is."""
-    for i, run in enumerate(runs):
-        if column not in run.columns or against not in ("step", *run.columns):
-            continue
-        steps, y = run.columns[column]
-        x = steps
-        if against != "step":
-            known, values = run.columns[against]
-            inside = (steps >= known[0]) & (steps <= known[-1])
-            x, y, steps = np.interp(steps[inside], known, values), y[inside], steps[inside]
-        if positive:
-            x, y, steps = x[x > 0], y[x > 0], steps[x > 0]
-        colour, style = look(i)
-        if smoothed:
-            axis.plot(x, y, color=colour, alpha=0.18, linewidth=0.7)
-            axis.plot(x, smooth(y, spacing(steps)), color=colour, linestyle=style, linewidth=1.6)
-        else:
-            marker = "o" if len(x) < 40 else ""
-            axis.plot(x, y, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3.5)
+def draw(axis, i: int, run: Run, column: str, against: str, smoothed: bool, positive: bool) -> None:
+    """Draw a column of run number `i`, if it has it; positive: only where x is."""
+    if column not in run.columns or against not in ("step", *run.columns):
+        return
+    x = steps = run.columns[column][0]
+    y = run.columns[column][1]
+    if against != "step":
+        known, values = run.columns[against]
+        inside = (steps >= known[0]) & (steps <= known[-1])
+        x, y, steps = np.interp(steps[inside], known, values), y[inside], steps[inside]
+    if positive:
+        x, y, steps = x[x > 0], y[x > 0], steps[x > 0]
+    if smoothed:
+        axis.plot(x, y, color=look(i)["color"], alpha=0.18, linewidth=0.7)
+        axis.plot(x, smooth(y, spacing(steps)), **look(i), linewidth=1.6)
+    else:
+        axis.plot(x, y, **look(i), linewidth=1.6, marker="o" if len(x) < 40 else "", markersize=3.5)
 
 
-def look(i: int) -> tuple[str, str]:
-    """(colour, line style) of run number `i`."""
-    return COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+def look(i: int) -> dict[str, str]:
+    """Colour and line style of run number `i`."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
 
 
 def spacing(steps: np.ndarray) -> float:
-    """The number of steps from one value to the next."""
     return float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
 
 
 def smooth(values: np.ndarray, spacing: float = 1.0) -> np.ndarray:
-    """The mean of each value and those before it: over SMOOTH steps, or in a long run over one hundredth of it. At the
-    start, where the loss falls fast, over a quarter of the values so far.
-
-    spacing: the steps from one value to the next; values SMOOTH steps apart stay as they are.
-    """
-    longest = max(1, int(SMOOTH / spacing), len(values) // 100)
+    """The mean of each value and those before it: over SMOOTH steps (`spacing` steps from one value to the next), or in
+    a long run over a hundredth of it; at the start, where the loss falls fast, over a quarter of the values so far."""
     sums = np.cumsum(np.concatenate(([0.0], values)))
     ends = np.arange(1, len(values) + 1)
-    starts = ends - np.clip(ends // 4, 1, longest)
+    starts = ends - np.clip(ends // 4, 1, max(1, int(SMOOTH / spacing), len(values) // 100))
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def finish(axis, logarithmic: str) -> None:
     """Scales and readable ticks; a remark if there is nothing to draw."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MultipleLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if not axis.lines:
         axis.text(0.5, 0.5, "not in these logs", transform=axis.transAxes, ha="center", color="0.5")
@@ -113,20 +106,17 @@ def finish(axis, logarithmic: str) -> None:
     axis.margins(x=0.01)
     engineer = EngFormatter(sep="")
     thousands = FuncFormatter(lambda x, position: engineer(x, position).replace("G", "B"))
-    longest = axis.get_xlim()[1]
+    longest, (low, high) = axis.get_xlim()[1], axis.get_ylim()
     if "x" in logarithmic:
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(thousands)
-    elif axis.get_xlabel() == "seconds":
-        if longest > 300:
-            unit, size = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
-            axis.set_xlabel(unit)
-            tick = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**6) if n * size * 8 >= longest)
-            axis.xaxis.set_major_locator(MultipleLocator(tick * size))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
+    if axis.get_xlabel() == "seconds" and longest > 300:
+        unit, size = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
+        axis.set_xlabel(unit)
+        ticks = MaxNLocator(8, integer=True).tick_values(0, longest / size)
+        axis.xaxis.set_major_locator(FixedLocator([n * size for n in ticks]))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
     elif longest >= 1000:
         axis.xaxis.set_major_formatter(thousands)
-    low, high = axis.get_ylim()
     if "y" in logarithmic and min(y.min() for y in (line.get_ydata() for line in axis.lines)) > 0:
         axis.set_yscale("log")
         wide = high > 20 * max(low, 1e-12)
@@ -138,19 +128,16 @@ def finish(axis, logarithmic: str) -> None:
 
 
 def legend(axis, runs: list[Run]) -> None:
-    """Each run's name, with its last step and loss."""
+    """Each run's name, with its last step and loss and its best validation."""
     axis.axis("off")
-    looks = map(look, range(len(runs)))
-    lines = [axis.plot([], [], color=colour, linestyle=style, linewidth=2.5)[0] for colour, style in looks]
-    labels = [f"{os.fsencode(run.name).decode(errors='replace')}\n{summary(run)}" for run in runs]
-    axis.legend(lines, labels, loc="upper left", frameon=False, labelspacing=1, handlelength=2.5, borderaxespad=0)
-
-
-def summary(run: Run) -> str:
-    parts = []
-    if "loss" in run.columns:
-        steps, losses = run.columns["loss"]
-        parts += [f"step {steps[-1]:.0f}", f"loss {smooth(losses, spacing(steps))[-1]:.4g}"]
-    if "val_loss" in run.columns:
-        parts.append(f"best validation {run.columns['val_loss'][1].min():.4g}")
-    return ", ".join(parts)
+    labels = []
+    for i, run in enumerate(runs):
+        parts = []
+        if "loss" in run.columns:
+            steps, losses = run.columns["loss"]
+            parts += [f"step {steps[-1]:.0f}", f"loss {smooth(losses, spacing(steps))[-1]:.4g}"]
+        if "val_loss" in run.columns:
+            parts.append(f"best validation {run.columns['val_loss'][1].min():.4g}")
+        axis.plot([], [], **look(i), linewidth=2.5)
+        labels.append(f"{os.fsencode(run.name).decode(errors='replace')}\n{', '.join(parts)}")
+    axis.legend(axis.lines, labels, loc="upper left", frameon=False, labelspacing=1, handlelength=2.5, borderaxespad=0)

@@ -9,9 +9,9 @@ import numpy as np
 from llm_numba.arena import DTYPES, RUN, Arena, Groups, TensorSpec, count, format_map, in_precision, layout
 from llm_numba.models import Model
 from llm_numba.ops import Ops
-from llm_numba.training import step
 from llm_numba.training.generate import generation_groups, generation_step
 from llm_numba.training.settings import Settings
+from llm_numba.training.step import training_step
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import format_bytes
 
@@ -23,24 +23,18 @@ Program = Callable[[Ops, Arena], None]
 def training_groups(
     model: Model, B: int, T: int, master: bool = False, micro_batches: int = 1, recompute: str = "none"
 ) -> Groups:
-    """All tensors of training but scratch, group by group.
-
-    master: keep the parameters in float32 too; recompute: "none", "gelu" or "gelu+layernorm".
-    """
+    """All tensors of training but scratch, group by group. master: keep the parameters in float32 too."""
     parameters = model.parameters()
     exact = [spec._replace(dtype="float32") for spec in parameters]
     inputs = [
         TensorSpec("batches", (micro_batches, 2, B, T), "int32"),  # tokens and targets
-        TensorSpec("tokens", (B, T), "int32"),
-        TensorSpec("targets", (B, T), "int32"),
+        *(TensorSpec(name, (B, T), "int32") for name in ("tokens", "targets")),
         TensorSpec("decays", (count(parameters, model.num_layers) // RUN,), "uint8"),
         TensorSpec("learning_rate", (1,), "float32"),
-        TensorSpec("step", (1,), "int32"),
-        TensorSpec("seed", (1,), "int32"),
+        *(TensorSpec(name, (1,), "int32") for name in ("step", "seed")),
         TensorSpec("limits", (2,), "float64"),  # no update above this loss and this gradient norm
         TensorSpec("grad_scale", (1,), "float32"),
-        TensorSpec("loss", (1,), "float64"),
-        TensorSpec("grad_norm_squared", (1,), "float64"),
+        *(TensorSpec(name, (1,), "float64") for name in ("loss", "grad_norm_squared")),
     ]
     return {
         "parameters": parameters,
@@ -55,10 +49,8 @@ def training_groups(
 
 
 def complete(groups: Groups, model: Model, ops: Ops, dtype: str, *programs: Program) -> Groups:
-    """The groups in the precision of the run, and the scratch that the ops of these programs need.
-
-    The programs run once without memory: every op only reports how much scratch it needs for its arguments' shapes.
-    """
+    """The groups in the precision of the run, and the scratch that the ops of these programs need: the programs run
+    once without memory, and every op only reports how much scratch it needs for its arguments' shapes."""
     needed = [0]
 
     def report(name, op):
@@ -86,16 +78,15 @@ def plan_of(s: Settings) -> str:
 def run_groups(s: Settings, model: Model, T: int, ops: Ops) -> Groups:
     """All that a training run puts into the arena."""
     master = s.dtype == "bf16" and not s.stochastic_rounding
+    groups = training_groups(model, s.batch_size, T, master, 1, s.recompute) | generation_groups(model)
 
-    def groups_with(count):
-        return training_groups(model, s.batch_size, T, master, count, s.recompute) | generation_groups(model)
-
-    def training_step(ops, arena):
-        step.training_step(ops, arena.model, arena.training(s.recompute), s)
+    def training(ops, arena):
+        training_step(ops, arena.model, arena.training(s.recompute), s)
 
     # all micro-batches need the same scratch, so the dry run has one
-    groups = complete(groups_with(1), model, ops, DTYPES[s.dtype], training_step, generation_step)
-    return groups | {"inputs": groups_with(micro_batches(s, T))["inputs"]}
+    groups = complete(groups, model, ops, DTYPES[s.dtype], training, generation_step)
+    batches, *rest = groups["inputs"]
+    return groups | {"inputs": [batches._replace(shape=(micro_batches(s, T), *batches.shape[1:])), *rest]}
 
 
 def micro_batches(s: Settings, T: int) -> int:
@@ -127,18 +118,15 @@ def check_memory(groups: Groups, s: Settings, model: Model, ops: Ops) -> None:
         hint = f"--batch-size {fits} would fit"
     else:
         hint = f"no batch size fits: choose a smaller {'model' if s.init else '--preset'}"
-    raise UserError(
-        f"{flag}: the arena needs {format_bytes(needed)}, but {format_bytes(available)} of memory are available; {hint}"
-    )
+    sizes = f"{format_bytes(needed)}, but {format_bytes(available)} of memory are available"
+    raise UserError(f"{flag}: the arena needs {sizes}; {hint}")
 
 
 def largest_batch(sizes: range, s: Settings, model: Model, T: int, ops: Ops) -> int:
     """The largest of these batch sizes whose arena fits into the available memory; one less than all if none does."""
-
-    def bytes_of(B):
-        return arena_bytes(replace(s, batch_size=B, tokens_per_step=0), model, T, ops)
-
-    return sizes.start + bisect_right(sizes, ops.available_memory(), key=bytes_of) - 1
+    s, memory = replace(s, tokens_per_step=0), ops.available_memory()
+    fitting = bisect_right(sizes, memory, key=lambda B: arena_bytes(replace(s, batch_size=B), model, T, ops))
+    return sizes.start + fitting - 1
 
 
 def arena_bytes(s: Settings, model: Model, T: int, ops: Ops) -> int:

@@ -31,9 +31,7 @@ def tensor_names(m: SimpleNamespace) -> dict[int, str]:
     """id of a view in the namespace m -> "layer 3 qkv". A view has one name only under the plan "keep"."""
     names = {id(tensor): name for block in m.blocks for name, tensor in vars(block).items()}
     for l, layer in enumerate(m.layers):
-        names |= {
-            id(tensor): f"layer {l} {name}" for name, tensor in vars(layer).items() if name not in ("inp", "dinp")
-        }
+        names |= {id(x): f"layer {l} {name}" for name, x in vars(layer).items() if name not in ("inp", "dinp")}
     return names | {id(tensor): name for name, tensor in vars(m).items()}
 
 
@@ -43,13 +41,10 @@ def checked(ops: Ops, production: Ops, m: SimpleNamespace, arena: Arena, state) 
     production: the ops whose parameters have the names of the contract; those of --use may have others.
     """
     names = tensor_names(m)
-    # a flat view of a group stands for the tensors of the group
-    parts = {
-        id(flat): [
-            (name if group == "parameters" else f"{group} of {name}", x) for name, x in arena.named(group).items()
-        ]
-        for group, flat in vars(m.flat).items()
-    }
+    parts = {}  # a flat view of a group stands for the tensors of the group
+    for group, flat in vars(m.flat).items():
+        prefix = "" if group == "parameters" else f"{group} of "
+        parts[id(flat)] = [(prefix + name, tensor) for name, tensor in arena.named(group).items()]
 
     def follow(op_name, op):
         parameters = parameters_of(getattr(production, op_name))
@@ -57,17 +52,15 @@ def checked(ops: Ops, production: Ops, m: SimpleNamespace, arena: Arena, state) 
 
         def call(*arguments):
             op(*arguments)
-            for argument in (arguments[i] for i in written):
-                itself = [(names.get(id(argument), op_name), argument)]
-                for name, tensor in parts.get(id(argument), itself):
-                    if tensor is not None:
-                        check(ops.to_host(tensor), op_name, name)
+            for argument in (arguments[i] for i in written if arguments[i] is not None):
+                for name, tensor in parts.get(id(argument), [(names.get(id(argument), op_name), argument)]):
+                    check(ops.to_host(tensor), op_name, name)
 
         return call
 
     def check(tensor, op_name, name):
-        if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
-            bad = ~np.isfinite(tensor)
+        bad = ~np.isfinite(tensor) if np.issubdtype(tensor.dtype, np.floating) else np.zeros(0, bool)
+        if bad.any():
             index = tuple(int(i) for i in np.unravel_index(bad.argmax(), tensor.shape))
             where = f"{name}[{', '.join(map(str, index))}]"
             raise NotFinite(

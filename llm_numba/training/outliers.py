@@ -9,13 +9,10 @@ REMARKABLE = 5.0  # a step whose z-score is above this has its text named in the
 def z_score(history: list[float], value: float) -> float:
     """How many standard deviations `value` lies above the mean of the last WINDOW values, itself included.
 
-    history +=  `value`, if it is finite; the oldest value leaves a full window. It is a plain list, which starts empty
-                and goes to a checkpoint as JSON.
-    Returns nan until the window is full (`value` is then taken in, not judged), 0 where all its values are equal, and
-    inf for a value that is not finite, which the window never takes in. Values are those of a float32: their squares
-    fit a float64. The mean is mean(x), the deviation the population's: sqrt(mean((x - mean)^2)); a single value
-    can lie at most sqrt(WINDOW - 1) = 11.3 deviations away.
-    Source: llm.c, llmc/outlier_detector.h
+    history: += `value`, if it is finite; the oldest value leaves a full window.
+    Returns nan until the window is full (`value` is then taken in, not judged), 0 if all its values are equal, and inf
+    for a value that is not finite. The deviation is the population's, sqrt(mean((x - mean)^2)), so a single value can
+    lie at most sqrt(WINDOW - 1) = 11.3 deviations away. Source: llm.c, llmc/outlier_detector.h
     """
     value = float(value)
     full = len(history) == WINDOW
@@ -32,10 +29,10 @@ def z_score(history: list[float], value: float) -> float:
 
 
 def limit(history: list[float], z: float) -> float:
-    """The value above which `z_score(history, value)` is above z; inf while the window is not full, or where z is 0.
+    """The value above which `z_score(history, value)` is above z; inf while the window is not full, or if z is 0.
 
-    With mean and deviation those of the values that stay, a new value that lies d above their mean has, among them and
-    itself, the score  d sqrt((n - 1) / n) / sqrt(deviation**2 + d**2 / n)  for n = WINDOW.
+    A new value that lies d above the mean of the values that stay has, among them and itself, the score
+    d sqrt((n - 1) / n) / sqrt(deviation**2 + d**2 / n)  for n = WINDOW.
     """
     slack = WINDOW - 1 - z * z
     if len(history) < WINDOW or z == 0 or slack <= 0:

@@ -27,16 +27,17 @@ def split(value: str) -> tuple[str, str, str]:
     """(op, module, name) of OP=MODULE:NAME. Errors: another form, no such op, or a file that is not Python."""
     op, _, place = value.partition("=")
     module, _, name = place.rpartition(":")
+    problem = None
     if not (op and module and name):
-        raise UserError(
-            f"--use {value}: expected OP=MODULE:NAME, such as matmul_forward=my_kernels.py:my_matmul; OP is one of "
-            f"{', '.join(WRITES)}"
-        )
-    if op not in WRITES:
+        example = "matmul_forward=my_kernels.py:my_matmul"
+        problem = f"expected OP=MODULE:NAME, such as {example}; OP is one of {', '.join(WRITES)}"
+    elif op not in WRITES:
         near = (difflib.get_close_matches(op, WRITES, 1) or ["matmul_forward"])[0]
-        raise UserError(f"--use {value}: there is no op {op}; did you mean {near}?")
-    if Path(module).exists() and not module.endswith(".py"):
-        raise UserError(f"--use {value}: {module} is not a .py file; give one, or the name of a module")
+        problem = f"there is no op {op}; did you mean {near}?"
+    elif Path(module).exists() and not module.endswith(".py"):
+        problem = f"{module} is not a .py file; give one, or the name of a module"
+    if problem:
+        raise UserError(f"--use {value}: {problem}")
     return op, module, name
 
 
@@ -54,13 +55,10 @@ def override(ops: Ops, values: Iterable[str], interpret: Iterable[str] = ()) -> 
             raise UserError(f"--use {value}: {module} has no function {name}")
         expected, got = parameters_of(getattr(ops, op)), parameters_of(function)
         if len(expected) != len(got):
-            raise UserError(
-                f"--use {value}: expected a function with the parameters of {op} ({', '.join(expected)}); it has "
-                f"{', '.join(got)}"
-            )
+            problem = f"expected a function with the parameters of {op} ({', '.join(expected)}); it has"
+            raise UserError(f"--use {value}: {problem} {', '.join(got)}")
         layer = next(file for file, names in CONTRACT.items() if op in names)
-        plain = op in interpret or layer in interpret
-        found[op] = getattr(function, "py_func", function) if plain else function
+        found[op] = getattr(function, "py_func", function) if {op, layer} & {*interpret} else function
         if hasattr(loaded, f"{name}_scratch"):
             found[f"{op}_scratch"] = getattr(loaded, f"{name}_scratch")
     return ops.replace(**found)
@@ -87,15 +85,14 @@ def parameters_of(function: Callable) -> list[str]:
     return list(inspect.signature(getattr(function, "py_func", function)).parameters)
 
 
-def compare(ops: Ops, own: Ops, values: Iterable[str], step: Callable[[Ops], None]) -> list[str]:
-    """One line for each replaced op: the time of both in a step, median and range, and how much their results differ.
+def compare(ops: Ops, own: Ops, values: Iterable[str], step: Callable[[Ops], None], say: Callable[[str], None]) -> None:
+    """Say for each replaced op the time of both in a step, median and range, and how much their results differ.
 
     step: runs the ops that it is given, on a batch that is in place. Each call is made twice, first by the production
     op, on copies of what it writes.
     """
     names = {split(value)[0]: value for value in values}
-    seconds = {op: [] for op in names}
-    errors = {op: [0.0] for op in names}
+    runs, errors = [], dict.fromkeys(names, 0.0)
 
     def compared(op, mine):
         original = getattr(ops, op)
@@ -110,28 +107,26 @@ def compare(ops: Ops, own: Ops, values: Iterable[str], step: Callable[[Ops], Non
                 start = time.perf_counter()
                 function(*given)
                 ops.to_host(result)
-                seconds[op][-1][i] += time.perf_counter() - start
-            errors[op] += [distance(ops, arguments[i], copies[i]) for i in outputs]
+                runs[-1][op][i] += time.perf_counter() - start
+            errors[op] = max(errors[op], *(distance(ops, arguments[i], copies[i]) for i in outputs))
 
         return call
 
     both = own.wrap(compared, names)
-    for _ in range(1 + REPEATS):  # the first compiles
-        for taken in seconds.values():
-            taken.append(np.zeros(2))
+    for _ in range(1 + REPEATS):
+        runs.append({op: np.zeros(2) for op in names})  # seconds of the production op and of mine
         step(both)
-    return [line_of(value, op, np.array(seconds[op][1:]), max(errors[op])) for op, value in names.items()]
-
-
-def line_of(value: str, op: str, seconds: np.ndarray, error: float) -> str:
-    if not seconds.any():
-        return f"--use {value}: used, but not compared: forward and backward do not call {op}"
-    (theirs, mine), low, high = np.median(seconds, axis=0) * 1e3, seconds.min(axis=0) * 1e3, seconds.max(axis=0) * 1e3
-    return (
-        f"--use {value}: {mine:.4g} ms a step ({low[1]:.4g} to {high[1]:.4g}), production {op} {theirs:.4g} ms "
-        f"({low[0]:.4g} to {high[0]:.4g}), medians of {len(seconds)}; largest difference {error:.1e} of a tensor's "
-        "largest element"
-    )
+    for op, value in names.items():
+        ms = np.array([run[op] for run in runs[1:]]) * 1e3  # the first run compiles
+        if not ms.any():
+            say(f"--use {value}: used, but not compared: forward and backward do not call {op}")
+            continue
+        (theirs, mine), low, high = np.median(ms, axis=0), ms.min(axis=0), ms.max(axis=0)
+        say(
+            f"--use {value}: {mine:.4g} ms a step ({low[1]:.4g} to {high[1]:.4g}), production {op} {theirs:.4g} ms "
+            f"({low[0]:.4g} to {high[0]:.4g}), medians of {REPEATS}; largest difference {errors[op]:.1e} of a tensor's "
+            "largest element"
+        )
 
 
 def copy(ops: Ops, tensor):

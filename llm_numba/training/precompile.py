@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -29,33 +31,47 @@ def precompile(ops: Ops, model: Model, s: Settings) -> float:
     process compiles attention, on a CPU the largest part of the work, at the same time.
     """
     start = time.perf_counter()
-    with progress_bar(len(WRITES)) as bar:
-        announced = ops.wrap(lambda name, op: announce(name, op, bar))
+    with announced(ops, len(WRITES)) as shown:
         if ops.nothing_compiled():
             record = json.dumps({"model": model.name, "config": asdict(model)})
             command = [sys.executable, "-m", "llm_numba.training.precompile", record]
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
                 try:
-                    run_everything(only(announced, WRITES.keys() - SLOWEST), model, s)
+                    run_everything(only(shown, WRITES.keys() - SLOWEST), model, s)
                     other.wait()
                 finally:
                     other.kill()
-        run_everything(announced, model, s)
+        run_everything(shown, model, s)
     return time.perf_counter() - start
 
 
 def precompile_generation(ops: Ops, model: Model, dtype: str) -> None:
     """Compile what generating text calls."""
     small = model.miniature(CHUNK + 1)
-    with progress_bar(None) as bar:
-        announced = ops.wrap(lambda name, op: announce(name, op, bar))
-        groups = {"parameters": small.parameters()} | generation_groups(small)
-        arena = Arena(complete(groups, small, ops, dtype, generation_step), small, "reuse", ops)
-        generation_step(announced, arena)
+    groups = {"parameters": small.parameters()} | generation_groups(small)
+    arena = Arena(complete(groups, small, ops, dtype, generation_step), small, "reuse", ops)
+    with announced(ops, None) as shown:
+        generation_step(shown, arena)
 
 
-def progress_bar(total: int | None):
-    return tqdm(total=total, desc="compiling (once on this machine)", unit="op", leave=False, disable=None)
+@contextmanager
+def announced(ops: Ops, total: int | None) -> Iterator[Ops]:
+    """The same ops; the first call of each names it in a progress bar."""
+    called = set()
+
+    def announce(name, op):
+        def call(*arguments):
+            if name not in called:
+                bar.set_postfix_str(name)
+            op(*arguments)
+            if name not in called:
+                called.add(name)
+                bar.update()
+
+        return call
+
+    with tqdm(total=total, desc="compiling (once on this machine)", unit="op", leave=False, disable=None) as bar:
+        yield ops.wrap(announce)
 
 
 def only(ops: Ops, names) -> Ops:
@@ -72,21 +88,6 @@ def run_everything(ops: Ops, model: Model, s: Settings) -> None:
     ops.to_device(m.step, 1)
     training_step(ops, small, m, s)
     list(islice(generate(ops, arena, [0] * T, Choice(temperature=1.0, top_p=1.0), np.random.default_rng(0)), 2))
-
-
-def announce(name: str, op, bar):
-    """The op; its first call names it in the progress bar."""
-    seen = []
-
-    def call(*arguments):
-        if not seen:
-            bar.set_postfix_str(name)
-        op(*arguments)
-        if not seen:
-            bar.update()
-            seen.append(True)
-
-    return call
 
 
 if __name__ == "__main__":

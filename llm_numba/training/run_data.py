@@ -52,13 +52,13 @@ def absolute(s: Settings) -> Settings:
     def path(value):
         return os.path.abspath(os.path.expanduser(value)) if value else value
 
-    data, val_data = tuple(map(path, s.data)), tuple(map(path, s.val_data))
-    return replace(s, data=data, val_data=val_data, eval_data=path(s.eval_data))
+    paths = dict(data=tuple(map(path, s.data)), val_data=tuple(map(path, s.val_data)), eval_data=path(s.eval_data))
+    return replace(s, **paths)
 
 
 def locate(s: Settings, recorded_folder: str, folder: Path) -> Settings:
-    """The settings of a resumed run. Data that is not where it was is looked for where it would be if it had moved
-    together with the run folder, from `recorded_folder` to `folder`."""
+    """The settings of a resumed run. Missing data is looked for where it would be if it had moved together with the
+    run folder, from `recorded_folder` to `folder`."""
 
     def paths(values):
         found = []
@@ -76,7 +76,5 @@ def check_same(corpus: data.Corpus, fingerprint: list, recorded: list, resume: s
         return
     pairs = zip(corpus.train, fingerprint, recorded, strict=False)
     changed = next((span.path for span, now, then in pairs if now != then), "the number of files")
-    raise UserError(
-        f"--resume {resume}: the data is no longer what the run was started on ({changed} differs): restore it, or "
-        "give the same data from another place with --data"
-    )
+    problem = f"the data is no longer what the run was started on ({changed} differs)"
+    raise UserError(f"--resume {resume}: {problem}: restore it, or give the same data from another place with --data")

@@ -18,8 +18,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int
         wsd         r = 1 - sqrt(p)             p counts over the last 20% of the run; before it r = 1 (stable)
         constant    r = 1
 
-    p is 1, and the rate final_fraction * peak, at step = steps, where the run ends (as in llm.c: the last update,
-    steps - 1, is one small step before it, so that final_fraction 0 wastes no update), and stays so beyond.
+    p is 1 at step = steps and beyond: the last update, steps - 1, is one small step before it, as in llm.c, so that
+    final_fraction 0 wastes no update.
     Source: llm.c, llmc/schedulers.h; Loshchilov and Hutter 2016, arXiv:1608.03983 (cosine); Hu et al. 2024,
     arXiv:2404.06395 (wsd); Haegele et al. 2024, arXiv:2405.18392 (1 - sqrt)
     """
@@ -27,10 +27,5 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int
         return peak * (step + 1) / warmup
     start = max(warmup, (1 - WSD_DECAY) * steps) if schedule == "wsd" else warmup
     p = max(0.0, (step - start) / (steps - start)) if step < steps else 1.0
-    r = {
-        "cosine": (1 + math.cos(math.pi * p)) / 2,
-        "linear": 1 - p,
-        "wsd": 1 - math.sqrt(p),
-        "constant": 1.0,
-    }[schedule]
+    r = {"cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p, "wsd": 1 - math.sqrt(p), "constant": 1.0}[schedule]
     return peak * (final_fraction + (1 - final_fraction) * r)

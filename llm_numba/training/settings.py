@@ -48,13 +48,15 @@ KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or f
 def option(group, default, help, unit="", choices=(), must="", free=False, once=False, rare=False):
     """One setting: a field whose metadata says all that the command line, its help and the checks need.
 
-    unit: what the value counts or names; must: a key of RANGES; free: a resumed run may change it;
-    once: it holds for one start only and a resumed run does not inherit it; rare: only --help-all shows it.
+    unit: what the value counts or names; must: a key of RANGES, for numbers "at least 0" by default; free: a resumed
+    run may change it, as it may all of "logging"; once: it holds for one start only and a resumed run does not inherit
+    it, which is so for all of "debugging"; rare: only --help-all shows it.
     """
-    metadata = dict(
-        group=group, help=help, unit=unit, choices=tuple(choices), must=must, free=free or once, once=once, rare=rare
-    )
-    return field(default=default, metadata=metadata)
+    must = must or ("at least 0" if type(default) in (int, float) else "")
+    once = once or group == "debugging"
+    free = free or once or group == "logging"
+    names = dict(group=group, help=help, unit=unit, choices=tuple(choices), must=must, free=free, once=once, rare=rare)
+    return field(default=default, metadata=names)
 
 
 @dataclass(frozen=True)
@@ -62,147 +64,103 @@ class Settings:
     """Everything that decides a run. A field `batch_size` is the flag `--batch-size`."""
 
     # fmt: off
-    out: str = option(
-        "run", "", "folder for settings, log and checkpoints; default: the next free runs/PRESET-NNN", "FOLDER")
-    resume: str = option(
-        "run", "", "continue a run: its folder (for its newest checkpoint) or a checkpoint file", "PATH", once=True)
-    seed: int = option("run", 42, "seed of the initial weights, the data order and samples", "N", must="at least 0")
-    threads: int = option(
-        "run", 0, "CPU threads; 0: one for each physical core that this process may use", "THREADS",
-        must="at least 0", free=True)
+    out: str = option("run", "", "the run's folder; default: the next free runs/PRESET-NNN", "FOLDER")
+    resume: str = option("run", "", "continue a run: its folder, or one of its checkpoints", "PATH", once=True)
+    seed: int = option("run", 42, "seed of the initial weights, the data order and samples", "N")
+    threads: int = option("run", 0, "CPU threads; 0: one for each physical core", "THREADS", free=True)
     plan_memory: bool = option("run", False, "print how much memory these settings need, and stop", once=True)
     device: str = option(
-        "run", "auto",
-        "where to train: auto is a CUDA GPU if there is one, else the CPU; cudasim runs the CUDA kernels in Numba's "
-        "simulator, slowly, for a debugger", choices=DEVICES, free=True)
+        "run", "auto", "where to train: auto is a CUDA GPU if there is one, else the CPU; cudasim runs the CUDA "
+        "kernels in Numba's simulator, slowly, for a debugger", choices=DEVICES, free=True)
     dtype: str = option(
         "run", "fp32", "precision of parameters and activations; bf16 needs a CUDA GPU, and is several times faster",
         choices=("fp32", "bf16"), free=True)
     stochastic_rounding: bool = option(
-        "run", False, "with bf16: round each update stochastically instead of keeping float32 master weights",
-        free=True, rare=True)
+        "run", False, "with bf16: round updates stochastically, without float32 master weights", free=True, rare=True)
     recompute: str = option(
         "run", "none", "what the backward pass computes again instead of storing it: slower, with less memory",
         choices=("none", "gelu", "gelu+layernorm"), free=True, rare=True)
     graph: bool = option(
-        "run", True, "on a CUDA GPU, replay each step as one CUDA graph; --no-graph is for debugging",
-        free=True, rare=True)
+        "run", True, "replay each step as one CUDA graph; --no-graph is for debugging", free=True, rare=True)
     variant: tuple = option(
         "run", (), "force a variant of an op family, such as matmul=simt; llm-numba doctor lists them", "FAMILY=NAME",
         once=True, rare=True)
 
     preset: str = option("model", "tiny", "the model's sizes", "NAME")
-    layers: int = option("model", 0, "L, the number of layers; 0: that of the preset", "N", must="at least 0")
-    heads: int = option("model", 0, "NH, the attention heads of a layer; 0: those of the preset", "N",
-                        must="at least 0")
-    channels: int = option("model", 0, "C, the width of the model; 0: that of the preset", "N", must="at least 0")
+    layers: int = option("model", 0, "L, the number of layers; 0: that of the preset", "N")
+    heads: int = option("model", 0, "NH, the attention heads of a layer; 0: those of the preset", "N")
+    channels: int = option("model", 0, "C, the width of the model; 0: that of the preset", "N")
     init: str = option(
-        "model", "",
-        "start from trained weights, with their sizes and tokenizer, instead of a --preset and random weights: gpt2, "
-        "gpt2-medium, gpt2-large or gpt2-xl (downloaded), a Hugging Face folder, an llm.c .bin, a run or a checkpoint",
-        "SOURCE")
-    sequence_length: int = option(
-        "model", 0, "T, the tokens of a training sequence; 0: the model's context", "TOKENS", must="at least 0")
+        "model", "", "start from trained weights, with their sizes and tokenizer, instead of a --preset and random "
+        "weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded), a Hugging Face folder, an llm.c .bin, a run "
+        "or a checkpoint", "SOURCE")
+    sequence_length: int = option("model", 0, "T, the tokens of a sequence; 0: the model's context", "TOKENS")
 
     data: tuple = option(
-        "data", (),
-        "text files, folders, globs or token shards to train on; default: the Python standard library's sources; a "
-        "resumed run takes the same data from another place", "PATH", free=True)
+        "data", (), "text files, folders, globs or token shards to train on; default: the Python standard library's "
+        "sources; a resumed run takes the same data from another place", "PATH", free=True)
     val_data: tuple = option(
         "data", (), "files to validate on, as for --data; default: a part of the training data", "PATH", free=True)
     tokenizer: str = option(
-        "data", "auto",
-        "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's, bytes makes each byte a token, none is "
-        "for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init that of the "
-        "weights", choices=("auto", "bpe", "gpt2", "bytes", "none"))
-    vocab_size: int = option(
-        "data", 0, "V, the vocabulary of a bpe tokenizer or of your token shards; 0: the model's", "TOKENS",
-        must="at least 0")
+        "data", "auto", "how text becomes tokens: bpe is trained on your data, gpt2 is GPT-2's, bytes makes each byte "
+        "a token, none is for token shards; auto: bytes for nano, bpe for tiny, gpt2 for d12 and larger, with --init "
+        "that of the weights", choices=("auto", "bpe", "gpt2", "bytes", "none"))
+    vocab_size: int = option("data", 0, "V, for a bpe tokenizer or token shards; 0: the model's", "TOKENS")
     val_fraction: float = option(
-        "data", 0.05, "the part of the training data to hold out for validation if there is no --val-data, from 0 to 1",
-        "FRACTION", must="above 0 and below 1", rare=True)
-    shuffle: bool = option(
-        "data", True, "read the training and validation data in random order, a new one each epoch")
+        "data", 0.05, "the part of the training data to validate on if there is no --val-data, from 0 to 1", "FRACTION",
+        must="above 0 and below 1", rare=True)
+    shuffle: bool = option("data", True, "read training and validation data in random order, a new one each epoch")
 
     batch_size: int = option("batch", 8, "B, the sequences of a micro-batch", "SEQUENCES", must="at least 1")
     tokens_per_step: int = option(
-        "batch", 0,
-        "the tokens of an update: gradients accumulate over TOKENS / (B T) micro-batches; 0: B T, one micro-batch",
-        "TOKENS", must="at least 0")
-    steps: int = option(
-        "batch", 0, "the number of updates; 0: as many as --epochs needs", "STEPS", must="at least 0", free=True)
-    epochs: float = option(
-        "batch", 1.0, "passes over the training data, if --steps is 0", "EPOCHS", must="above 0", free=True)
-    overfit: bool = option(
-        "batch", False, "train on the first batch only: its loss must approach 0, or something is wrong")
+        "batch", 0, "tokens of an update: gradients accumulate over TOKENS / (B T) micro-batches; 0: B T", "TOKENS")
+    steps: int = option("batch", 0, "the number of updates; 0: as many as --epochs needs", "STEPS", free=True)
+    epochs: float = option("batch", 1.0, "passes over the data, if --steps is 0", "EPOCHS", must="above 0", free=True)
+    overfit: bool = option("batch", False, "train on the first batch only: its loss must approach 0")
 
-    learning_rate: float = option("optimiser", 3e-4, "the peak learning rate", "RATE", must="at least 0")
+    learning_rate: float = option("optimiser", 3e-4, "the peak learning rate", "RATE")
     schedule: str = option(
-        "optimiser", "cosine",
-        "how the learning rate falls after the warm-up: cosine, linear, constant (not at all), or wsd (only over the "
-        f"last {WSD_DECAY:.0%} of the steps)", choices=SCHEDULES)
-    warmup: int = option(
-        "optimiser", 0, "steps over which the learning rate first rises to its peak", "STEPS", must="at least 0")
+        "optimiser", "cosine", "how the learning rate falls after the warm-up: cosine, linear, constant (not at all), "
+        f"or wsd (only over the last {WSD_DECAY:.0%} of the steps)", choices=SCHEDULES)
+    warmup: int = option("optimiser", 0, "steps over which the learning rate first rises to its peak", "STEPS")
     final_fraction: float = option(
-        "optimiser", 0.1, "the learning rate at the end, as a fraction of its peak, from 0 to 1", "FRACTION",
-        must="at least 0 and at most 1")
+        "optimiser", 0.1, "the last learning rate, relative to the peak", "FRACTION", must="at least 0 and at most 1")
     beta1: float = option(
         "optimiser", 0.9, "AdamW: decay of the mean of the gradients", "BETA", must="at least 0 and below 1", rare=True)
     beta2: float = option(
-        "optimiser", 0.95, "AdamW: decay of the mean of the squared gradients", "BETA", must="at least 0 and below 1",
-        rare=True)
+        "optimiser", 0.95, "AdamW: decay of the mean of squares", "BETA", must="at least 0 and below 1", rare=True)
     eps: float = option("optimiser", 1e-8, "AdamW: added to the denominator", "EPS", must="above 0", rare=True)
-    weight_decay: float = option(
-        "optimiser", 0.1, "AdamW: weight decay of matrices (biases and LayerNorms have none)", "RATE",
-        must="at least 0")
-    grad_clip: float = option(
-        "optimiser", 1.0, "scale gradients down to this norm if theirs is larger; 0: never", "NORM", must="at least 0")
+    weight_decay: float = option("optimiser", 0.1, "AdamW: weight decay of matrices, not of biases", "RATE")
+    grad_clip: float = option("optimiser", 1.0, "scale larger gradients down to this norm; 0: never", "NORM")
     skip_loss_z: float = option(
-        "optimiser", 0.0,
-        f"skip an update whose loss is more than Z standard deviations above the mean of the last {WINDOW} steps; "
-        "0: never", "Z", must="at least 0", rare=True)
-    skip_norm_z: float = option(
-        "optimiser", 0.0, "the same for the norm of the gradients; 0: never", "Z", must="at least 0", rare=True)
+        "optimiser", 0.0, "skip an update whose loss is more than Z standard deviations above the mean of the last "
+        f"{WINDOW} steps; 0: never", "Z", rare=True)
+    skip_norm_z: float = option("optimiser", 0.0, "the same for the norm of the gradients; 0: never", "Z", rare=True)
 
-    val_every: int = option(
-        "logging", 50, "steps between validations; 0: only at the end", "STEPS", must="at least 0", free=True)
-    val_batches: int = option(
-        "logging", 20, "batches over which a validation averages the loss", "BATCHES", must="at least 1", free=True)
-    eval_every: int = option(
-        "logging", 0, "steps between tests on all of HellaSwag; 0: no test", "STEPS", must="at least 0", free=True)
+    val_every: int = option("logging", 50, "steps between validations; 0: only at the end", "STEPS")
+    val_batches: int = option("logging", 20, "batches of a validation", "BATCHES", must="at least 1")
+    eval_every: int = option("logging", 0, "steps between tests on all of HellaSwag; 0: no test", "STEPS")
     eval_data: str = option(
-        "logging", "", "HellaSwag's examples, as JSON lines; default: those that llm-numba data hellaswag downloads",
-        "FILE", free=True, rare=True)
-    sample_every: int = option(
-        "logging", 0, "steps between samples of text; 0: only at the end", "STEPS", must="at least 0", free=True)
-    sample_tokens: int = option(
-        "logging", 64, "length of a sample; 0: no samples", "TOKENS", must="at least 0", free=True)
-    checkpoint_every: int = option(
-        "logging", 100, "steps between checkpoints; 0: only at the end", "STEPS", must="at least 0", free=True)
-    keep: int = option("logging", 3, "how many of the last checkpoints to keep", "N", must="at least 1", free=True)
-    keep_every: int = option(
-        "logging", 0, "keep the checkpoint of every STEPS-th step permanently; 0: none", "STEPS", must="at least 0",
-        free=True, rare=True)
+        "logging", "", "HellaSwag as JSON lines; default: what llm-numba data hellaswag downloads", "FILE", rare=True)
+    sample_every: int = option("logging", 0, "steps between samples of text; 0: only at the end", "STEPS")
+    sample_tokens: int = option("logging", 64, "length of a sample; 0: no samples", "TOKENS")
+    checkpoint_every: int = option("logging", 100, "steps between checkpoints; 0: only at the end", "STEPS")
+    keep: int = option("logging", 3, "how many of the last checkpoints to keep", "N", must="at least 1")
+    keep_every: int = option("logging", 0, "keep each STEPS-th step's checkpoint permanently", "STEPS", rare=True)
     track: str = option(
         "logging", "none", "send the log to a tracker too: tensorboard (into the run folder), wandb or trackio",
-        choices=("none", "tensorboard", "wandb", "trackio"), free=True)
+        choices=("none", "tensorboard", "wandb", "trackio"))
 
-    no_jit: bool = option(
-        "debugging", False, "run every op as plain Python, so that a debugger can step in: slow, use --preset nano",
-        once=True)
+    no_jit: bool = option("debugging", False, "run every op as plain Python, for a debugger; slow: use --preset nano")
     interpret: tuple = option(
-        "debugging", (),
-        "run these as plain Python and compile the rest: layers (layernorm) or ops (layernorm_backward)", "NAME",
-        once=True)
+        "debugging", (), "run these layers (layernorm) or ops (layernorm_backward) as plain Python", "NAME")
     use: tuple = option(
-        "debugging", (),
-        "replace ops with functions of yours: OP=MODULE:NAME, such as "
+        "debugging", (), "replace ops with functions of yours: OP=MODULE:NAME, such as "
         "matmul_forward=llm_numba.cpu.naive:matmul_forward, or a .py file as MODULE; on the first batch the run prints "
-        "both timings and the error", "OP=MODULE:NAME", once=True)
+        "both timings and the error", "OP=MODULE:NAME")
     check_finite: bool = option(
-        "debugging", False,
-        "stop at the first nan or infinity, name its layer, tensor, index and step, and save that step for "
-        "llm-numba replay (slow)", once=True)
+        "debugging", False, "stop at the first nan or infinity, name its layer, tensor, index and step, and save that "
+        "step for llm-numba replay (slow)")
     # fmt: on
 
 
@@ -230,97 +188,85 @@ def parse(argv: list[str]) -> tuple[Settings, set[str]]:
 
 def check(settings: Settings) -> None:
     """Raise a UserError that names the flag, its value and what was expected, unless every value makes sense."""
-    if settings.init:
-        for name in ("preset", *SIZES):
-            if getattr(settings, name):
-                raise UserError(
-                    f"{_typed(name, getattr(settings, name))}: the model's sizes come with --init {settings.init}; "
-                    f"leave {_flag(name)} out"
-                )
-    for name, value in asdict(settings).items():
+    s = settings
+    for name in ("preset", *SIZES) if s.init else ():
+        if value := getattr(s, name):
+            problem = f"the model's sizes come with --init {s.init}; leave {_flag(name)} out"
+            raise UserError(f"{_typed(name, value)}: {problem}")
+    for name, value in asdict(s).items():
         choices, must = FIELDS[name].metadata["choices"], FIELDS[name].metadata["must"]
+        problem = None
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{_typed(name, value)}: must be a finite number")
-        if must and not RANGES[must](value):
-            raise UserError(f"{_typed(name, value)}: must be {must}")
-        if type(value) is int and value > LARGEST and name != "tokens_per_step":
-            raise UserError(f"{_typed(name, value)}: must be at most {LARGEST}")
-        if choices and value not in choices:
-            raise UserError(f"{_typed(name, value)}: choose one of {', '.join(choices)}")
+            problem = "must be a finite number"
+        elif must and not RANGES[must](value):
+            problem = f"must be {must}"
+        elif type(value) is int and value > LARGEST and name != "tokens_per_step":
+            problem = f"must be at most {LARGEST}"
+        elif choices and value not in choices:
+            problem = f"choose one of {', '.join(choices)}"
+        if problem:
+            raise UserError(f"{_typed(name, value)}: {problem}")
+    if not s.init:
+        check_lengths(s, preset_model(s).max_seq_len)
 
-    cores = len(usable_cpus())
-    if settings.threads > cores:
-        raise UserError(f"--threads {settings.threads}: this process may use {cores} cores; give 1 to {cores}, or 0")
-
-    if not settings.init:
-        check_lengths(settings, preset_model(settings).max_seq_len)
-
-    if settings.device.startswith("cuda") and (settings.no_jit or settings.interpret):
-        flag = "--no-jit" if settings.no_jit else "--interpret"
-        raise UserError(f"{flag}: is for --device cpu; to step into a CUDA kernel use --device cudasim")
-    if settings.dtype == "bf16" and settings.device == "cpu":
-        raise UserError("--dtype bf16: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
-    if settings.stochastic_rounding and settings.dtype != "bf16":
-        raise UserError("--stochastic-rounding: is for --dtype bf16; fp32 parameters need no rounding")
-
-    if settings.steps and settings.warmup > settings.steps:
-        raise UserError(f"--warmup {settings.warmup}: must be at most --steps, which is {settings.steps}")
-
-    kind = tokenizer_kind(settings)
-    if settings.init and kind == "bpe":
-        raise UserError(
-            f"--tokenizer bpe: would train a tokenizer that the weights of --init {settings.init} do not know; "
-            "leave it out"
-        )
-    if settings.vocab_size and kind not in VOCAB_SIZES:
-        raise UserError(
-            f"--vocab-size {settings.vocab_size}: is for --tokenizer bpe or none; the vocabulary of "
-            f"{settings.init or kind} is fixed"
-        )
-    if settings.vocab_size:
-        low, high = VOCAB_SIZES[kind]
-        if not low <= settings.vocab_size <= high:
-            raise UserError(f"--vocab-size {settings.vocab_size}: with --tokenizer {kind} it must be {low} to {high}")
-
-    if settings.eval_every and kind == "none":
-        raise UserError(f"--eval-every {settings.eval_every}: HellaSwag is text, which --tokenizer none cannot encode")
-
-    for value in settings.use:
+    kind, cores = tokenizer_kind(s), len(usable_cpus())
+    low, high = VOCAB_SIZES.get(kind, (0, 0))
+    interpreted = next((name for name in s.interpret if name not in {*CONTRACT, *WRITES}), None)
+    near = (difflib.get_close_matches(interpreted or "", [*CONTRACT, *WRITES], 1) or ["layernorm_backward"])[0]
+    # fmt: off
+    for wrong, message in (
+        (s.threads > cores,
+         f"--threads {s.threads}: this process may use {cores} cores; give 1 to {cores}, or 0"),
+        (s.device.startswith("cuda") and (s.no_jit or s.interpret),
+         f"--{'no-jit' if s.no_jit else 'interpret'}: is for --device cpu; to step into a CUDA kernel use --device "
+         "cudasim"),
+        (s.dtype == "bf16" and s.device == "cpu",
+         "--dtype bf16: the CPU computes in float32 only; use --dtype fp32, or --device cuda"),
+        (s.stochastic_rounding and s.dtype != "bf16",
+         "--stochastic-rounding: is for --dtype bf16; fp32 parameters need no rounding"),
+        (s.steps and s.warmup > s.steps, f"--warmup {s.warmup}: must be at most --steps, which is {s.steps}"),
+        (s.init and kind == "bpe",
+         f"--tokenizer bpe: would train a tokenizer that the weights of --init {s.init} do not know; leave it out"),
+        (s.vocab_size and kind not in VOCAB_SIZES,
+         f"--vocab-size {s.vocab_size}: is for --tokenizer bpe or none; the vocabulary of {s.init or kind} is fixed"),
+        (s.vocab_size and not low <= s.vocab_size <= high,
+         f"--vocab-size {s.vocab_size}: with --tokenizer {kind} it must be {low} to {high}"),
+        (s.eval_every and kind == "none",
+         f"--eval-every {s.eval_every}: HellaSwag is text, which --tokenizer none cannot encode"),
+        (interpreted is not None,
+         f"--interpret {shlex.quote(interpreted or '')}: choose layers ({', '.join(CONTRACT)}) or ops, such as {near}"),
+    ):
+        if wrong:
+            raise UserError(message)
+    # fmt: on
+    for value in s.use:
         split(value)
-
-    for name in settings.interpret:
-        if name not in CONTRACT and name not in WRITES:
-            near = (difflib.get_close_matches(name, [*CONTRACT, *WRITES], 1) or ["layernorm_backward"])[0]
-            raise UserError(
-                f"--interpret {shlex.quote(name)}: choose layers ({', '.join(CONTRACT)}) or ops, such as {near}"
-            )
 
 
 def check_lengths(settings: Settings, context: int) -> None:
     """The part of `check` that depends on the model's context; with `--init` that is known once the source is open."""
-    if settings.sequence_length > context:
-        flag = f"--sequence-length {settings.sequence_length}"
-        source = f"--init {settings.init}" if settings.init else f"--preset {settings.preset}"
-        raise UserError(f"{flag}: the context of {source} is {context}; give 1 to {context}")
-
-    micro_batch = settings.batch_size * (settings.sequence_length or context)
-    if settings.tokens_per_step % micro_batch:
-        below = settings.tokens_per_step // micro_batch * micro_batch
+    s = settings
+    if s.sequence_length > context:
+        source = f"--init {s.init}" if s.init else f"--preset {s.preset}"
+        raise UserError(
+            f"--sequence-length {s.sequence_length}: the context of {source} is {context}; give 1 to {context}"
+        )
+    T = s.sequence_length or context
+    micro_batch = s.batch_size * T
+    if s.tokens_per_step % micro_batch:
+        below = s.tokens_per_step // micro_batch * micro_batch
         nearest = f"{below} or {below + micro_batch}" if below else micro_batch
         raise UserError(
-            f"--tokens-per-step {settings.tokens_per_step}: must be a multiple of B T, batch size times sequence "
-            f"length ({settings.batch_size} x {micro_batch // settings.batch_size} = {micro_batch}), such as {nearest}"
+            f"--tokens-per-step {s.tokens_per_step}: must be a multiple of B T, batch size times sequence length "
+            f"({s.batch_size} x {T} = {micro_batch}), such as {nearest}"
         )
 
 
 def tokenizer_kind(settings: Settings) -> str:
     """The tokenizer that `--tokenizer` means: bpe, gpt2, bytes or none. auto depends on the preset; with `--init` it is
     "init", the tokenizer of the weights."""
-    if settings.tokenizer != "auto":
-        return settings.tokenizer
-    if settings.init:
-        return "init"
-    return AUTO_TOKENIZER.get(settings.preset, "gpt2")
+    auto = "init" if settings.init else AUTO_TOKENIZER.get(settings.preset, "gpt2")
+    return auto if settings.tokenizer == "auto" else settings.tokenizer
 
 
 def preset_model(settings: Settings) -> Model:
@@ -363,11 +309,8 @@ def from_record(record: dict, source: str | Path) -> Settings:
     """
     if not isinstance(record, dict):
         raise UserError(f"{source}: expected a JSON object of settings, found {record!r:.40}")
-    unknown = record.keys() - FIELDS.keys()
-    if unknown:
-        raise UserError(
-            f"{source}: unknown settings {', '.join(sorted(unknown))}: another version wrote them, or an edit"
-        )
+    if unknown := sorted(record.keys() - FIELDS.keys()):
+        raise UserError(f"{source}: unknown settings {', '.join(unknown)}: another version wrote them, or an edit")
     values = {}
     for name, value in record.items():
         kind = FIELDS[name].type
@@ -424,18 +367,16 @@ def _parser(all_flags: bool) -> argparse.ArgumentParser:
         meta = f.metadata
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        if f.default is True:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif f.default is False:
-            kind = dict(action="store_true")
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction if f.default else "store_true")
         elif f.type is tuple:
             kind = dict(action="extend", nargs="+", metavar=meta["unit"])
         elif meta["choices"] or name == "preset":
             kind = dict(choices=meta["choices"] or tuple(presets()))
         else:
             kind = dict(type=f.type, metavar=meta["unit"])
-        hidden = meta["rare"] and not all_flags
-        help = argparse.SUPPRESS if hidden else _help(name).replace("%", "%%")
+        shown = all_flags or not meta["rare"]
+        help = _help(name).replace("%", "%%") if shown else argparse.SUPPRESS
         groups[meta["group"]].add_argument(_flag(name), help=help, **kind)
     return parser
 
@@ -443,11 +384,9 @@ def _parser(all_flags: bool) -> argparse.ArgumentParser:
 def _help(name: str) -> str:
     """The help of a setting, with its default, those of the presets, and whether a resumed run may change it."""
     f = FIELDS[name]
-    if f.type is bool:
-        own = "on" if f.default else "off"
-    else:
-        own = "none" if f.default in ("", ()) else f.default
-    defaults = [str(own)] + [f"{preset} {d[name]}" for preset, d in PRESET_DEFAULTS.items() if name in d]
+    words = {"True": "on", "False": "off", "": "none", "()": "none"}
+    defaults = [words.get(str(f.default), str(f.default))]
+    defaults += [f"{preset} {d[name]}" for preset, d in PRESET_DEFAULTS.items() if name in d]
     defaults += [f"--init {INIT_DEFAULTS[name] or 'none'}"] if name in INIT_DEFAULTS else []
     free = "; may change on resume" if f.metadata["free"] and not f.metadata["once"] else ""
     return f"{f.metadata['help']} (default: {', '.join(defaults)}{free})"

@@ -1,4 +1,9 @@
-"""A training step of any model: the gradients of its micro-batches, then the update."""
+"""What the device does in a step of any model: gradients of the micro-batches and the update, or forward and loss."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
 
 from llm_numba.arena import Arena
 from llm_numba.models import Model
@@ -39,3 +44,22 @@ def training_step(ops: Ops, model: Model, m, s: Settings) -> None:
     """All that the device does in a step: the same calls with the same arrays, step after step."""
     gradients(ops, model, m)
     model.update(ops, m, s)
+
+
+def forward_and_loss(ops: Ops, model: Model, m: SimpleNamespace) -> None:
+    """m.losses (B, T) = the loss of every token in m.tokens and m.targets."""
+    model.forward(ops, m)
+    model.loss(ops, m, write_dlogits=False)
+
+
+def scorer(ops: Ops, model: Model, m: SimpleNamespace) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function of (tokens, targets), both (B, T) int32, that returns the loss of each, (B, T); it adds to m.loss."""
+    step = ops.capture(lambda: forward_and_loss(ops, model, m))
+
+    def losses(tokens, targets):
+        ops.to_device(m.tokens, tokens)
+        ops.to_device(m.targets, targets)
+        step()
+        return ops.to_host(m.losses)
+
+    return losses

@@ -27,32 +27,30 @@ class Tracker:
 
     def __init__(self, name: str, folder: Path, record: dict, step: int | None, say: Callable[[str], None]):
         self.name, self.say = name, say
-        self.send, self.finish = (lambda row, step: None), (lambda: None)
-        if name in PACKAGES:
-            start = tensorboard if name == "tensorboard" else like_wandb
-            self.send, self.finish = self._attempt(start, name, folder, record, step) or (self.send, self.finish)
+        start = tensorboard if name == "tensorboard" else like_wandb if name in PACKAGES else off
+        self.send, self.finish = self.attempt(start, name, folder, record, step) or off()
 
     def log(self, row: dict) -> None:
         """Send the numbers of a row, under its "step"."""
-        numbers = {
-            name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)
-        }
+        numbers = {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         if numbers:
-            self._attempt(self.send, numbers, row["step"])
+            self.attempt(self.send, numbers, row["step"])
 
-    def close(self) -> None:
-        self._attempt(self.finish)
-
-    def _attempt(self, function: Callable, *arguments):
+    def attempt(self, function: Callable, *arguments):
         try:
             return function(*arguments)
         except Exception as error:  # other people's code, a network: anything
-            self.send, self.finish = (lambda row, step: None), (lambda: None)
+            self.send, self.finish = off()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.say(f"note: --track {self.name} failed and is now off; the run continues: {reason}")
 
 
-def tensorboard(name: str, folder: Path, record: dict, step: int | None) -> tuple[Callable, Callable]:
+def off(*_) -> tuple[Callable, Callable]:
+    """(send, finish) that do nothing."""
+    return lambda row, step: None, lambda: None
+
+
+def tensorboard(_, folder: Path, record: dict, step: int | None) -> tuple[Callable, Callable]:
     """(send, finish) that write event files into the run folder; TensorBoard hides older events after `step`."""
     from tensorboardX import SummaryWriter
 

@@ -2,7 +2,10 @@
 
 import math
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,10 +26,8 @@ from llm_numba.training.log import RunLog, share_of_peak
 from llm_numba.training.memory_plan import micro_batches
 from llm_numba.training.nan_check import NotFinite, checked, save_bad_step, without_graphs
 from llm_numba.training.schedule import learning_rate
-from llm_numba.training.scoring import scorer
 from llm_numba.training.settings import Settings
-from llm_numba.training.signals import finish_step_on_signals
-from llm_numba.training.step import exact_parameters, gradients, set_parameter, training_step
+from llm_numba.training.step import exact_parameters, gradients, scorer, set_parameter, training_step
 from llm_numba.util.cli import UserError, command
 from llm_numba.util.files import format_bytes
 
@@ -81,7 +82,7 @@ class Trainer:
         self.times: list[float] = []  # seconds of the last steps
 
     def run(self) -> int:
-        """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the number of the signal."""
+        """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the signal's number."""
         s, state, log = self.settings, self.state, self.log
         with finish_step_on_signals() as stop:
             if s.use:
@@ -101,13 +102,17 @@ class Trainer:
                 self.save()
             log.picture(self.expected.curve)
             if stop:
-                self.say_stopped(signal.Signals(stop[0]).name)
-                return 128 + stop[0]
-            if log.unwritable:
-                self.say_stopped(f"an error of its output ({log.unwritable.strerror})")
+                cause = signal.Signals(stop[0]).name
+            elif log.unwritable:
+                cause = f"an error of its output ({log.unwritable.strerror})"
+            else:
+                self.say_what_next()
+                return 0
+            log.say(f"stopped by {cause} after step {state.step}; the checkpoint is saved")
+            log.say(f"resume it with:  {command('train', '--resume', self.folder)}")
+            if log.unwritable and not stop:
                 raise log.unwritable
-            self.say_what_next()
-            return 0
+            return 128 + stop[0]
 
     def step(self) -> None:
         """Forward and backward over the micro-batches, then the update; one line in the log."""
@@ -117,9 +122,8 @@ class Trainer:
             self.train_loader.restore(START)
         windows = [window for batch in self.batches for window in self.train_loader.next_batch(*batch)]
         rate = learning_rate(state.step, self.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
-        loss_limit = outliers.limit(state.loss_history, s.skip_loss_z)
-        norm_limit = outliers.limit(state.norm_history, s.skip_norm_z)
-        inputs = dict(batches=self.batches, learning_rate=rate, step=state.step + 1, limits=[loss_limit, norm_limit])
+        limits = [outliers.limit(state.loss_history, s.skip_loss_z), outliers.limit(state.norm_history, s.skip_norm_z)]
+        inputs = dict(batches=self.batches, learning_rate=rate, step=state.step + 1, limits=limits)
         set_inputs(ops, m, inputs)
         if s.check_finite:
             self.checked_step(inputs)
@@ -132,13 +136,17 @@ class Trainer:
         norm_z = outliers.z_score(state.norm_history, norm)
         expected_skip = (s.skip_loss_z and loss_z > s.skip_loss_z) or (s.skip_norm_z and norm_z > s.skip_norm_z)
         if not (math.isfinite(loss) and math.isfinite(norm)) and not expected_skip:
-            self.give_up(loss, norm)
+            resumable = any(self.folder.glob("checkpoints/*.safetensors"))
+            resume = command("train", "--resume", self.folder)
+            again = resume if resumable else "the same command with another --out and"
+            raise UserError(
+                f"step {state.step + 1}: the loss is {loss}, the norm of the gradients {norm}: the run cannot go on. "
+                f"To see where it starts: {again} --check-finite; a smaller --learning-rate may avoid it"
+            )
         state.step += 1
 
-        outlier = {}
-        if skipped or loss_z > outliers.REMARKABLE or norm_z > outliers.REMARKABLE:
-            outlier = {"windows": data.describe_windows(windows)}
-
+        remarkable = skipped or loss_z > outliers.REMARKABLE or norm_z > outliers.REMARKABLE
+        outlier = {"windows": data.describe_windows(windows)} if remarkable else {}
         seconds = time.perf_counter() - start
         self.times = [*self.times[-19:], seconds]
         tokens_per_second = self.batches[:, 0].size / seconds
@@ -147,14 +155,12 @@ class Trainer:
         left = (self.steps - state.step) * sum(self.times) / len(self.times)
         self.log.step(
             state.step, self.steps, left, loss=loss, loss_z=loss_z, norm=norm, norm_z=norm_z, learning_rate=rate,
-            ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped,
-            **outlier,
+            ms=seconds * 1e3, tokens_per_second=tokens_per_second, share_of_peak=share, skipped=skipped, **outlier,
         )  # fmt: skip
         self.expected.compare(state.step, loss)
 
     def checked_step(self, inputs: dict) -> None:
-        """The device's part of a step with --check-finite. Errors: the first value that is not finite; the step is
-        saved for a replay."""
+        """The device's part of a step with --check-finite. Errors: a value that is not finite; the step is saved."""
         tensors, record = self.contents()
         before = {name: np.array(tensor) for name, tensor in tensors.items()}
         try:
@@ -163,14 +169,6 @@ class Trainer:
             save_bad_step(self.folder, inputs, before, record)
             raise UserError(f"{error}; to run the saved step again: {command('replay', self.folder)}") from error
 
-    def give_up(self, loss: float, norm: float) -> None:
-        resumable = any(self.folder.glob("checkpoints/*.safetensors"))
-        again = command("train", "--resume", self.folder) if resumable else "the same command with another --out and"
-        raise UserError(
-            f"step {self.state.step + 1}: the loss is {loss}, the norm of the gradients {norm}: the run cannot "
-            f"continue. To see where it starts: {again} --check-finite; a smaller --learning-rate may avoid it"
-        )
-
     def compare_overrides(self) -> None:
         """Print the ops of --use beside the production ops, over the first batch, which the first step reads again."""
         position = self.train_loader.state()
@@ -178,12 +176,9 @@ class Trainer:
             self.train_loader.next_batch(*batch)
         self.train_loader.restore(position)
         self.ops.to_device(self.m.batches, self.batches)
-
-        def step(ops):
-            gradients(ops, self.model, self.m)
-
-        for line in override.compare(self.production, self.ops, self.settings.use, step):
-            self.log.say(line)
+        override.compare(
+            self.production, self.ops, self.settings.use, lambda ops: gradients(ops, self.model, self.m), self.log.say
+        )
 
     def validate(self) -> None:
         """The mean loss over the same batches of held-out text each time."""
@@ -194,46 +189,41 @@ class Trainer:
         ops.zero(m.loss)
         for _ in range(batches):
             self.val_loader.next_batch(tokens, targets)
-            ops.to_device(m.tokens, tokens)
-            ops.to_device(m.targets, targets)
+            set_inputs(ops, m, dict(tokens=tokens, targets=targets))
             model.forward(ops, m)
             model.loss(ops, m, 1.0 / batches, write_dlogits=False)
-        self.log.validation(self.state.step, float(ops.to_host(m.loss)[0]))
+        loss, step = float(ops.to_host(m.loss)[0]), self.state.step
+        self.log.event(f"validation at step {step}: loss {loss:.4f}", step=step, val_loss=loss)
 
     def test_on_hellaswag(self, examples: hellaswag.Examples, stop: list[int]) -> None:
         """All examples, in rows of the training's batches; a signal ends it early, without a score."""
         B, T = self.m.tokens.shape
         found = hellaswag.losses_of(examples, self.losses, B, T, stop)
         if not stop:
-            self.log.hellaswag(self.state.step, hellaswag.score(*found, examples.labels))
+            score, step = hellaswag.score(*found, examples.labels), self.state.step
+            row = {f"hellaswag_{name}": value for name, value in score._asdict().items()}
+            self.log.event(f"hellaswag at step {step}: {score}", step=step, **row)
 
     def show_sample(self) -> None:
         """A text that the model writes now; its random numbers depend only on (seed, step)."""
-        encoding = self.corpus.encoding
-        if encoding is None:
-            return
-        rng = np.random.default_rng([self.settings.seed, self.state.step])
-        tokens = generate(self.ops, self.arena, encode_prompt(encoding, ""), Choice(), rng)
-        self.log.sample(self.state.step, "".join(text_of(tokens, encoding, self.settings.sample_tokens)))
+        if encoding := self.corpus.encoding:
+            step = self.state.step
+            rng = np.random.default_rng([self.settings.seed, step])
+            tokens = generate(self.ops, self.arena, encode_prompt(encoding, ""), Choice(), rng)
+            text = "".join(text_of(tokens, encoding, self.settings.sample_tokens))
+            self.log.event(f"--- sample at step {step} ---\n{text}\n---", step=step, sample=text)
 
     def contents(self) -> tuple[dict, dict]:
-        """(tensors, record) of a checkpoint: everything that the next step depends on.
-
-        Random numbers have no state: those of the data order and of samples follow from the seed and the epoch or step.
-        """
-        tensors = {name: self.ops.to_host(tensor) for name, tensor in exact_parameters(self.arena).items()}
+        """(tensors, record) of a checkpoint: everything that the next step depends on. Random numbers have no state:
+        those of the data order and of samples follow from the seed and the epoch or step."""
+        on_device = exact_parameters(self.arena)
         for group in MOMENTS:
-            named = self.arena.named(group).items()
-            tensors |= {f"{group}.{name}": self.ops.to_host(tensor) for name, tensor in named}
+            on_device |= {f"{group}.{name}": tensor for name, tensor in self.arena.named(group).items()}
         record = {
-            **vars(self.state),
-            "loader": self.train_loader.state(),
-            "model": self.model.name,
-            "config": asdict(self.model),
-            "settings": settings.to_record(self.settings),
-            "data": self.fingerprint,
-        }
-        return tensors, record
+            **vars(self.state), "loader": self.train_loader.state(), "model": self.model.name,
+            "config": asdict(self.model), "settings": settings.to_record(self.settings), "data": self.fingerprint,
+        }  # fmt: skip
+        return {name: self.ops.to_host(tensor) for name, tensor in on_device.items()}, record
 
     def save(self) -> None:
         """Write a checkpoint and remove the oldest."""
@@ -254,10 +244,6 @@ class Trainer:
             f"out; {self.steps} steps of {accumulate * B} x {T} tokens; arena {format_bytes(self.arena.nbytes)}"
         )
 
-    def say_stopped(self, cause: str) -> None:
-        self.log.say(f"stopped by {cause} after step {self.state.step}; the checkpoint is saved")
-        self.log.say(f"resume it with:  {command('train', '--resume', self.folder)}")
-
     def say_what_next(self) -> None:
         folder, say = self.folder, self.log.say
         say(f"done: log.jsonl, train.log, loss.png and checkpoints/ are in {folder}. What to try next:")
@@ -267,6 +253,29 @@ class Trainer:
         say(f"  train on     {command('train', '--resume', folder, '--steps', 2 * self.steps)}")
         say("  your text    llm-numba train --data FILE_OR_FOLDER")
         say(f"  look inside  {command('inspect', folder)}")
+
+
+@contextmanager
+def finish_step_on_signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; a second signal raises KeyboardInterrupt."""
+    received = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+
+    def receive(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"\n{signal.Signals(number).name}: stopping after this step; again to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def set_inputs(ops: Ops, m, inputs: dict) -> None:

@@ -42,16 +42,13 @@ def open_weights(source: str) -> Weights:
         return Weights(model, lambda: huggingface.read_tokenizer(path), huggingface.read_parameters(path, model))
     if path.is_file() and path.suffix == ".bin":
         model, _, parameters = llmc.read_model(path)
-        tokenizer = path.with_name(LLMC_TOKENIZER)
-        return Weights(
-            model, lambda: llmc.read_tokenizer(tokenizer) if tokenizer.exists() else None, iter(parameters.items())
-        )
+        file = path.with_name(LLMC_TOKENIZER)
+        tokenizer = (lambda: llmc.read_tokenizer(file)) if file.exists() else lambda: None
+        return Weights(model, tokenizer, iter(parameters.items()))
     if path.is_file() or (path / "checkpoints").is_dir():
         return weights_of(open_checkpoint(path))
-    raise UserError(
-        f"{source}: expected one of {', '.join(huggingface.PUBLISHED)}, a folder with a {huggingface.CONFIG}, "
-        "an llm.c .bin, a run folder or a checkpoint"
-    )
+    known = f"{', '.join(huggingface.PUBLISHED)}, a folder with a {huggingface.CONFIG}"
+    raise UserError(f"{source}: expected one of {known}, an llm.c .bin, a run folder or a checkpoint")
 
 
 def weights_of(stored: Checkpoint) -> Weights:

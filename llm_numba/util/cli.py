@@ -1,7 +1,9 @@
 """How every command starts and ends: its parser, its streams, Ctrl-C, and errors as one line."""
 
 import argparse
+import contextlib
 import io
+import math
 import os
 import shlex
 import sys
@@ -14,15 +16,14 @@ from llm_numba.util import ctrl_c
 BROKEN_PIPE = 128 + 13  # SIGPIPE; the exit status of a program whose reader has gone
 FAILED = 2
 
-# module -> the extra of pyproject.toml that installs it; "" for what the package itself depends on
-EXTRAS = {
-    **dict.fromkeys(("cuda", "numba_cuda", "numba.cuda"), "cuda"),
-    **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "download"),
-    **dict.fromkeys(("IPython", "ipykernel", "jupytext", "nbclient"), "lessons"),
-    **{"tensorboardX": "tensorboard", "trackio": "trackio", "wandb": "wandb"},
-    **dict.fromkeys(("filelock", "llvmlite", "matplotlib", "ml_dtypes", "numba", "numpy", "platformdirs"), ""),
-    **dict.fromkeys(("psutil", "rustbpe", "safetensors", "tiktoken", "tqdm"), ""),
-}
+EXTRAS = {  # extra of pyproject.toml -> the modules that it installs; "": those that the package itself depends on
+    "cuda": ("cuda", "numba_cuda", "numba.cuda"),
+    "download": ("huggingface_hub", "pooch", "requests"),
+    "lessons": ("IPython", "ipykernel", "jupytext", "nbclient", "numba_cuda"),
+    "tensorboard": ("tensorboardX",), "trackio": ("trackio",), "wandb": ("wandb",),
+    "": ("filelock", "llvmlite", "matplotlib", "ml_dtypes", "numba", "numpy", "platformdirs", "psutil", "rustbpe",
+         "safetensors", "tiktoken", "tqdm"),
+}  # fmt: skip
 DISTRIBUTIONS = {"cuda": "cuda-bindings", "numba_cuda": "numba-cuda", "numba.cuda": "numba-cuda"}  # other names
 
 
@@ -39,6 +40,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(" ".join(message.removeprefix("argument ").split()) + " (see --help)")
 
+    def number(self, flag: str, default: float, help: str, least: float = 0, most: float = math.inf, **options) -> None:
+        """Add a flag that takes a number from `least` to `most`, an integer if the default is one."""
+        kind, allowed = type(default), f"at least {least}" if most == math.inf else f"from {least} to {most}"
+
+        def parse(text: str) -> float:
+            with contextlib.suppress(ValueError):
+                if least <= kind(text) <= most:
+                    return kind(text)
+            raise UserError(f"{flag} {text}: must be {'an integer' if kind is int else 'a number'}, {allowed}")
+
+        self.add_argument(flag, type=parse, default=default, help=f"{help} (default: {default})", **options)
+
 
 def command(name: str, *arguments) -> str:
     """A command as one types it: command("train", "--resume", "my run") -> llm-numba train --resume 'my run'."""
@@ -53,9 +66,10 @@ def install(extra: str = "") -> str:
 def not_installed(module: str) -> str | None:
     """Why a module cannot be imported and how to install it; None for one that llm_numba does not use."""
     parts = module.split(".")
-    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]  # numba.cuda before numba
-    known = next((name for name in names if name in EXTRAS), None)
-    return known and f"{DISTRIBUTIONS.get(known, known)} is not installed: {install(EXTRAS[known])}"
+    for name in (".".join(parts[:n]) for n in range(len(parts), 0, -1)):  # numba.cuda before numba
+        for extra, modules in EXTRAS.items():
+            if name in modules:
+                return f"{DISTRIBUTIONS.get(name, name)} is not installed: {install(extra)}"
 
 
 def note(text: str) -> None:
@@ -80,22 +94,17 @@ def exit_with(main: Callable[[], int | None]) -> None:
         except SystemExit as finished:  # argparse, after --help
             status = finished.code
         sys.stdout.flush()
-    except UserError as error:
-        status = _failed(str(error))
     except KeyboardInterrupt:
         _write_failure()  # flushes what has been printed
         ctrl_c.leave()
-    except ModuleNotFoundError as error:
-        hint = not_installed(error.name or "")
-        if not hint:
-            raise
-        status = _failed(hint)
     except BrokenPipeError:
         status = BROKEN_PIPE
     except Exception as error:  # also whatever reading damaged bytes may raise
-        status = _failed(_output_failure(error) or _cache_failure(error))
-        if status is None:
+        message = _explanation(error)
+        if message is None:
             raise
+        note(f"error: {message}")
+        status = FAILED
     if _write_failure():
         discard(sys.stdout)
     ctrl_c.exit_at_once()
@@ -118,12 +127,6 @@ def discard(stream) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _failed(message: str | None) -> int | None:
-    if message:
-        note(f"error: {message}")
-        return FAILED
-
-
 def _write_failure(text: str = "") -> OSError | None:
     """The error of writing to standard output, where there is one."""
     try:
@@ -132,13 +135,14 @@ def _write_failure(text: str = "") -> OSError | None:
         return error
 
 
-def _output_failure(error: Exception) -> str | None:
+def _explanation(error: Exception) -> str | None:
+    """The line to print for an error that the user can fix; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return not_installed(error.name or "")
     if isinstance(error, OSError) and not error.filename and (failure := _write_failure("\n")):
         return f"standard output cannot be written ({failure.strerror})"
-
-
-def _cache_failure(error: Exception) -> str | None:
-    """What to do if reading a compiled function failed."""
     if any(Path(frame.filename).name == "caching.py" for frame in traceback.extract_tb(error.__traceback__)):
         folder, reason = sys.modules["numba"].config.CACHE_DIR, str(error).partition("\n")[0]
         return (

@@ -4,14 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+if TYPE_CHECKING:  # llm-numba doctor runs without NumPy
+    import numpy as np
 
 from llm_numba.util.cli import UserError
 
 
-def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
+def write_whole(path: Path, *parts: "bytes | np.ndarray") -> None:
     """Write a file: all of its parts, or nothing. Errors: the folder cannot be written, the disk is full."""
     with writing_whole(path) as file:
         for part in parts:
