@@ -14,12 +14,10 @@ from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
 from llm_numba.data.shards import fingerprint
 from llm_numba.models import Model
-from llm_numba.ops import DEVICES, Ops, choose_device, get_ops
-from llm_numba.training import settings
+from llm_numba.ops import Ops, choose_device, device_flags, get_ops
 from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
 from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.run_data import data_of
-from llm_numba.training.settings import Settings
 from llm_numba.training.step import forward_and_loss, scorer, set_parameter
 from llm_numba.util.cli import Parser, UserError, exit_with, note
 from llm_numba.util.files import format_bytes
@@ -117,22 +115,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     val = "val: text files, folders, globs or token shards (default: what the run held out)"
     swag = "hellaswag: its .jsonl file (default: what llm-numba data hellaswag downloads)"
-    rows = f"rows at a time; 0: about {BATCH_TOKENS} tokens"
-    add = parser.add_argument
-    add("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
-    add("--task", choices=TASKS, default="val", help="default: val")
-    add("--data", nargs="+", default=[], metavar="PATH", help=f"{val}; {swag}")
-    add("--limit", type=int, default=0, metavar="N", help="only the first N windows or examples; 0: all")
-    add("--batch-size", type=int, default=0, metavar="B", help=rows)
-    add("--device", choices=DEVICES, default="auto", help="auto (default): a CUDA GPU if there is one, else the CPU")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 needs a CUDA GPU (default: fp32)")
-    add("--threads", type=int, default=0, help="CPU threads; 0: one for each physical core")
-    add("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint is used), or a checkpoint")
+    parser.add_argument("--task", choices=TASKS, default="val", help="default: val")
+    parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help=f"{val}; {swag}")
+    parser.number("--limit", 0, "only the first N windows or examples; 0: all", metavar="N")
+    parser.number("--batch-size", 0, f"rows at a time; 0: about {BATCH_TOKENS} tokens", metavar="B")
+    device_flags(parser, "dtype", "threads")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(argv)
-    for flag, value in ("--limit", args.limit), ("--batch-size", args.batch_size):
-        if value < 0:
-            raise UserError(f"{flag} {value}: must be at least 0")
-    settings.check(Settings(threads=args.threads))
     stored = open_checkpoint(args.run)
     ops = get_ops(choose_device(args.device), args.dtype)
     ops.set_threads(args.threads)

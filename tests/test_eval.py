@@ -326,7 +326,7 @@ def test_mistakes(folder, tmp_path, capfd, parameters, trained):
     assert "takes one file" in told(folder, "--task", "hellaswag", "--data", "a", "b")
     (tmp_path / "empty").write_text("\n")
     assert "has no examples" in told(folder, "--task", "hellaswag", "--data", tmp_path / "empty")
-    assert "--limit -1: must be at least 0" in told(folder, "--limit", -1)
+    assert "--limit -1: must be an integer, at least 0" in told(folder, "--limit", -1)
     assert "the run's data is no longer what it was trained on: give some with --data" in told(folder)
     assert "3 tokens in a row, but one window needs 33" in told(folder, "--data", write_text(tmp_path / "t", "ab"))
     assert "checkpoint" in told(tmp_path)
