@@ -50,14 +50,13 @@ def write_folder(out: Path, overwrite: bool, write) -> None:
             whole, before = Path(temporary, "whole"), Path(temporary, "before")
             whole.mkdir()
             write(whole)
-            if out.exists():
-                out.rename(before)
             try:
+                if out.exists():
+                    out.rename(before)
                 whole.rename(out)
-            except BaseException:
-                if before.exists():
+            finally:
+                if not out.exists() and before.exists():  # interrupted in between
                     before.rename(out)
-                raise
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
 

@@ -146,13 +146,10 @@ def _stamps(files: list[Path]) -> list:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _tokenised(
-    files: list[Path], identity: list, load: Callable[[list[Path]], Encoding]
-) -> tuple[Encoding, list[Span]]:
-    """The encoding and the shards of `files` in a fixed random order, from the cache folder if they were tokenised
-    before.
+def _tokenised(files: list[Path], identity: list, load: Callable) -> tuple[Encoding, list[Span]]:
+    """The encoding and the shards of `files`, shuffled, from the cache folder if they were tokenised before.
 
-    `identity` is what else the tokens depend on; `load` is called with the files if they must be tokenised.
+    `identity` is what else the tokens depend on; `load` gives the encoding, if these files must be tokenised.
     """
     files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
     key = json.dumps([CACHE_FORMAT, identity, _stamps(files)])

@@ -39,38 +39,29 @@ def _fineweb(what: str, prefix: str, shards: int) -> Dataset:
     return Dataset(what, size, licence, f"{HUB}kjj0/{prefix}10B-gpt2", use, (val,), shards)
 
 
+# fmt: off
 DATASETS = {
     "tinyshakespeare": Dataset(
-        "40,000 lines of Shakespeare's plays, as one text",
-        "1.1 MB",
-        "the plays are in the public domain; the repository is under MIT",
-        "https://github.com/karpathy/char-rnn",
-        "train --data {path}/tinyshakespeare.txt",
-        ("tinyshakespeare.txt",),
+        "40,000 lines of Shakespeare's plays, as one text", "1.1 MB",
+        "the plays are in the public domain; the repository is under MIT", "https://github.com/karpathy/char-rnn",
+        "train --data {path}/tinyshakespeare.txt", ("tinyshakespeare.txt",),
         url=f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "tinystories": Dataset(
-        "2.7 million stories for children, written by GPT-4 (arXiv:2305.07759)",
-        "2.2 GB",
-        "CDLA-Sharing 1.0",
-        HUB + STORIES,
+        "2.7 million stories for children, written by GPT-4 (arXiv:2305.07759)", "2.2 GB",
+        "CDLA-Sharing 1.0", HUB + STORIES,
         "train --data {path}/train.jsonl --val-data {path}/valid.jsonl --steps 5000",
-        ("TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt"),
-    ),
+        ("TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt")),
     "fineweb": _fineweb("10 billion tokens of web pages, as GPT-2's tokens (arXiv:2406.17557)", "fineweb", 103),
     "fineweb-edu": _fineweb("the same, of educational web pages only", "finewebedu", 99),
     "hellaswag": Dataset(
-        "for eval: 10,042 contexts, each with four endings (arXiv:1905.07830)",
-        "12 MB",
-        "MIT",
-        "https://github.com/rowanz/hellaswag",
-        "eval RUN --task hellaswag --data {path}/" + HELLASWAG,
-        (HELLASWAG,),
+        "for eval: 10,042 contexts, each with four endings (arXiv:1905.07830)", "12 MB",
+        "MIT", "https://github.com/rowanz/hellaswag",
+        "eval RUN --task hellaswag --data {path}/" + HELLASWAG, (HELLASWAG,),
         url=f"{GITHUB}/rowanz/hellaswag/master/data/{HELLASWAG}",
-        sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-    ),
+        sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
 }
+# fmt: on
 
 
 def folder_of(name: str) -> Path:
