@@ -24,7 +24,7 @@ from llm_numba.training.precompile import precompile
 from llm_numba.training.run_data import absolute, check_same, locate, read_data
 from llm_numba.training.settings import Settings
 from llm_numba.training.step import initialise
-from llm_numba.training.trainer import State, Trainer, restore, steps_of
+from llm_numba.training.trainer import State, Trainer, finish_step_on_signals, restore, steps_of
 from llm_numba.training.weights import Weights, open_weights, set_parameters, weights_of
 from llm_numba.util.cli import UserError, exit_with, note
 
@@ -109,7 +109,8 @@ def train(s: Settings, ops: Ops, model: Model, weights: Weights | None, stored: 
     seconds = precompile(ops, model, s) if ops.is_compiled() and not s.interpret else 0.0
     peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
     folder = Path(s.out)
-    with RunLog(folder, settings.to_record(s), state.step if stored else None, s.track) as log:
+    step = state.step if stored else None
+    with RunLog(folder, settings.to_record(s), step, s.track) as log, finish_step_on_signals() as stop:
         trainer = Trainer(
             settings=s, model=model, ops=ops, production=production, arena=arena, corpus=corpus, state=state,
             train_loader=train_loader, val_loader=val_loader, folder=folder, log=log, steps=steps, peak=peak,
@@ -124,7 +125,7 @@ def train(s: Settings, ops: Ops, model: Model, weights: Weights | None, stored: 
         if remark:
             log.say(remark)
         log.say(f"first step {time.perf_counter() - started:.1f} s after the start")
-        return trainer.run()
+        return trainer.run(stop)
 
 
 def next_folder(name: str) -> Path:

@@ -81,38 +81,40 @@ class Trainer:
         self.expected = Reference(s, self.log)
         self.times: list[float] = []  # seconds of the last steps
 
-    def run(self) -> int:
-        """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the signal's number."""
+    def run(self, stop: list[int]) -> int:
+        """Train to the last step, or until a signal, whose number `stop` then holds (`finish_step_on_signals`).
+
+        Returns the exit status: 0, or 128 + the number of the signal.
+        """
         s, state, log = self.settings, self.state, self.log
-        with finish_step_on_signals() as stop:
-            if s.use:
-                self.compare_overrides()
-            while state.step < self.steps and not stop and not log.unwritable:
-                self.step()
-                last = state.step == self.steps
-                if last or is_time(state.step, s.val_every):
-                    self.validate()
-                if self.examples and (last or is_time(state.step, s.eval_every)):
-                    self.test_on_hellaswag(self.examples, stop)
-                if s.sample_tokens and (last or is_time(state.step, s.sample_every)):
-                    self.show_sample()
-                if is_time(state.step, s.checkpoint_every):
-                    self.save()
-            if not checkpoint.checkpoint_path(self.folder, state.step).exists():  # the end, or a signal
+        if s.use:
+            self.compare_overrides()
+        while state.step < self.steps and not stop and not log.unwritable:
+            self.step()
+            last = state.step == self.steps
+            if last or is_time(state.step, s.val_every):
+                self.validate()
+            if self.examples and (last or is_time(state.step, s.eval_every)):
+                self.test_on_hellaswag(self.examples, stop)
+            if s.sample_tokens and (last or is_time(state.step, s.sample_every)):
+                self.show_sample()
+            if is_time(state.step, s.checkpoint_every):
                 self.save()
-            log.picture(self.expected.curve)
-            if stop:
-                cause = signal.Signals(stop[0]).name
-            elif log.unwritable:
-                cause = f"an error of its output ({log.unwritable.strerror})"
-            else:
-                self.say_what_next()
-                return 0
-            log.say(f"stopped by {cause} after step {state.step}; the checkpoint is saved")
-            log.say(f"resume it with:  {command('train', '--resume', self.folder)}")
-            if log.unwritable and not stop:
-                raise log.unwritable
-            return 128 + stop[0]
+        if not checkpoint.checkpoint_path(self.folder, state.step).exists():  # the end, or a signal
+            self.save()
+        log.picture(self.expected.curve)
+        if stop:
+            cause = signal.Signals(stop[0]).name
+        elif log.unwritable:
+            cause = f"an error of its output ({log.unwritable.strerror})"
+        else:
+            self.say_what_next()
+            return 0
+        log.say(f"stopped by {cause} after step {state.step}; the checkpoint is saved")
+        log.say(f"resume it with:  {command('train', '--resume', self.folder)}")
+        if log.unwritable and not stop:
+            raise log.unwritable
+        return 128 + stop[0]
 
     def step(self) -> None:
         """Forward and backward over the micro-batches, then the update; one line in the log."""
