@@ -43,10 +43,8 @@ def main(argv: list[str] | None = None) -> int | None:
     ops.set_threads(s.threads)
     if s.plan_memory:
         return print_plan(s, model, ops)
-    if not stored:
-        folder = Path(s.out) if s.out else next_folder(s.preset or "init")
-        s = replace(s, out=str(folder.absolute()))
-    return train(s, ops, model, weights, stored, started)
+    folder = stored.path.parent.parent if stored else Path(s.out) if s.out else next_folder(s.preset or "init")
+    return train(replace(s, out=str(folder.absolute())), folder, ops, model, weights, stored, started)
 
 
 def resume(given: Settings, explicit: set[str]) -> tuple[Settings, Checkpoint]:
@@ -58,8 +56,7 @@ def resume(given: Settings, explicit: set[str]) -> tuple[Settings, Checkpoint]:
     folder = stored.path.parent.parent
     note_changes(folder / "settings.json", settings.to_record(stored.settings), stored.path)
     recorded = locate(stored.settings, stored.settings.out, folder)
-    s = settings.resume_with(recorded, absolute(given), explicit)
-    return replace(s, out=str(folder.absolute())), stored
+    return settings.resume_with(recorded, absolute(given), explicit), stored
 
 
 def note_changes(path: Path, recorded: dict, checkpoint_path: Path) -> None:
@@ -75,8 +72,11 @@ def note_changes(path: Path, recorded: dict, checkpoint_path: Path) -> None:
         note(f"note: {path} {problem}; the settings in {checkpoint_path} are used")
 
 
-def train(s: Settings, ops: Ops, model: Model, weights: Weights | None, stored: Checkpoint | None, started: float):
-    """Run the whole training, from data to the last checkpoint.
+def train(
+    s: Settings, folder: Path, ops: Ops, model: Model, weights: Weights | None, stored: Checkpoint | None,
+    started: float,
+) -> int:  # fmt: skip
+    """Run the whole training, from data to the last checkpoint in `folder`.
 
     weights: those to start from, or None for random ones; stored: the checkpoint to continue from, or None.
     Returns the exit status: 0, or 128 + the number of the signal that ended the run early.
@@ -108,7 +108,6 @@ def train(s: Settings, ops: Ops, model: Model, weights: Weights | None, stored: 
 
     seconds = precompile(ops, model, s) if ops.is_compiled() and not s.interpret else 0.0
     peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])
-    folder = Path(s.out)
     step = state.step if stored else None
     with RunLog(folder, settings.to_record(s), step, s.track) as log, finish_step_on_signals() as stop:
         trainer = Trainer(
