@@ -230,7 +230,7 @@ def test_ctrl_c_while_the_ops_are_compiled(text, tmp_path):
         (["--tokenizer", "bpe", "--vocab-size", "60000"], ["--vocab-size 60000"]),
         (["--tokenizer", "none", "--vocab-size", "97"], ["--tokenizer none"]),
         (["--val-fraction", "0.0001"], ["--val-fraction"]),
-        (["--val-data", "absent.txt"], ["--val-data absent.txt"]),
+        (["--val-data", "absent.txt"], ["--val-data", "absent.txt: no text and no .bin shard"]),
         (["--resume", "absent"], ["absent"]),
         (["--resume", "."], ["."]),
         (["--batch-size", "1000000000"], ["--batch-size 1000000000", "would fit"]),

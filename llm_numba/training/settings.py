@@ -304,7 +304,7 @@ def from_record(record: dict, source: str | Path) -> Settings:
     values = {}
     for name, value in record.items():
         kind = FIELDS[name].type
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= LARGEST:
             value = float(value)
         elif kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
             value = tuple(value)
