@@ -2,7 +2,7 @@
 
 from numba import cuda
 
-from llm_numba.cuda.jit import blocks_for, device, float32, kernel, sized, stream, to_float
+from llm_numba.cuda.jit import blocks_for, device, float32, kernel, sized, stream, to_float, uint32
 
 ROWS, THREADS = sized(32, 2), sized(128, 4)
 WIDEST = 128  # channels of a head that attention on a GPU supports
@@ -20,8 +20,9 @@ def query_tile(step, first, T, rows, kv_head, GROUP):
     """(query head, first query) at a step over the queries from `first` on of a group of query heads, head by head."""
     if GROUP == 1:
         return kv_head, step
-    length = (T - first + rows - 1) // rows * rows
-    return kv_head * GROUP + (step - first) // length, first + (step - first) % length
+    length = uint32(T - first + rows - 1) // rows * rows  # 32 bits: a 64-bit division costs registers, which spill
+    head = uint32(uint32(step - first) // uint32(length))
+    return uint32(kv_head * GROUP + head), uint32(step - head * length)
 
 
 @kernel
