@@ -24,9 +24,9 @@ FAULT_FILES = {"test_faults", "test_untrusted", "test_survival"}
 SLOW_FILES = {
     *("test_assembled", "test_bench", "test_bf16", "test_override", "test_compilation", "test_debugging"),
     *("test_devices", "test_eval", "test_huggingface", "test_lessons", "test_lessons_tools", "test_llmc"),
-    *("test_plain_python", "test_weights"),
+    *("test_plain_python", "test_replay", "test_vectors", "test_weights"),
 }
-QUICK_SIMULATED = 64  # elements of an activation in a quick test in the simulator
+QUICK_SIMULATED = 16  # elements of an activation in a quick test in the simulator
 
 
 def pytest_addoption(parser):

@@ -221,6 +221,7 @@ HEADS = [(1, 1, 1), (2, 3, 2), (6, 2, 2)]
 HEADS += [pytest.param(*heads, marks=pytest.mark.real) for heads in ((3, 16, 3), (1, 97, 1), (1, 128, 1), (6, 64, 3))]
 
 
+@pytest.mark.slow  # in the simulator
 @pytest.mark.parametrize("steps", STEPS, ids=str)
 @pytest.mark.parametrize("NH, HS, NKV", HEADS)
 def test_cached_forward(ops, rng, place, NH, HS, NKV, steps, dtype):

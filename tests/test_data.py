@@ -733,6 +733,7 @@ def test_text_in_a_large_vocabulary(tmp_path):
     assert encoding.decode(tokens[1:]) == (tmp_path / "a.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_training_on_uint32_shards(tmp_path, capfd):
     """Only rows of wte above 65,535 get large gradients; the run can be evaluated and resumed."""

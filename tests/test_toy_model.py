@@ -30,7 +30,10 @@ def test_plan_memory(capsys):
     assert "hidden             2 x 2 x 8 x 24" in printed and "shares dactive" in printed and "it fits" in printed
 
 
-@pytest.mark.parametrize("where", [DEVICE, "cudasim"] if DEVICE == "cpu" else [DEVICE])
+SIMULATED = [pytest.param("cudasim", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("where", [DEVICE, *(SIMULATED if DEVICE == "cpu" else ())])
 def test_a_resumed_run_is_the_same_bit_for_bit(text, tmp_path, capsys, where):
     steps, half = (40, 20) if where != "cudasim" else (2, 1)
     flags = (*FLAGS, "--data", text, "--device", where)
