@@ -188,3 +188,16 @@ def test_a_skipped_step_s_shards_are_named(tmp_path, capsys):
     for windows in found.values():
         assert [window["files"] for window in windows] == [[]]
         assert windows[0]["shard"] == str(tmp_path / "a.bin") and windows[0]["stop"] - windows[0]["start"] == 33
+
+
+def test_a_nan_of_an_op_of_use(tmp_path, text, capfd):
+    """The step is saved, and its replay uses the op too; the warm-up and the comparison of the ops go through."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from llm_numba.cpu.gelu import gelu_forward\n\n"
+        "def bad(pre, x):\n    gelu_forward(pre, x)\n    pre[0, 0, 3] = float('nan')\n"
+    )
+    use, folder = ("--use", f"gelu_forward={own}:bad", "--device", "cpu"), tmp_path / "run"
+    line = refused(capfd, *QUICK, "--data", text, "--steps", 2, *use, "--check-finite", "--out", folder)
+    assert "step 1: layer 0 fch_gelu[0, 0, 3] is nan after gelu_forward" in line
+    assert refused(capfd, folder, "--device", "cpu", program=replay) == line.partition("; to run")[0] + "\n"

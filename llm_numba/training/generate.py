@@ -33,9 +33,11 @@ def generation_groups(model: Model) -> Groups:
 
 
 def generation_step(ops: Ops, arena: Arena) -> None:
-    """Every op that generating text calls."""
+    """Every op that generating text calls, whatever the logits are."""
     for group in "chunk", "token":
-        arena.model.next_logits(ops, arena.namespace("parameters", "cache", group, "scratch"))
+        m = arena.namespace("parameters", "cache", group, "scratch")
+        arena.model.seek(ops, m, arena.named("parameters"), 0)
+        arena.model.next_logits(ops, m)
 
 
 def generate(ops: Ops, arena: Arena, prompt: list[int], choice: Choice, rng) -> Iterator[int]:

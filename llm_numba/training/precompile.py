@@ -7,15 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
 
-import numpy as np
 from tqdm import tqdm
 
 from llm_numba.arena import Arena
 from llm_numba.models import Model, model_of
 from llm_numba.ops import CONTRACT, WRITES, Ops, get_ops
-from llm_numba.training.generate import CHUNK, Choice, generate, generation_groups, generation_step
+from llm_numba.training.generate import CHUNK, generation_groups, generation_step
 from llm_numba.training.memory_plan import complete, run_groups
 from llm_numba.training.settings import Settings
 from llm_numba.training.step import training_step
@@ -24,7 +22,7 @@ SLOWEST = CONTRACT["attention"].keys()  # to compile, on a CPU
 
 
 def precompile(ops: Ops, model: Model, s: Settings) -> float:
-    """Run a training step and generate a token with the smallest model of the kind; returns the seconds it took.
+    """Run a training step, and one of generating text, with the smallest model of the kind; returns the seconds.
 
     Numba compiles for types, and on a GPU for a head size, so this compiles what a run of any size calls, and stores it
     on disk. If nothing is stored yet, a second process compiles attention, on a CPU most of the work, at the same time.
@@ -86,7 +84,7 @@ def run_everything(ops: Ops, model: Model, s: Settings) -> None:
     m = arena.training(s.recompute)
     ops.to_device(m.step, 1)
     training_step(ops, small, m, s)
-    list(islice(generate(ops, arena, [0] * T, Choice(temperature=1.0, top_p=1.0), np.random.default_rng(0)), 2))
+    generation_step(ops, arena)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class Trainer:
         s = self.settings
         self.m = self.arena.training(s.recompute)
         self.ops.to_device(self.m.seed, s.seed % 2**31)
+        self.unchecked = self.ops
         if s.check_finite:
             self.ops = checked(self.ops, self.production, self.m, self.arena, self.state)
         elif not s.graph:
@@ -179,7 +180,11 @@ class Trainer:
         self.train_loader.restore(position)
         self.ops.to_device(self.m.batches, self.batches)
         override.compare(
-            self.production, self.ops, self.settings.use, lambda ops: gradients(ops, self.model, self.m), self.log.say
+            self.production,
+            self.unchecked,
+            self.settings.use,
+            lambda ops: gradients(ops, self.model, self.m),
+            self.log.say,
         )
 
     def validate(self) -> None:
