@@ -12,7 +12,7 @@ different banks. An operand whose rows run along K is read by ldmatrix as it is;
 from numba import cuda
 from numpy import uint8
 
-from llm_numba.cuda.jit import compute_capability, device, float32, kernel, uint16, uint32, with_shared
+from llm_numba.cuda.jit import compute_capability, device, float32, kernel, uint16, uint32
 from llm_numba.cuda.tensor_cores import (
     address,
     commit_group,
@@ -30,7 +30,7 @@ from llm_numba.cuda.tensor_cores import (
     store_shared,
     wait_group,
 )
-from llm_numba.cuda.tiling import Tile, add_splits, grid, grouped_tile, partial_products, split, split_scratch
+from llm_numba.cuda.tiling import Tile, grouped_tile, split_product, split_scratch
 
 BLOCK = 256
 LOG_M, LOG_N, LOG_K = 7, 8, 5
@@ -224,11 +224,5 @@ KERNELS = {layout: product_kernel(*layout) for layout in ((False, False), (False
 
 def multiply(out, a, b, scratch, bias, a_transposed, b_transposed, accumulate):
     """See matmul.multiply."""
-    M, N = out.shape
-    splits, K_split = split(M, N, a.shape[0 if a_transposed else 1], TILE)
-    partial, whole = partial_products(out, scratch, splits), splits == 1
-    bias_array = b.reshape(-1) if bias is None else bias  # never read without a bias, but the kernel needs an array
-    launch = with_shared(KERNELS[a_transposed, b_transposed], grid(M, N, TILE, splits), BLOCK, SHARED_BYTES)
-    launch(partial, a, b, bias_array, whole and bias is not None, whole and accumulate, K_split)
-    if not whole:
-        add_splits(out, partial, bias, accumulate)
+    product = KERNELS[a_transposed, b_transposed]
+    split_product(product, TILE, BLOCK, SHARED_BYTES, out, a, b, scratch, bias, a_transposed, accumulate)

@@ -8,8 +8,8 @@ adjacent elements.
 
 from numba import cuda
 
-from llm_numba.cuda.jit import device, float32, kernel, sized, stream, to_float, to_storage, uint32
-from llm_numba.cuda.tiling import Tile, add_splits, grid, grouped_tile, partial_products, split, split_scratch
+from llm_numba.cuda.jit import device, float32, kernel, sized, to_float, to_storage, uint32
+from llm_numba.cuda.tiling import Tile, grouped_tile, split_product, split_scratch
 
 SUB = 4
 SIDE = sized(16, 2)
@@ -145,12 +145,5 @@ KERNELS = {layout: product_kernel(*layout) for layout in ((False, False), (False
 
 def multiply(out, a, b, scratch, bias, a_transposed, b_transposed, accumulate):
     """See matmul.multiply."""
-    M, N = out.shape
-    splits, K_split = split(M, N, a.shape[0 if a_transposed else 1], TILE)
-    partial, whole = partial_products(out, scratch, splits), splits == 1
-    bias_array = b.reshape(-1) if bias is None else bias  # never read without a bias, but the kernel needs an array
-    KERNELS[a_transposed, b_transposed][grid(M, N, TILE, splits), BLOCK, stream()](
-        partial, a, b, bias_array, whole and bias is not None, whole and accumulate, K_split
-    )
-    if not whole:
-        add_splits(out, partial, bias, accumulate)
+    product = KERNELS[a_transposed, b_transposed]
+    split_product(product, TILE, BLOCK, 0, out, a, b, scratch, bias, a_transposed, accumulate)

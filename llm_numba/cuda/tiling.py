@@ -13,7 +13,19 @@ from typing import NamedTuple
 
 from numba import cuda
 
-from llm_numba.cuda.jit import THREADS, blocks_for, device, float32, kernel, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.jit import (
+    THREADS,
+    blocks_for,
+    device,
+    float32,
+    kernel,
+    sized,
+    stream,
+    to_float,
+    to_storage,
+    uint32,
+    with_shared,
+)
 
 MAX_SPLITS = 8
 MAX_SPLIT_ELEMENTS = sized(1 << 24, 1 << 8)  # of all partial products together
@@ -101,3 +113,18 @@ def add_splits(out, partial, bias=None, accumulate=False):
     with_bias = bias is not None
     bias = bias if with_bias else out.reshape(-1)  # never read without a bias, but the kernel needs an array
     add_splits_kernel[(blocks_for(N), min(M, MAX_GRID_Y)), THREADS, stream()](out, partial, bias, with_bias, accumulate)
+
+
+def split_product(kernel, tile: Tile, block, shared_bytes: int, out, a, b, scratch, bias, a_transposed, accumulate):
+    """Launch a variant's product kernel on as many splits of K as `split` chooses, then add them. See matmul.multiply.
+
+    shared_bytes: the dynamic shared memory of a block.
+    """
+    M, N = out.shape
+    splits, K_split = split(M, N, a.shape[0 if a_transposed else 1], tile)
+    partial, whole = partial_products(out, scratch, splits), splits == 1
+    bias_array = b.reshape(-1) if bias is None else bias  # never read without a bias, but the kernel needs an array
+    launch = with_shared(kernel, grid(M, N, tile, splits), block, shared_bytes)
+    launch(partial, a, b, bias_array, whole and bias is not None, whole and accumulate, K_split)
+    if not whole:
+        add_splits(out, partial, bias, accumulate)
