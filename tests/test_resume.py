@@ -1,10 +1,12 @@
-"""A resumed run finds its data: after a change of folder, in a moved project, under a new path."""
+"""A resumed run finds its data: after a change of folder, in a moved project, under a new path; and --no-shuffle."""
 
 import json
 import shutil
 
 import pytest
-from programs import QUICK, cache, content_of, files_in, refused, run_here, write_text  # noqa: F401
+from programs import QUICK, cache, content_of, files_in, refused, rows_of, run_here, write_text  # noqa: F401
+
+from llm_numba import eval as evaluation
 
 pytestmark = pytest.mark.compiled
 FLAGS = (*QUICK, "--val-every", 0, "--val-batches", 1, "--sample-tokens", 0, "--schedule", "constant")
@@ -83,3 +85,17 @@ def test_a_changed_settings_file_is_reported(project, moved, capfd, damage, word
 def test_an_unchanged_settings_file_is_not_reported(project, moved, capfd):
     assert_continues(project, moved / "runs" / "half")
     assert "note: " not in capfd.readouterr().err
+
+
+def test_no_shuffle_validates_in_the_order_of_the_text(project, capsys):
+    """On the first windows of the held-out text, which `eval --limit` reads too; shuffled, on others."""
+    losses = []
+    for flags in ((), ("--no-shuffle",)):
+        run = project / "runs" / f"validation{len(losses)}"
+        run_here(*FLAGS, *flags, "--data", project / "text.txt", "--steps", 2, "--out", run)
+        (row,) = rows_of(run, "val_loss")
+        capsys.readouterr()
+        run_here(run, "--limit", 8, "--json", program=evaluation)  # the 8 sequences of a batch
+        losses.append((row["val_loss"], json.loads(capsys.readouterr().out)["loss"]))
+    (shuffled, first), (ordered, expected) = losses
+    assert ordered == pytest.approx(expected, rel=1e-6) and abs(shuffled - first) > 1e-5

@@ -1,7 +1,7 @@
 """A model that the package does not know: planned, trained, saved, resumed, sampled, inspected and compared."""
 
 import pytest
-from programs import DEVICE, cache, content_of, losses_of, run_here, write_text  # noqa: F401
+from programs import DEVICE, cache, content_of, losses_of, refused, run_here, write_text  # noqa: F401
 from toy_model import Toy
 
 from llm_numba import eval as evaluation
@@ -60,3 +60,7 @@ def test_diff(text, capsys):
     devices = ("cpu", "cudasim") if DEVICE == "cpu" else ("cpu", DEVICE)
     assert run_here("--preset", "toy", "--sequence-length", 4, "--devices", *devices, program=diff) == 0
     assert "agree: both are within rounding" in capsys.readouterr().out
+
+
+def test_a_size_that_the_model_does_not_have(capfd):
+    assert "--preset toy: a toy model has no num_heads\n" in refused(capfd, *FLAGS, "--heads", 2)

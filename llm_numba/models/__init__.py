@@ -89,10 +89,10 @@ def preset(name: str, **changes: int) -> Model:
     known = presets()
     if name not in known:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(known)}")
-    try:
-        return replace(known[name], **changes)
-    except TypeError as error:
-        raise UserError(f"--preset {name}: a {known[name].name} model has no {', '.join(changes)}") from error
+    missing = [size for size in changes if not hasattr(known[name], size)]
+    if missing:
+        raise UserError(f"--preset {name}: a {known[name].name} model has no {', '.join(missing)}")
+    return replace(known[name], **changes)
 
 
 def model_of(record: dict) -> Model:
