@@ -83,9 +83,15 @@ def _allow_shared(kernel, types: tuple, nbytes: int) -> None:
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     function = driver.CUkernel(int(compiled._codelibrary.get_cufunc().handle))
     gpu = driver.CUdevice(cuda.get_current_device().id)
-    (error,) = driver.cuKernelSetAttribute(limit, nbytes, function, gpu)
+    driver_result(driver.cuKernelSetAttribute(limit, nbytes, function, gpu), f"{nbytes} bytes of shared memory")
+
+
+def driver_result(answer: tuple, what: str):
+    """The value that a function of cuda.bindings.driver returned after its error code. Errors: RuntimeError."""
+    error, *values = answer
     if error:
-        raise RuntimeError(f"a block on this GPU cannot have {nbytes} bytes of shared memory: {error!r}")
+        raise RuntimeError(f"{what}: the CUDA driver returned {error.name}")
+    return values[0] if values else None
 
 
 def is_compiled() -> bool:

@@ -1,12 +1,13 @@
 """GPU memory for the arena: allocation, views, copies; and CUDA graphs, which replay the launches of a step."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
+from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, driver_result, kernel, sized, stream
 from llm_numba.util import host
 
 DRIVER_RESERVE = 512 * 2**20  # bytes; the driver loads kernels there
@@ -90,11 +91,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
         return function
     from cuda.bindings import driver
 
-    def check(result):
-        error, *values = result
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"capturing the CUDA graph failed: {error.name}")
-        return values[0] if values else None
+    check = functools.partial(driver_result, what="capturing a CUDA graph")
 
     def captured():
         handle = stream().handle
