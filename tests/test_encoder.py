@@ -51,7 +51,7 @@ def test_backward(ops, rng, place, shape, V):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (3, 1031, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (3, 1031, 3), (2, 3, 40)])
 def test_bf16(ops, rng, place, shape):
     tokens, *arrays = make(rng, *shape, V=7)
     wte, wpe, dout = (x.astype("bfloat16").astype(np.float32) for x in arrays)

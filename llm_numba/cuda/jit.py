@@ -202,6 +202,14 @@ if not SIMULATED:
         return x
 
     @device
+    def row_sum(x, shared):
+        """The sum of x over the threads with the same threadIdx.y, in each of them, added as by `block_sum`.
+
+        blockDim.x is WARP, or blockDim.y is 1.
+        """
+        return warp_sum(x) if cuda.blockDim.x == WARP else block_sum(x, shared)
+
+    @device
     def block_max(x, shared):
         """The maximum of x over the block, in every thread; see `block_sum`."""
         warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
@@ -247,16 +255,19 @@ else:
 
     @device
     def _over_block(x, shared, combine):
-        """Instead of warp shuffles, every thread combines the values of the whole block."""
-        shared[cuda.threadIdx.x] = x
+        """Instead of warp shuffles, every thread combines the values of all with the same threadIdx.y."""
+        first = cuda.threadIdx.y * cuda.blockDim.x
+        shared[first + cuda.threadIdx.x] = x
         cuda.syncthreads()
-        values = [shared[i] for i in range(cuda.blockDim.x)]
+        values = [shared[first + i] for i in range(cuda.blockDim.x)]
         cuda.syncthreads()
         return functools.reduce(combine, values)
 
     @device
     def block_sum(x, shared):
         return _over_block(x, shared, lambda a, b: a + b)
+
+    row_sum = block_sum
 
     @device
     def block_max(x, shared):
