@@ -123,27 +123,26 @@ def dwte_kernel(size: int):
             return
         for k in range(size):
             sums[k] = ZERO
-        is_head = piece > 0 and keys[start] == keys[start - 1]
+        earlier = keys[start - 1] if piece > 0 else -1
         for i in range(start, end, ROWS):
             # load ROWS rows, and the rows of dwte for those that end a run
             for j in range(ROWS):
                 row = min(i + j, end - 1)
                 ends[j] = i + j == end - 1 or keys[row] != keys[min(row + 1, n - 1)]
                 load_vector(x, j * size, dout, positions[row], c, size)
-                if ends[j]:
+                if ends[j] and keys[row] != earlier:
                     load_vector(before, j * size, dwte, keys[row], c, size)
             for j in range(ROWS):
                 if i + j < end:
                     for k in range(size):
                         sums[k] += x[j * size + k]
                     if ends[j]:
-                        if is_head:
+                        if keys[i + j] == earlier:
                             store_vector(heads, piece, c, sums, 0, size)
                         else:
                             for k in range(size):
                                 sums[k] += before[j * size + k]
                             store_vector(dwte, keys[i + j], c, sums, 0, size)
-                        is_head = False
                         for k in range(size):
                             sums[k] = ZERO
 
