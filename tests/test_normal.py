@@ -35,10 +35,13 @@ def test_the_bits_of_one_core(shape, skipped):
 
 def test_segments_join(monkeypatch):
     """One core draws less than a segment at the end, and a few numbers in between."""
-    drawn = []
-    rng = np.random.default_rng(1)
-    watched = SimpleNamespace(bit_generator=rng.bit_generator)
-    watched.standard_normal = lambda dtype, out=np.empty(1): drawn.append(out.size) or rng.standard_normal(dtype=dtype)
+    drawn, rng = [], np.random.default_rng(1)
+
+    def draw(dtype, out=None):
+        drawn.append(1 if out is None else out.size)
+        return rng.standard_normal(dtype=dtype, out=out)
+
+    watched = SimpleNamespace(bit_generator=rng.bit_generator, standard_normal=draw)
     normal.standard_normal(watched, (200 * SEGMENT,))
     assert len(drawn) < 20 and sum(drawn) < 8 * SEGMENT
 
