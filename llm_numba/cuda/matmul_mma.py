@@ -34,7 +34,6 @@ from llm_numba.cuda.tensor_cores import (
     mma_tf32,
     pack,
     round_to_tf32,
-    row_address,
     shared_address,
     store_16_bytes,
     store_float2,
@@ -118,10 +117,10 @@ def copy_operand(tile, place, k_left, row_left, matrix, transposed):
     """
     log_chunks = log_chunks_of(matrix, transposed)
     apart = BLOCK >> log_chunks
-    pitch = uint32(matrix.shape[1] * (2 if holds_bf16(matrix) else 4))
+    pitch = matrix.shape[1] * (2 if holds_bf16(matrix) else 4)
     for i in range(EACH):
         inside = k_left > i * apart if transposed else row_left > i * apart and k_left > 0
-        copy_async(tile + ((i * apart) << (log_chunks + 4)), row_address(place, uint32(i * apart), pitch), 16 if inside else 0)
+        copy_async(tile + ((i * apart) << (log_chunks + 4)), place + i * apart * pitch, 16 if inside else 0)
 
 
 @device
@@ -216,8 +215,8 @@ def product_kernel(a_transposed, b_transposed):
         # start copying the first stages
         a_from, a_offset, a_left, m_left = first_chunk(a, m0, k, a_transposed)
         b_from, b_offset, b_left, n_left = first_chunk(b, n0, k, b_transposed)
-        a_step = uint32((a.shape[1] if a_transposed else 1) * DEPTH)
-        b_step = uint32((b.shape[1] if b_transposed else 1) * DEPTH)
+        a_step = (a.shape[1] if a_transposed else 1) * DEPTH
+        b_step = (b.shape[1] if b_transposed else 1) * DEPTH
         for i in range(STAGES):
             if i < stages:
                 copy_operand(shared + i * STAGE + a_offset, a_from, a_left, m_left, a, a_transposed)
@@ -231,13 +230,14 @@ def product_kernel(a_transposed, b_transposed):
         stage = shared
         load_fragments(a_fragments, b_fragments, 0, stage, 0, a, b, a_transposed, b_transposed)
         while stages > 0:
-            load_fragments(a_fragments, b_fragments, 1, stage, 1, a, b, a_transposed, b_transposed)
             multiply_fragments(sums, a_fragments, b_fragments, 0, a)
+            load_fragments(a_fragments, b_fragments, 1, stage, 1, a, b, a_transposed, b_transposed)
 
             # all fragments of this stage are in registers: go on to the next stage, and fill this one again
             wait_for_stage()
             cuda.syncthreads()
             filled, stage = stage, shared if stage == shared + uint32(LAST_STAGE) else uint32(stage + uint32(STAGE))
+            multiply_fragments(sums, a_fragments, b_fragments, 1, a)
             load_fragments(a_fragments, b_fragments, 0, stage, 0, a, b, a_transposed, b_transposed)
             if stages > STAGES:
                 copy_operand(filled + a_offset, a_from, a_left, m_left, a, a_transposed)
@@ -245,7 +245,6 @@ def product_kernel(a_transposed, b_transposed):
             commit_group()
             a_from, b_from = a_from + a_step, b_from + b_step
             a_left, b_left = int32(a_left - depth), int32(b_left - depth)
-            multiply_fragments(sums, a_fragments, b_fragments, 1, a)
             stages -= int32(1)
 
         # store: lane (g, q) holds columns 2q and 2q + 1 of rows g and g + 8 of each 16 x 8 fragment

@@ -89,10 +89,6 @@ def holds_bf16(typingctx, array):
     return signature(types.boolean, array), codegen
 
 
-# (start, n, pitch): start + n * pitch, computed anew at each use: the compiler would keep a register for each n
-row_address = instruction("mad.wide.u32 $0, $2, $3, $1;", "=l,l,r,r", (ADDRESS, types.uint32, types.uint32), ADDRESS)
-
-
 def wait_group(pending):
     """A device function that waits until at most `pending` of this thread's latest groups of copies are unfinished."""
     return instruction(f"cp.async.wait_group {pending};", "", ())
