@@ -180,6 +180,18 @@ def multiply_fragments(sums, a_fragments, b_fragments, which, a):
             sums[m, n, 3] = new[3]
 
 
+@device
+def multiply_and_load(sums, a_fragments, b_fragments, which, stage, a, b, a_transposed, b_transposed):
+    """Multiply set `which` of fragments and load the other one, for the next step of k."""
+    other = 1 - which
+    if holds_bf16(a):
+        load_fragments(a_fragments, b_fragments, other, stage, other, a, b, a_transposed, b_transposed)
+        multiply_fragments(sums, a_fragments, b_fragments, which, a)
+    else:  # loading first would need more registers than there are
+        multiply_fragments(sums, a_fragments, b_fragments, which, a)
+        load_fragments(a_fragments, b_fragments, other, stage, other, a, b, a_transposed, b_transposed)
+
+
 def product_kernel(a_transposed, b_transposed):
     """The kernel for one layout of the operands."""
 
@@ -230,15 +242,13 @@ def product_kernel(a_transposed, b_transposed):
         stage = shared
         load_fragments(a_fragments, b_fragments, 0, stage, 0, a, b, a_transposed, b_transposed)
         while stages > 0:
-            multiply_fragments(sums, a_fragments, b_fragments, 0, a)
-            load_fragments(a_fragments, b_fragments, 1, stage, 1, a, b, a_transposed, b_transposed)
+            multiply_and_load(sums, a_fragments, b_fragments, 0, stage, a, b, a_transposed, b_transposed)
 
             # all fragments of this stage are in registers: go on to the next stage, and fill this one again
             wait_for_stage()
             cuda.syncthreads()
             filled, stage = stage, shared if stage == shared + uint32(LAST_STAGE) else uint32(stage + uint32(STAGE))
-            multiply_fragments(sums, a_fragments, b_fragments, 1, a)
-            load_fragments(a_fragments, b_fragments, 0, stage, 0, a, b, a_transposed, b_transposed)
+            multiply_and_load(sums, a_fragments, b_fragments, 1, stage, a, b, a_transposed, b_transposed)
             if stages > STAGES:
                 copy_operand(filled + a_offset, a_from, a_left, m_left, a, a_transposed)
                 copy_operand(filled + OPERAND + b_offset, b_from, b_left, n_left, b, b_transposed)
