@@ -13,8 +13,9 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-FAMILIES = {"matmul": ("mma", "simt"), "attention": ("mma", "simt")}  # family -> its variants, fastest first
-NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
+# family -> its variants, fastest first; cublas follows simt, which supports everything, and so runs only if forced
+FAMILIES = {"matmul": ("mma", "simt", "cublas"), "attention": ("mma", "simt")}
+NOT_SIMULATED = ("mma", "cublas")  # variants with PTX instructions or a library that Numba's simulator does not have
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
