@@ -13,9 +13,13 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-# family -> its variants, fastest first; cublas follows simt, which supports everything, and so runs only if forced
-FAMILIES = {"matmul": ("mma", "simt", "cublas"), "attention": ("mma", "simt")}
-NOT_SIMULATED = ("mma", "cublas")  # variants with PTX instructions or a library that Numba's simulator does not have
+# family -> its variants, fastest first; simt supports everything, so those after it run only if forced
+FAMILIES = {"matmul": ("mma", "simt", "tf32", "cublas"), "attention": ("mma", "simt")}
+NOT_SIMULATED = (
+    "mma",
+    "tf32",
+    "cublas",
+)  # variants with PTX instructions or a library that Numba's simulator does not have
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
