@@ -2,7 +2,7 @@
 
 A block of 128 threads computes a 128 x 128 tile of out, each of its four warps 64 x 64 elements of it, which stay in
 registers. Two blocks share an SM, so one multiplies while the other starts or stores. A block walks along K in steps of
-64 bytes: 32 elements of bf16, 16 of float32.
+64 bytes (32 elements of bf16, 16 of float32), which mma takes in two steps.
 
     global memory  --cp.async-->  STAGES stages in shared memory  --ldmatrix-->  two sets of fragments  -->  mma
 
@@ -46,7 +46,6 @@ BLOCK = 128
 LOG_SIZE = 7
 SIZE = 1 << LOG_SIZE  # rows and columns of a block's tile of out
 DEPTH = 64  # bytes of k in a stage
-STEPS = 2  # that mma takes them in
 GROUP_M = 16
 TILE = Tile(SIZE, SIZE, DEPTH // 2, GROUP_M, resident_blocks=264)  # two per SM
 STAGES = 3  # more are not faster, and two blocks must fit into the 100 KB of an SM of compute capability 8.6 or 8.9

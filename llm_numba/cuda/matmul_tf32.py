@@ -1,7 +1,7 @@
 """Matrix product of float32 matrices on tensor cores, on request: --variant matmul=tf32.
 
-It rounds every element of both operands to TF32, which keeps 10 of float32's 23 bits of mantissa: a relative error of at
-most 2**-11 per element. Products and sums are float32. The kernels are those of matmul_mma.py.
+It rounds every element of both operands to TF32, which keeps 10 of the 23 bits of a float32 mantissa: a relative error
+of at most 2**-11 per element. Products and sums are float32. The kernels are those of matmul_mma.py.
 """
 
 from llm_numba.cuda.jit import compute_capability, float32
