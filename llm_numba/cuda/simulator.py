@@ -31,7 +31,10 @@ class Thread(numba_simulator.BlockThread):
 
 
 class Block(numba_simulator.BlockManager):
-    """The threads of a block: ready to run, alive, at syncthreads. failed: the first error of any of them."""
+    """The threads of a block: ready to run, alive, at syncthreads. failed: the first error of any of them.
+
+    after_syncthreads: what else to do when all threads were at syncthreads
+    """
 
     def run(self, block_index, *arguments):
         def call():
@@ -41,6 +44,7 @@ class Block(numba_simulator.BlockManager):
         threads = [Thread(call, self, block_index, index) for index in indices]
         self.ready, self.alive, self.at_syncthreads = deque(threads), set(threads), []
         self.failed, self.finished = None, threading.Semaphore(0)
+        self.after_syncthreads = lambda: None
         for thread in threads:
             thread.start()
         self.pass_turn()
@@ -75,6 +79,7 @@ class Block(numba_simulator.BlockManager):
         everyone = len(self.at_syncthreads) == len(self.alive)
         if everyone:
             self.at_syncthreads.pop()  # it is running
+            self.after_syncthreads()
             self.wake(self.at_syncthreads)
         return everyone
 
@@ -90,6 +95,7 @@ class Block(numba_simulator.BlockManager):
             error, traceback = thread.exception
             self.fail(error.with_traceback(traceback))
         if self.at_syncthreads and len(self.at_syncthreads) == len(self.alive):
+            self.after_syncthreads()
             self.wake(self.at_syncthreads)
         self.pass_turn()
 
