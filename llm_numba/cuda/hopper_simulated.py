@@ -29,8 +29,8 @@ class Shared:
     """A block's shared memory and what its actors know.
 
     knows[w, a]: the time of actor a up to which warp w has seen its work done
-    writer, written: by granule, who wrote it last and at which time; read[g, a]: when actor a read it last, 0: not since
-    the last write; unfenced: the thread whose store needs its proxy fence, -1: none
+    writer, written: by granule, who wrote it last and at which time; read[g, a]: when actor a read it last, 0 if not
+    since; unfenced: the thread whose store needs its proxy fence, -1: none
     """
 
     def __init__(self, threads):
