@@ -43,6 +43,13 @@ def inlined(function):
     return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
+def expanded(function):
+    """A device function whose body is copied to where it is called, so that constant arguments can be passed on as such
+    to the instructions below that need constants. Otherwise as `inlined`.
+    """
+    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
+
+
 # Memory and threads
 
 
@@ -80,6 +87,9 @@ store_shared_float = instruction("st.shared.f32 [$0], $1;", "r,f", (SHARED, FLOA
 load_shared_float = instruction("ld.shared.f32 $0, [$1];", "=f,r", (SHARED,), FLOAT)
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", (SHARED, FRAGMENT))
 load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
+load_shared_float4 = instruction(
+    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 4)
+)
 # (address, four pairs): store four 8 x 8 bf16 matrices; lane l passes the address of row l % 8 of matrix l // 8, and of
 # each matrix the pair in row l // 4, columns 2 (l % 4) and the next. ldmatrix loads them the same way
 stmatrix = instruction(
@@ -98,6 +108,7 @@ load_float4 = instruction("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,
 store_float4 = instruction("st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", (ADDRESS, FLOAT4))
 # memory += values, in L2: nothing returns
 add_float = instruction("red.global.add.f32 [$0], $1;", "l,f", (ADDRESS, FLOAT))
+store_float2 = instruction("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", (ADDRESS, FLOAT, FLOAT))
 add_float2 = instruction("red.global.add.v2.f32 [$0], {$1, $2};", "l,f,f", (ADDRESS, FLOAT, FLOAT))
 add_float4 = instruction("red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", (ADDRESS, FLOAT4))
 # what the kernel never writes: the compiler may move the load
@@ -110,6 +121,7 @@ load_constant_16_bytes = instruction(
 load_flag = instruction("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", (ADDRESS,), WORD)
 store_flag = instruction("fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [$0], $1;", "l,r", (ADDRESS, WORD))
 
+reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", (FLOAT,), FLOAT, pure=True)
 # two bf16 in a register <- two float32, the first in the lower half; and back
 pack = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", (FLOAT, FLOAT), PAIR, pure=True)
 unpack = instruction(
@@ -132,6 +144,7 @@ mbarrier_wait = instruction(
 )
 fence_mbarrier_init = instruction("fence.mbarrier_init.release.cluster;", "", ())  # after init, before TMA uses them
 fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "", ())
+fence_proxy_async_global = instruction("fence.proxy.async.global;", "", ())  # the same for global memory
 
 # TMA
 

@@ -214,6 +214,10 @@ def load_shared_16_bytes(address):
     return tuple(load_shared(address, 16, np.uint32))
 
 
+def load_shared_float4(address):
+    return tuple(load_shared(address, 16, np.float32))
+
+
 def rows_of_matrices(values):
     """(32, 16): the byte addresses of the rows of four matrices, given by the lanes in order."""
     addresses = np.array([int(address) for _, address in sorted(values.items())])
@@ -271,6 +275,10 @@ def add_float2(address, x, y):
     memory_at(address, 8, np.float32)[:] += np.float32([x, y])
 
 
+def store_float2(address, x, y):
+    memory_at(address, 8, np.float32)[:] = x, y
+
+
 def load_float4(address):
     return tuple(memory_at(address, 16, np.float32).copy())
 
@@ -292,11 +300,18 @@ def load_constant_16_bytes(address):
 
 
 def load_flag(address):
+    thread, _ = here()
+    thread.flag_loads = getattr(thread, "flag_loads", 0) + 1
+    assert thread.flag_loads < 10000, "deadlock: a flag that is never set, as blocks run one after the other"
     return memory_at(address, 4, np.uint32)[0]
 
 
 def store_flag(address, value):
     memory_at(address, 4, np.uint32)[0] = value
+
+
+def reciprocal(x):
+    return np.float32(1) / x
 
 
 def pack(low, high):
@@ -369,6 +384,10 @@ def fence_mbarrier_init():
     pass
 
 
+def fence_proxy_async_global():
+    pass
+
+
 def fence_proxy_async():
     thread, shared = here()
     shared.unfenced[shared.unfenced == thread.thread_id] = -1
@@ -377,10 +396,14 @@ def fence_proxy_async():
 # TMA
 
 
+def memory_of(array):
+    """The NumPy array that holds the elements of an array of the simulator."""
+    return getattr(getattr(array, "_item", array), "_ary", array)
+
+
 def simulated_map(array, rows):
     """The address of a tensor map: see tensor_maps.tensor_map."""
-    array = getattr(array, "_item", array)
-    array = getattr(array, "_ary", array)
+    array = memory_of(array)
     assert array.dtype == np.uint16 and array.flags.c_contiguous and rows <= 256
     assert array.shape[-1] % 8 == 0 and array.ctypes.data % 16 == 0, "TMA needs rows of whole 16 bytes"
     return _map(array.ctypes.data, array.shape, rows)[0].ctypes.data
