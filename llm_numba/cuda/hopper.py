@@ -207,9 +207,9 @@ def literal(kind):
     """The value of a constant argument of an intrinsic: a literal, or a global or closure variable."""
     from numba.cuda.core.errors import RequireLiteralValue
 
-    if not isinstance(kind, types.IntegerLiteral):
+    if not isinstance(kind, (types.IntegerLiteral, types.BooleanLiteral)):
         raise RequireLiteralValue(kind)
-    return kind.literal_value
+    return int(kind.literal_value)
 
 
 # wait until shared memory has been read by all but this thread's latest n groups of stores
