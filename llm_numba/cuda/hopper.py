@@ -75,6 +75,7 @@ remainder = instruction("rem.u32 $0, $1, $2;", "=r,r,r", (WORD, WORD), WORD, pur
 
 store_shared_float = instruction("st.shared.f32 [$0], $1;", "r,f", (SHARED, FLOAT))
 load_shared_float = instruction("ld.shared.f32 $0, [$1];", "=f,r", (SHARED,), FLOAT)
+load_shared_float2 = instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 2))
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", (SHARED, FRAGMENT))
 load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
 # (address, four pairs): store four 8 x 8 bf16 matrices; lane l passes the address of row l % 8 of matrix l // 8, and of
@@ -357,6 +358,21 @@ def clear(typingctx, array, count):
     def codegen(context, builder, sig, args):
         data = context.make_array(array)(context, builder, value=args[0]).data
         store_registers(builder, data, [ir.Constant(F32, 0.0)] * size)
+
+    return signature(types.void, array, count), codegen
+
+
+@intrinsic
+def forget(typingctx, array, count):
+    """The first `count` elements of a local array of float32 = anything: their registers are free until the next write.
+
+    A product that does not accumulate still names its sums' old values; without this they would keep their registers.
+    """
+    size = literal(count)
+
+    def codegen(context, builder, sig, args):
+        data = context.make_array(array)(context, builder, value=args[0]).data
+        store_registers(builder, data, [ir.Constant(F32, ir.Undefined)] * size)
 
     return signature(types.void, array, count), codegen
 

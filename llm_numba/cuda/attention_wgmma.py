@@ -1,0 +1,118 @@
+"""Attention in bf16 with wgmma and TMA, for Hopper (compute capability 9.0): heads of 64 or 128 channels.
+
+attention_wgmma_forward.py and attention_wgmma_backward.py have the kernels and draw their tiles; here is what the host
+does: tensor maps, who works on what, and the launches. Both kernels are persistent: one block per SM, which works through
+a list. A warpgroup multiplies tiles from shared memory; weights and gradients of scores go from one product to the next
+in registers or shared memory, rounded to bf16, and their sums stay in float32.
+
+Source: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608; Dao 2023, FlashAttention-2, arXiv:2307.08691.
+"""
+
+import functools
+import heapq
+import math
+
+import numpy as np
+from numba import cuda
+
+from llm_numba.cuda.attention_wgmma_backward import KEYS, QUERIES, backward_kernel, statistics_kernel
+from llm_numba.cuda.attention_wgmma_backward import THREADS as BACKWARD_THREADS
+from llm_numba.cuda.attention_wgmma_backward import layout as backward_layout
+from llm_numba.cuda.attention_wgmma_forward import BLOCK_BITS, CONSUMERS, forward_kernel, forward_shared
+from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, float32, stream, uint16, with_shared
+from llm_numba.cuda.tensor_maps import tensor_map
+
+HEADS_AT_ONCE = 44  # whose keys and values the forward reads at a time, so that they stay in L2
+TEAMS = (1, 2, 4, 8)  # blocks that may share a head in the backward
+
+
+def supports(dtype, HS) -> str:
+    """Why the kernels cannot run with this dtype and head size, or ""."""
+    if dtype != uint16:
+        return "needs bf16"
+    if not SIMULATED and compute_capability() != (9, 0):
+        return "needs compute capability 9.0"
+    return "" if HS in CONSUMERS else "needs heads of 64 or 128 channels"
+
+
+@functools.cache
+def blocks() -> int:
+    """One per SM: all are resident at once."""
+    return 1 if SIMULATED else cuda.get_current_device().MULTIPROCESSOR_COUNT
+
+
+@functools.cache
+def forward_schedule(heads: int, T: int, HS: int, blocks: int):
+    """int32 (rounds, blocks) on the GPU: each block's items, head << BLOCK_BITS | block of queries, then -1.
+
+    Each item goes to the block that has least to do so far. Heads come in groups, a group's longest items first, and at
+    the end the shortest of all heads, which even out the load.
+    """
+    size, tiles = 64 * CONSUMERS[HS], blocks_for(T, 64)
+    count, groups = blocks_for(T, size), max(1, round(heads / HEADS_AT_ONCE))
+    short = min(2, count - 1)
+    # in tiles of keys; an item's start and end take about half as long as a tile
+    costs = [blocks_for((q + 1 - count) * size + tiles * 64, KEYS) + 0.5 for q in range(count)]
+    items = [
+        (q < short, q >= short and h * groups // heads, -costs[q], h, q) for h in range(heads) for q in range(count)
+    ]
+    lists: list[list[int]] = [[] for _ in range(blocks)]
+    loads = [(0.0, block) for block in range(blocks)]  # a heap
+    for _, _, _, h, q in sorted(items):
+        load, block = heapq.heappop(loads)
+        lists[block].append(h << BLOCK_BITS | q)
+        heapq.heappush(loads, (load + costs[q], block))
+    table = np.full((max(map(len, lists)), blocks), -1, np.int32)
+    for block, codes in enumerate(lists):
+        table[: len(codes), block] = codes
+    on_gpu = cuda.to_device(table, stream())
+    if not SIMULATED:
+        stream().synchronize()
+    return on_gpu
+
+
+def team_size(heads: int, tiles: int, blocks: int) -> int:
+    """How many blocks share a head in the backward: many spread the work better, few wait less for each other."""
+    count = blocks_for(tiles, 2)  # blocks of keys
+
+    def cost(team):
+        turns = [
+            (i % team if i // team % 2 == 0 else team - 1 - i % team, tiles - 2 * (count - 1 - i)) for i in range(count)
+        ]
+        longest = max(sum(work for rank, work in turns if rank == one) for one in range(team))
+        return blocks_for(heads, blocks // team) * longest * (1 + team / (2 * count))  # fits times on an H200
+
+    return min((team for team in TEAMS if team <= min(count, blocks)), key=cost)
+
+
+def forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """See attention.attention_forward."""
+    B, NH, T = lse.shape
+    HS = out.shape[2] // num_heads
+    schedule = forward_schedule(B * NH, T, HS, blocks())
+    launch = with_shared(forward_kernel(HS), blocks(), 128 * (CONSUMERS[HS] + 1), forward_shared(HS))
+    launch(tensor_map(qkv, 64), tensor_map(out, 64), lse, schedule, num_kv_heads, float32(1 / math.sqrt(HS)))
+
+
+def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
+    """See attention.attention_backward."""
+    B, NH, T = lse.shape
+    HS, tiles, heads = out.shape[2] // num_heads, blocks_for(T, QUERIES), B * num_kv_heads
+    # dq's tiles while they are added up; lse and delta of each tile; how many additions each tile has had
+    sizes = QUERIES * HS, 2 * QUERIES, 1
+    ends = np.cumsum([0, *sizes]) * (B * NH * tiles)
+    dq, statistics, flags = (scratch[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
+    statistics, flags = statistics.reshape(B * NH, tiles, 2, QUERIES), flags.reshape(B * NH, tiles)
+    rows = 256 // (HS // 8)
+    prepare = statistics_kernel(HS)[(blocks_for(tiles * QUERIES, rows), NH, B), 256, stream()]
+    prepare(statistics, flags, out, dout, lse)
+    team = team_size(heads, tiles, blocks())
+    launch = with_shared(backward_kernel(HS), blocks(), BACKWARD_THREADS[HS], backward_layout(HS)["end"])
+    maps = (tensor_map(x, 64) for x in (qkv, dout, dqkv))
+    sizes = num_heads, num_kv_heads, num_heads // num_kv_heads, team, blocks() // team, heads, tiles
+    launch(*maps, statistics, dq, flags, *sizes, float32(1 / math.sqrt(HS)))
+
+
+def backward_scratch(B: int, T: int, NH: int, HS: int) -> int:
+    """Floats of scratch that `backward` needs."""
+    return B * NH * blocks_for(T, QUERIES) * (QUERIES * HS + 2 * QUERIES + 1)
