@@ -26,7 +26,7 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from llm_numba.cuda.jit import SIMULATED, device
+from llm_numba.cuda.jit import SIMULATED, int64
 from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, instruction
 
 I8, I64, F32 = ir.IntType(8), ir.IntType(64), ir.FloatType()
@@ -36,8 +36,11 @@ CHUNK = 8192  # bytes of 64 rows of a box
 
 
 def inlined(function):
-    """A device function that is always inlined: arrays that it gets can stay in registers."""
-    return device(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+    """A device function that is always inlined, so that the local arrays it gets stay in registers.
+
+    The simulator calls it as it is: `cuda` means something in it only if it is in the kernel's file.
+    """
+    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 # Memory and threads
@@ -213,7 +216,7 @@ def descriptor(tile, chunk):
     chunk: bytes between the tile's boxes of 64 columns; it matters only for a transposed operand wider than one box.
     Adding n to a descriptor moves it by 16 n bytes.
     """
-    return types.int64(1 << 62 | 1024 >> 4 << 32) | types.int64(chunk) >> 4 << 16 | types.int64(tile) >> 4
+    return int64(1 << 62 | 1024 >> 4 << 32) | int64(chunk) >> 4 << 16 | int64(tile) >> 4
 
 
 def steps_of(operand, step, N_steps):

@@ -214,6 +214,9 @@ else:
     from ml_dtypes import bfloat16
     from numba.cuda.simulator import kernelapi
 
+    from llm_numba.cuda import simulator
+
+    simulator.install()
     config.CUDA_WARN_ON_IMPLICIT_COPY = 0
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # compiled kernels do not warn either
 
