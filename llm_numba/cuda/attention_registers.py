@@ -8,7 +8,6 @@ The loops here have constant bounds. The compiler unrolls them, so the arrays st
 """
 
 import numpy as np
-from numba import cuda
 
 from llm_numba.cuda.hopper import (
     CHUNK,
@@ -27,15 +26,15 @@ MASKED = float32(-np.inf)  # the score of a key after its query
 
 
 @inlined
-def first_row():
+def first_row(thread):
     """The row of the 64 in which this thread's sums[0] is; the row of sums[2] is 8 below."""
-    return (cuda.threadIdx.x >> 5 & 3) * 16 + (cuda.threadIdx.x >> 2 & 7)
+    return (thread >> 5 & 3) * 16 + (thread >> 2 & 7)
 
 
 @inlined
-def first_column():
+def first_column(thread):
     """The column of this thread's sums[0]."""
-    return (cuda.threadIdx.x & 3) * 2
+    return (thread & 3) * 2
 
 
 @inlined
@@ -129,10 +128,10 @@ def pack_scaled(pairs, sums, factor):
 
 
 @inlined
-def store_tile(tile, pairs):
+def store_tile(tile, pairs, thread):
     """The warpgroup's 64 rows to shared memory, as boxes of 64 columns in the order that TMA and wgmma expect."""
-    lane = cuda.threadIdx.x & 31
-    row = (cuda.threadIdx.x >> 5 & 3) * 16 + (lane & 15)
+    lane = thread & 31
+    row = (thread >> 5 & 3) * 16 + (lane & 15)
     for i in range(pairs.shape[0] // 4):
         chunk = (i * 2 & 7) + (lane >> 4)
         at = tile + (i >> 2) * CHUNK + row * 128 + ((chunk ^ (row & 7)) << 4)

@@ -23,6 +23,7 @@ from llm_numba.cuda.attention_registers import (
 from llm_numba.cuda.hopper import (
     CHUNK,
     EVICT_FIRST,
+    address,
     bulk_load,
     clear,
     descriptor,
@@ -33,7 +34,6 @@ from llm_numba.cuda.hopper import (
     forget,
     inlined,
     load_constant_16_bytes,
-    load_flag,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
@@ -54,6 +54,7 @@ from llm_numba.cuda.hopper import (
     tma_store_wait_read,
     uniform,
     unpack,
+    wait_flag,
     wgmma,
     wgmma_open,
     wgmma_rs,
@@ -61,7 +62,6 @@ from llm_numba.cuda.hopper import (
     wgmma_wait,
 )
 from llm_numba.cuda.jit import float32, int32, kernel, uint32
-from llm_numba.cuda.tensor_cores import address
 
 ONE, LOG2_E = float32(1), float32(1 / math.log(2))
 QUERIES, KEYS = 64, 128
@@ -237,9 +237,7 @@ def backward_kernel(HS: int):
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
             mbarrier_wait(shared + TURN_EMPTY + 8 * stage, parity ^ 1)
-            flag = flag_of(flags, head, g, m, work)
-            while load_flag(flag) < (m >> 1) - n:
-                pass
+            wait_flag(flag_of(flags, head, g, m, work), (m >> 1) - n)
             mbarrier_arrive(shared + TURN_FULL + 8 * stage)
             stage, parity = next_stage(stage, parity, TURNS)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -283,7 +281,7 @@ def backward_kernel(HS: int):
             if elected:
                 tma_store_wait_read(0)
             named_barrier(warpgroup + 1, 128)
-            store_tile(staging, pairs)
+            store_tile(staging, pairs, cuda.threadIdx.x)
             fence_proxy_async()
             named_barrier(warpgroup + 1, 128)
             if elected:
@@ -339,9 +337,9 @@ def backward_kernel(HS: int):
             tma_store_wait_read(0)
         named_barrier(warpgroup + 1, 128)
         pack_scaled(pairs, dk, scale)
-        store_tile(staging, pairs)
+        store_tile(staging, pairs, cuda.threadIdx.x)
         pack_scaled(pairs, dv, ONE)
-        store_tile(staging + TILE, pairs)
+        store_tile(staging + TILE, pairs, cuda.threadIdx.x)
         fence_proxy_async()
         named_barrier(warpgroup + 1, 128)
         if elected:
@@ -361,7 +359,7 @@ def backward_kernel(HS: int):
         the scores and what is made of them are of no use, as is dk in the first. Branches around products or an exit from
         the middle of the loop would make the assembler wait for every single product.
         """
-        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(), first_column()
+        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(cuda.threadIdx.x), first_column(cuda.threadIdx.x)
         factor = scale * LOG2_E
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32)
@@ -397,7 +395,7 @@ def backward_kernel(HS: int):
             wgmma(scores, k, q, 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
                 mbarrier_wait(shared + DS_EMPTY + 8 * ds_stage, ds_parity ^ 1)
-                store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds)
+                store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds, cuda.threadIdx.x)
             wgmma_rs_open(dk, ds, q_before, accumulate, 64, QUERIES, 1)
             wgmma(dscores, k + (KV >> 4), q + (TILE >> 4), 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
@@ -449,7 +447,7 @@ def backward_kernel(HS: int):
     @inlined
     def own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
         """One of the two consumer warpgroups for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
-        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(), first_column()
+        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(cuda.threadIdx.x), first_column(cuda.threadIdx.x)
         factor = scale * LOG2_E
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv, dq = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32), cuda.local.array(SCORES, float32)
@@ -492,7 +490,7 @@ def backward_kernel(HS: int):
             settle(ds, PAIRS)
             forget(scores, SCORES)
             forget(dscores, SCORES)
-            store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds)
+            store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds, cuda.threadIdx.x)
             fence_proxy_async()
             wgmma_rs(dk, ds, q, accumulate, HS, QUERIES, 1)
 
@@ -514,7 +512,7 @@ def backward_kernel(HS: int):
                 shared,
                 dqkv_map,
                 dq,
-                pairs,
+                weights,
                 warpgroup,
                 staging,
                 sums_at,

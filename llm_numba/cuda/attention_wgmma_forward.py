@@ -156,7 +156,7 @@ def forward_kernel(HS: int):
     @inlined
     def consume(shared, out_map, lse, schedule, T, num_heads, scale):
         """A consumer warpgroup: 64 queries of each item."""
-        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(), first_column()
+        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(cuda.threadIdx.x), first_column(cuda.threadIdx.x)
         elected, factor = cuda.threadIdx.x & 127 == 0, scale * LOG2_E
         staging = shared + OUT_AT + warpgroup * OWN
         first_q = descriptor(shared + warpgroup * OWN, 0)
@@ -254,7 +254,7 @@ def forward_kernel(HS: int):
                 stage, parity = next_stage(stage, parity, RING)
                 scale_rows(acc, ONE / total, ONE / low_total)
                 pack_pairs(rounded, acc)
-                store_tile(staging, rounded)
+                store_tile(staging, rounded, cuda.threadIdx.x)
                 fence_proxy_async()
                 named_barrier(warpgroup + 1, 128)
                 if elected:

@@ -67,7 +67,7 @@ def with_shared(kernel, grid, block, nbytes: int) -> Callable:
     """
 
     def launch(*args):
-        if nbytes > DEFAULT_SHARED:
+        if nbytes > DEFAULT_SHARED and not SIMULATED:
             _allow_shared(kernel, tuple(kernel.typeof_pyval(arg) for arg in args), nbytes)
         kernel[grid, block, stream(), nbytes](*args)
 
