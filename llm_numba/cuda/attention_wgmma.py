@@ -1,6 +1,6 @@
 """Attention in bf16 with wgmma and TMA, for Hopper (compute capability 9.0): heads of 64 or 128 channels.
 
-attention_wgmma_forward.py and attention_wgmma_backward.py have the kernels and draw their tiles; here is what the host
+wgmma_attention_forward.py and wgmma_attention_backward.py have the kernels and draw their tiles; here is what the host
 does: tensor maps, who works on what, and the launches. Both kernels are persistent: one block per SM, which works through
 a list. A warpgroup multiplies tiles from shared memory; weights and gradients of scores go from one product to the next
 in registers or shared memory, rounded to bf16, and their sums stay in float32.
@@ -15,10 +15,10 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.attention_wgmma_backward import KEYS, QUERIES, backward_kernel, statistics_kernel
-from llm_numba.cuda.attention_wgmma_backward import THREADS as BACKWARD_THREADS
-from llm_numba.cuda.attention_wgmma_backward import layout as backward_layout
-from llm_numba.cuda.attention_wgmma_forward import BLOCK_BITS, CONSUMERS, forward_kernel, forward_shared
+from llm_numba.cuda.wgmma_attention_backward import KEYS, QUERIES, backward_kernel, statistics_kernel
+from llm_numba.cuda.wgmma_attention_backward import THREADS as BACKWARD_THREADS
+from llm_numba.cuda.wgmma_attention_backward import layout as backward_layout
+from llm_numba.cuda.wgmma_attention_forward import BLOCK_BITS, CONSUMERS, forward_kernel, forward_shared
 from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, float32, stream, uint16, with_shared
 from llm_numba.cuda.tensor_maps import tensor_map
 

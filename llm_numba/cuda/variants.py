@@ -13,8 +13,9 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-FAMILIES = {"matmul": ("mma", "simt"), "attention": ("mma", "simt")}  # family -> its variants, fastest first
+FAMILIES = {"matmul": ("mma", "simt"), "attention": ("wgmma", "mma", "simt")}  # family -> its variants, fastest first
 NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
+SLOWLY_SIMULATED = ("wgmma",)  # variants that the simulator runs only when they are forced
 EXAMPLES = {"matmul": (2304, 768, 768), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
@@ -60,6 +61,8 @@ def reason_against(family: str, name: str, dtype, *sizes: int) -> str:
 
     if SIMULATED and name in NOT_SIMULATED:
         return "not in the simulator"
+    if SIMULATED and name in SLOWLY_SIMULATED and _forced.get(family) != name:
+        return "too slow in the simulator"
     return _load(family, name).supports(dtype, *sizes)
 
 

@@ -5,7 +5,7 @@ import math
 
 from numba import cuda
 
-from llm_numba.cuda.attention_registers import (
+from llm_numba.cuda.wgmma_registers import (
     MASKED,
     exp2_rows,
     first_column,

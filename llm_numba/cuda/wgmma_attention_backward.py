@@ -6,7 +6,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.attention_registers import (
+from llm_numba.cuda.wgmma_registers import (
     add_sums,
     exp2_columns,
     first_column,
