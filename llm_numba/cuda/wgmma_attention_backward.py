@@ -70,7 +70,7 @@ STAGES = {64: 4, 128: 2}  # tiles of queries in shared memory
 KV_STAGES = {64: 2, 128: 1}  # blocks of keys and values in shared memory
 DS_STAGES = {64: 3, 128: 2}
 THREADS = {64: 512, 128: 384}
-TURNS = 4  # tiles of dq for which a block has its turn, or that it has not announced
+TURN_BITS = 2  # log2 of the tiles of dq for which a block has its turn, or that it has not announced yet
 
 
 def layout(HS: int) -> dict[str, int]:
@@ -89,10 +89,10 @@ def layout(HS: int) -> dict[str, int]:
         "kv_empty": 8 * KV_STAGES[HS],
         "ds_full": 8 * DS_STAGES[HS],
         "ds_empty": 8 * DS_STAGES[HS],
-        "turn_full": 8 * TURNS,
-        "turn_empty": 8 * TURNS,
-        "added_full": 8 * TURNS,
-        "added_empty": 8 * TURNS,
+        "turn_full": 8 << TURN_BITS,
+        "turn_empty": 8 << TURN_BITS,
+        "added_full": 8 << TURN_BITS,
+        "added_empty": 8 << TURN_BITS,
         "end": 0,
     }
     ends = np.cumsum([0, *sizes.values()])
@@ -146,7 +146,7 @@ def backward_kernel(HS: int):
     FULL, EMPTY, KV_FULL, KV_EMPTY = at["full"], at["empty"], at["kv_full"], at["kv_empty"]
     DS_FULL, DS_EMPTY, TURN_FULL, TURN_EMPTY = at["ds_full"], at["ds_empty"], at["turn_full"], at["turn_empty"]
     ADDED_FULL, ADDED_EMPTY = at["added_full"], at["added_empty"]
-    DQ_WARPS, KV_READERS = {64: (4, 12), 128: (8, 8)}[HS]
+    DQ_WARPS, KV_READERS, PRODUCER_REGISTERS = {64: (4, 12, 32), 128: (8, 8, 24)}[HS]
 
     @inlined
     def block_of_keys(head, turn, work):
@@ -193,33 +193,43 @@ def backward_kernel(HS: int):
             mbarrier_arrive(barrier)
 
     @inlined
-    def produce(shared, qkv_map, dout_map, statistics, work, num_heads, num_kv_heads):
-        """The producer, one thread: blocks of keys and values, and tiles of q, dout, lse and delta to shared memory."""
-        stage, parity, kv_stage, kv_parity = uint32(0), uint32(0), uint32(0), uint32(0)
-        tensor_map_acquire(qkv_map)
-        tensor_map_acquire(dout_map)
+    def load_keys(shared, qkv_map, work, num_heads, num_kv_heads):
+        """One thread: blocks of keys and values to shared memory."""
+        stage, parity = uint32(0), uint32(0)
         _, _, _, tiles, group = work
+        tensor_map_acquire(qkv_map)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
             b, kv_head = int32(divide(head, num_kv_heads)), int32(remainder(head, num_kv_heads))
-            if g == 0 and m == 2 * n:
-                full, to = shared + KV_FULL + 8 * kv_stage, shared + kv_stage * (2 * KV)
-                mbarrier_wait(shared + KV_EMPTY + 8 * kv_stage, kv_parity ^ 1)
-                mbarrier_arrive_expect_tx(full, 2 * KV)
-                for box in range(2 * BOXES):  # k's, then v's
-                    channel = (num_heads + kv_head + box // BOXES * num_kv_heads) * HS + box % BOXES * 64
-                    box_to = to + box * 2 * CHUNK
-                    tma_load_3d_hint(box_to, qkv_map, full, channel, n * KEYS, b, EVICT_FIRST)
-                    tma_load_3d_hint(box_to + CHUNK, qkv_map, full, channel, n * KEYS + 64, b, EVICT_FIRST)
-                kv_stage, kv_parity = next_stage(kv_stage, kv_parity, KV_RING)
+            full, to = shared + KV_FULL + 8 * stage, shared + stage * (2 * KV)
+            mbarrier_wait(shared + KV_EMPTY + 8 * stage, parity ^ 1)
+            mbarrier_arrive_expect_tx(full, 2 * KV)
+            for box in range(2 * BOXES):  # k's, then v's
+                channel = (num_heads + kv_head + box // BOXES * num_kv_heads) * HS + box % BOXES * 64
+                box_to = to + box * 2 * CHUNK
+                tma_load_3d_hint(box_to, qkv_map, full, channel, n * KEYS, b, EVICT_FIRST)
+                tma_load_3d_hint(box_to + CHUNK, qkv_map, full, channel, n * KEYS + 64, b, EVICT_FIRST)
+            stage, parity = next_stage(stage, parity, KV_RING)
+            head, turn, n, g, m = next_tile(head, turn, n, group - 1, tiles - 1, work)
+
+    @inlined
+    def load_queries(shared, qkv_map, dout_map, statistics, work, num_heads):
+        """One thread: tiles of q, dout, lse and delta to shared memory."""
+        stage, parity = uint32(0), uint32(0)
+        _, _, _, tiles, group = work
+        tensor_map_acquire(qkv_map)
+        tensor_map_acquire(dout_map)
+        head, turn, n, g, m = first_tile(work)
+        while n >= 0:
             full, to = shared + FULL + 8 * stage, shared + QUERIES_AT + stage * (2 * TILE)
             mbarrier_wait(shared + EMPTY + 8 * stage, parity ^ 1)
             mbarrier_arrive_expect_tx(full, 2 * TILE + STATISTICS)
+            h = int32(head * group + g)
+            b, channel = int32(divide(h, num_heads)), int32(remainder(h, num_heads)) * HS
             for box in range(BOXES):
-                channel = (kv_head * group + g) * HS + box * 64
-                tma_load_3d(to + box * CHUNK, qkv_map, full, channel, m * QUERIES, b)
-                tma_load_3d(to + TILE + box * CHUNK, dout_map, full, channel, m * QUERIES, b)
-            from_tile = address(statistics) + ((head * group + g) * tiles + m) * STATISTICS
+                tma_load_3d(to + box * CHUNK, qkv_map, full, channel + box * 64, m * QUERIES, b)
+                tma_load_3d(to + TILE + box * CHUNK, dout_map, full, channel + box * 64, m * QUERIES, b)
+            from_tile = address(statistics) + (h * tiles + m) * STATISTICS
             bulk_load(shared + STATISTICS_AT + stage * STATISTICS, from_tile, STATISTICS, full)
             stage, parity = next_stage(stage, parity, RING)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -233,49 +243,57 @@ def backward_kernel(HS: int):
     @inlined
     def await_turns(shared, flags, work):
         """One thread: wait until the additions to a tile of dq that come before this block's are there."""
-        stage, parity = uint32(0), uint32(0)
+        count = uint32(0)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
-            mbarrier_wait(shared + TURN_EMPTY + 8 * stage, parity ^ 1)
+            barrier, parity = turn_barrier(shared, count)
+            mbarrier_wait(barrier + TURN_EMPTY, parity ^ 1)
             wait_flag(flag_of(flags, head, g, m, work), (m >> 1) - n)
-            mbarrier_arrive(shared + TURN_FULL + 8 * stage)
-            stage, parity = next_stage(stage, parity, TURNS)
+            mbarrier_arrive(barrier + TURN_FULL)
+            count += uint32(1)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
 
     @inlined
     def announce(shared, flags, work):
         """One thread: tell the other blocks which additions to dq are there."""
-        stage, parity = uint32(0), uint32(0)
+        count = uint32(0)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
-            mbarrier_wait(shared + ADDED_FULL + 8 * stage, parity)
+            barrier, parity = turn_barrier(shared, count)
+            mbarrier_wait(barrier + ADDED_FULL, parity)
             store_flag(flag_of(flags, head, g, m, work), (m >> 1) - n + 1)
-            mbarrier_arrive(shared + ADDED_EMPTY + 8 * stage)
-            stage, parity = next_stage(stage, parity, TURNS)
+            mbarrier_arrive(barrier + ADDED_EMPTY)
+            count += uint32(1)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
 
     @inlined
-    def take_turn(shared, stage, parity):
-        """Wait until this block may add to its tile of dq."""
-        mbarrier_wait(shared + TURN_FULL + 8 * stage, parity)
-        sync_warp()
-        release(shared + TURN_EMPTY + 8 * stage)
+    def turn_barrier(shared, count):
+        """(where the mbarriers of this block's tile number `count` of dq are, relative to TURN_FULL etc.; their parity)"""
+        return shared + 8 * (count & ((1 << TURN_BITS) - 1)), count >> TURN_BITS & 1
 
     @inlined
-    def begin_dq(shared, dq, sums_at, n, m, stage, parity):
+    def take_turn(shared, count):
+        """Wait until this block may add to its tile of dq."""
+        barrier, parity = turn_barrier(shared, count)
+        mbarrier_wait(barrier + TURN_FULL, parity)
+        sync_warp()
+        release(barrier + TURN_EMPTY)
+
+    @inlined
+    def begin_dq(shared, dq, sums_at, n, m, count):
         """What a product is added to in registers: the sum of all others if it is a tile's last, else 0."""
         if n == 0 and m > 1:
-            take_turn(shared, stage, parity)
+            take_turn(shared, count)
             load_sums(dq, sums_at)
         else:
             clear(dq, SCORES)
 
     @inlined
-    def end_dq(shared, dqkv_map, dq, pairs, warpgroup, staging, sums_at, n, m, channel, b, scale, stage, parity):
-        """Add a product to 64 channels of a tile of dq in its turn. The first addition stores, the last leaves as bf16."""
+    def end_dq(shared, dqkv_map, dq, pairs, warpgroup, staging, sums_at, h, box, n, m, num_heads, scale, count):
+        """Add a product to 64 channels of a tile of dq in its turn; the first addition stores, the last leaves as bf16."""
         if n == 0:
             if m < 2:
-                take_turn(shared, stage, parity)
+                take_turn(shared, count)
             elected = cuda.threadIdx.x & 127 == 0
             pack_scaled(pairs, dq, scale)
             if elected:
@@ -285,24 +303,26 @@ def backward_kernel(HS: int):
             fence_proxy_async()
             named_barrier(warpgroup + 1, 128)
             if elected:
+                b, channel = divide(h, num_heads), remainder(h, num_heads) * HS + box * 64
                 tma_store_3d_hint(dqkv_map, staging, channel, m * QUERIES, b, EVICT_FIRST)
                 tma_commit()
         else:
-            take_turn(shared, stage, parity)
+            take_turn(shared, count)
             if m < 2 * n + 2:
                 store_sums(sums_at, dq)
             else:
                 add_sums(sums_at, dq)
-        mbarrier_wait(shared + ADDED_EMPTY + 8 * stage, parity ^ 1)
+        barrier, parity = turn_barrier(shared, count)
+        mbarrier_wait(barrier + ADDED_EMPTY, parity ^ 1)
         sync_warp()
-        release(shared + ADDED_FULL + 8 * stage)
+        release(barrier + ADDED_FULL)
 
     @inlined
     def add_up_dq(shared, dqkv_map, dq_sums, work, num_heads, scale):
         """The third consumer warpgroup for heads of 64: dq += ds k."""
         dq, pairs = cuda.local.array(SCORES, float32), cuda.local.array(PAIRS, uint32)
         kv_stage, kv_parity, ds_stage, ds_parity = uint32(0), uint32(0), uint32(0), uint32(0)
-        stage, parity = uint32(0), uint32(0)
+        count = uint32(0)
         first_ds, first_k = descriptor(shared + DS_AT, 0), descriptor(shared, 0)
         own_sums = address(dq_sums) + (cuda.threadIdx.x & 127) * 16
         _, _, _, tiles, group = work
@@ -312,7 +332,7 @@ def backward_kernel(HS: int):
                 mbarrier_wait(shared + KV_FULL + 8 * kv_stage, kv_parity)
             h = head * group + g
             sums_at = own_sums + (h * tiles + m) * (QUERIES * HS * 4)
-            begin_dq(shared, dq, sums_at, n, m, stage, parity)
+            begin_dq(shared, dq, sums_at, n, m, count)
             mbarrier_wait(shared + DS_FULL + 8 * ds_stage, ds_parity)
             ds, k = first_ds + ds_stage * (2 * CHUNK >> 4), first_k + kv_stage * (2 * KV >> 4)
             wgmma(dq, ds, k, 1, 64, 64, KEYS, 1, 1)
@@ -320,9 +340,8 @@ def backward_kernel(HS: int):
             settle(dq, SCORES)
             release(shared + DS_EMPTY + 8 * ds_stage)
             ds_stage, ds_parity = next_stage(ds_stage, ds_parity, DS_RING)
-            b, channel = divide(h, num_heads), remainder(h, num_heads) * HS
-            end_dq(shared, dqkv_map, dq, pairs, 2, shared + DQ_AT, sums_at, n, m, channel, b, scale, stage, parity)
-            stage, parity = next_stage(stage, parity, TURNS)
+            end_dq(shared, dqkv_map, dq, pairs, 2, shared + DQ_AT, sums_at, h, 0, n, m, num_heads, scale, count)
+            count += uint32(1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
             if head != head_before or n != n_before:
@@ -446,30 +465,29 @@ def backward_kernel(HS: int):
 
     @inlined
     def own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
-        """One of the two consumer warpgroups for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
-        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(cuda.threadIdx.x), first_column(cuda.threadIdx.x)
-        factor = scale * LOG2_E
+        """One of two consumer warpgroups for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
+        warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
+        diagonal = first_column(thread) - first_row(thread) - int32(warpgroup * 64)
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv, dq = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32), cuda.local.array(SCORES, float32)
         weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
         pairs = cuda.local.array(SUM_PAIRS, uint32)
-        stage, parity, kv_parity, turn_stage, turn_parity = uint32(0), uint32(0), uint32(0), uint32(0), uint32(0)
-        ds_stage, accumulate = uint32(0), uint32(0)
+        count, kv_parity = uint32(0), uint32(0)
         k, v = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + KV + warpgroup * CHUNK, 0)
         k_columns = descriptor(shared + warpgroup * (2 * CHUNK), 0)
-        first_q, first_ds = descriptor(shared + QUERIES_AT, CHUNK), descriptor(shared + DS_AT, 0)
-        statistics = shared + STATISTICS_AT + uint32(column) * 4
         staging = shared + DKV_AT + warpgroup * (2 * TILE)
-        own_sums = address(dq_sums) + (cuda.threadIdx.x & 127) * 16 + warpgroup * (QUERIES * 64 * 4)
+        own_sums = address(dq_sums) + thread * 16 + warpgroup * (QUERIES * 64 * 4)
         _, _, _, tiles, group = work
         clear(dk, SUMS)
         clear(dv, SUMS)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
-            if g == 0 and m == 2 * n:
+            is_first, stage = g == 0 and m == 2 * n, count & 1
+            if is_first:
                 mbarrier_wait(shared + KV_FULL, kv_parity)
-            mbarrier_wait(shared + FULL + 8 * stage, parity)
-            q = first_q + stage * (2 * TILE >> 4)
+            accumulate = uint32(0) if is_first else uint32(1)
+            mbarrier_wait(shared + FULL + 8 * stage, count >> 1 & 1)
+            q = descriptor(shared + QUERIES_AT + stage * (2 * TILE), CHUNK)
             dout = q + (TILE >> 4)
             wgmma_open(scores, k, q, 0, 64, QUERIES, 64, 0, 0)
             wgmma(scores, k + (2 * CHUNK >> 4), q + (CHUNK >> 4), 1, 64, QUERIES, 64, 0, 0)
@@ -478,9 +496,9 @@ def backward_kernel(HS: int):
             wgmma_wait(1)
             settle(scores, SCORES)
             if m < 2 * n + 2:
-                mask_rows(scores, m * QUERIES + column - n * KEYS - int32(warpgroup * 64) - row)
-            numbers = statistics + stage * STATISTICS
-            exp2_columns(scores, factor, numbers)
+                mask_rows(scores, m * QUERIES - n * KEYS + diagonal)
+            numbers = shared + STATISTICS_AT + stage * STATISTICS + uint32(first_column(thread)) * 4
+            exp2_columns(scores, scale * LOG2_E, numbers)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, dout, accumulate, HS, QUERIES, 1)
             wgmma_wait(1)
@@ -490,47 +508,31 @@ def backward_kernel(HS: int):
             settle(ds, PAIRS)
             forget(scores, SCORES)
             forget(dscores, SCORES)
-            store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds, cuda.threadIdx.x)
+            ds_tile = shared + DS_AT + stage * (2 * CHUNK)
+            store_tile(ds_tile + warpgroup * CHUNK, ds, thread)
             fence_proxy_async()
             wgmma_rs(dk, ds, q, accumulate, HS, QUERIES, 1)
 
-            # dq, once both warpgroups' ds are there; two tiles of ds, so that nobody writes what is still read
+            # dq, once both warpgroups' ds are there; the next tile's ds go elsewhere, as these may still be read then
             named_barrier(3, 256)
             h = head * group + g
             sums_at = own_sums + (h * tiles + m) * (QUERIES * HS * 4)
-            begin_dq(shared, dq, sums_at, n, m, turn_stage, turn_parity)
-            wgmma(dq, first_ds + ds_stage * (2 * CHUNK >> 4), k_columns, 1, 64, 64, KEYS, 1, 1)
+            begin_dq(shared, dq, sums_at, n, m, count)
+            wgmma(dq, descriptor(ds_tile, 0), k_columns, 1, 64, 64, KEYS, 1, 1)
             wgmma_wait(0)
             settle(dq, SCORES)
             settle(dk, SUMS)
             settle(dv, SUMS)
             release(shared + EMPTY + 8 * stage)
-            stage, parity = next_stage(stage, parity, RING)
-            ds_stage, accumulate = ds_stage ^ 1, uint32(1)
-            b, channel = divide(h, num_heads), remainder(h, num_heads) * HS + warpgroup * 64
             end_dq(
-                shared,
-                dqkv_map,
-                dq,
-                weights,
-                warpgroup,
-                staging,
-                sums_at,
-                n,
-                m,
-                channel,
-                b,
-                scale,
-                turn_stage,
-                turn_parity,
+                shared, dqkv_map, dq, weights, warpgroup, staging, sums_at, h, warpgroup, n, m, num_heads, scale, count
             )
-            turn_stage, turn_parity = next_stage(turn_stage, turn_parity, TURNS)
+            count += uint32(1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
             if head != head_before or n != n_before:
                 release(shared + KV_EMPTY)
                 kv_parity ^= uint32(1)
-                accumulate = uint32(0)
                 store_dkv(
                     shared, dqkv_map, warpgroup, dk, dv, pairs, head_before, n_before, num_heads, num_kv_heads, scale
                 )
@@ -583,7 +585,7 @@ def backward_kernel(HS: int):
             for i in range(DS_RING):
                 mbarrier_init(shared + DS_FULL + 8 * i, 8)
                 mbarrier_init(shared + DS_EMPTY + 8 * i, 4)
-            for i in range(TURNS):
+            for i in range(1 << TURN_BITS):
                 mbarrier_init(shared + TURN_FULL + 8 * i, 1)
                 mbarrier_init(shared + TURN_EMPTY + 8 * i, DQ_WARPS)
                 mbarrier_init(shared + ADDED_FULL + 8 * i, DQ_WARPS)
@@ -593,12 +595,14 @@ def backward_kernel(HS: int):
         cuda.syncthreads()
         work = int32(team), int32(teams), int32(heads), int32(tiles), int32(group)
         if uniform(thread >> 7) == 0:
-            setmaxnreg_dec(32)
+            setmaxnreg_dec(PRODUCER_REGISTERS)
             if thread == 0:
-                produce(shared, qkv_map, dout_map, statistics, work, num_heads, num_kv_heads)
+                load_keys(shared, qkv_map, work, num_heads, num_kv_heads)
             elif thread == 32:
-                await_turns(shared, flags, work)
+                load_queries(shared, qkv_map, dout_map, statistics, work, num_heads)
             elif thread == 64:
+                await_turns(shared, flags, work)
+            elif thread == 96:
                 announce(shared, flags, work)
         else:
             if thread & 127 == 0:

@@ -1,0 +1,97 @@
+"""Attention with wgmma: in the simulator, where it runs only when it is forced, and on a Hopper GPU."""
+
+import importlib
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_attention import check_backward, check_forward, make
+
+pytest.importorskip("numba_cuda")
+
+from llm_numba.cuda import attention_wgmma, variants
+from llm_numba.cuda.jit import SIMULATED, uint16
+
+pytestmark = pytest.mark.gpu
+
+# (B, T, NH, HS, NKV): T below, at and above a tile of queries or keys
+CASES = [
+    (1, 1, 1, 64, 1),
+    (2, 3, 1, 128, 1),
+    (1, 64, 1, 64, 1),
+    (1, 97, 2, 64, 1),
+    (1, 65, 2, 128, 1),
+    (1, 129, 1, 128, 1),
+    (1, 257, 1, 64, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def forced(device):
+    if reason := attention_wgmma.supports(uint16, 64):
+        pytest.skip(f"attention_wgmma {reason}")
+    variants.force({"attention": "wgmma"})
+    yield
+    variants.force({})
+
+
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_forward_and_backward(ops, rng, place, garbage, sizes):
+    NH, NKV = sizes[2], sizes[4]
+    qkv, dout = make(rng, *sizes, dtype="bfloat16")
+    check_forward(ops, place, garbage, qkv, NH, NKV, "bfloat16")
+    check_backward(ops, place, garbage, qkv, dout, NH, NKV, "bfloat16")
+
+
+@pytest.mark.parametrize("HS", [64, 128])
+def test_very_negative_scores(ops, rng, place, garbage, HS):
+    """Rows of a tile for queries and keys that do not exist have scores of 0, which would give weights of e**800."""
+    qkv, dout = make(rng, 1, 3, 1, HS, 1)
+    qkv[..., :HS] += 40 * HS**-0.25
+    qkv[..., HS : 2 * HS] -= 40 * HS**-0.25
+    qkv, dout = (x.astype("bfloat16").astype(np.float32) for x in (qkv, dout))
+    check_forward(ops, place, garbage, qkv, 1, 1, "bfloat16")
+    check_backward(ops, place, garbage, qkv, dout, 1, 1, "bfloat16")
+
+
+def test_blocks_add_to_dq_in_turn(ops, rng, place, garbage, monkeypatch):
+    """Two blocks share a head; the simulator runs one after the other, and the second finds its turn has come."""
+    if SIMULATED:
+        monkeypatch.setattr(attention_wgmma, "blocks", lambda: 2)
+    monkeypatch.setattr(attention_wgmma, "team_size", lambda heads, tiles, blocks: 2)
+    qkv, dout = make(rng, 1, 200, 1, 64, 1, dtype="bfloat16")
+    check_backward(ops, place, garbage, qkv, dout, 1, 1, "bfloat16")
+
+
+BREAKS = {
+    "forward": [
+        (64, "release(shared + EMPTY + 8 * k_stage)", "deadlock"),
+        (64, "tma_store_wait_read(0)", "race: warp . writes what warp . may still read"),
+        (64, "wgmma_wait(1)", "race: .* writes what wgmma"),
+        (128, "fence_proxy_async()", "without fence_proxy_async"),
+    ],
+    "backward": [
+        (64, "mbarrier_wait(shared + DS_EMPTY + 8 * ds_stage, ds_parity ^ 1)", "race: .* writes what wgmma"),
+        (64, "mbarrier_wait(shared + DS_FULL + 8 * ds_stage, ds_parity)", "race: .* reads what warp"),
+        (64, "release(shared + ADDED_FULL + 8 * stage)", "deadlock"),
+        (64, "named_barrier(warpgroup + 1, 128)", "race: .* reads what warp"),
+        (128, "named_barrier(3, 256)", "race: .* reads what warp"),
+        (128, "fence_proxy_async()", "without fence_proxy_async"),
+    ],
+}
+
+
+@pytest.mark.skipif(not SIMULATED, reason="only the simulator finds races")
+@pytest.mark.parametrize("part, HS, line, error", [(part, *case) for part in BREAKS for case in BREAKS[part]])
+def test_a_missing_line_is_found(ops, rng, place, garbage, monkeypatch, tmp_path, part, HS, line, error):
+    source = Path(importlib.import_module(f"llm_numba.cuda.wgmma_attention_{part}").__file__).read_text()
+    assert line in source
+    broken = tmp_path / "broken.py"
+    broken.write_text(source.replace(line, "pass"))
+    monkeypatch.setattr(attention_wgmma, f"{part}_kernel", runpy.run_path(str(broken))[f"{part}_kernel"])
+    qkv, dout = make(rng, 1, 257 if HS == 64 else 65, 1, HS, 1, dtype="bfloat16")
+    check = check_forward if part == "forward" else check_backward
+    arguments = (qkv,) if part == "forward" else (qkv, dout)
+    with pytest.raises((AssertionError, RuntimeError), match=error):
+        check(ops, place, garbage, *arguments, 1, 1, "bfloat16")
