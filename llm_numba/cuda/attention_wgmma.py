@@ -1,9 +1,9 @@
 """Attention in bf16 with wgmma and TMA, for Hopper (compute capability 9.0): heads of 64 or 128 channels.
 
-wgmma_attention_forward.py and wgmma_attention_backward.py have the kernels and draw their tiles; here is what the host
-does: tensor maps, who works on what, and the launches. Both kernels are persistent: one block per SM, which works through
-a list. A warpgroup multiplies tiles from shared memory; weights and gradients of scores go from one product to the next
-in registers or shared memory, rounded to bf16, and their sums stay in float32.
+The kernels are in wgmma_attention_forward.py and wgmma_attention_backward.py, which draw their tiles. Here is what the
+host does: tensor maps, launches, and which block works on what. Both kernels are persistent: there is one block per SM,
+which works through a list. Weights and the gradients of scores are rounded to bf16 for the next product; sums stay in
+float32.
 
 Source: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608; Dao 2023, FlashAttention-2, arXiv:2307.08691.
 """
@@ -15,12 +15,12 @@ import math
 import numpy as np
 from numba import cuda
 
+from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, float32, stream, uint16, with_shared
+from llm_numba.cuda.tensor_maps import tensor_map
 from llm_numba.cuda.wgmma_attention_backward import KEYS, QUERIES, backward_kernel, statistics_kernel
 from llm_numba.cuda.wgmma_attention_backward import THREADS as BACKWARD_THREADS
 from llm_numba.cuda.wgmma_attention_backward import layout as backward_layout
 from llm_numba.cuda.wgmma_attention_forward import BLOCK_BITS, CONSUMERS, forward_kernel, forward_shared
-from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, float32, stream, uint16, with_shared
-from llm_numba.cuda.tensor_maps import tensor_map
 
 HEADS_AT_ONCE = 44  # whose keys and values the forward reads at a time, so that they stay in L2
 TEAMS = (1, 2, 4, 8)  # blocks that may share a head in the backward

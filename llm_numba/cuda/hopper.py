@@ -43,6 +43,13 @@ def inlined(function):
     return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
+def expanded(function):
+    """A device function whose body is copied to where it is called, so that constant arguments can be passed on as such
+    to the instructions below that need constants. Otherwise as `inlined`.
+    """
+    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
+
+
 # Memory and threads
 
 
@@ -81,6 +88,9 @@ load_shared_float = instruction("ld.shared.f32 $0, [$1];", "=f,r", (SHARED,), FL
 load_shared_float2 = instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 2))
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", (SHARED, FRAGMENT))
 load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
+load_shared_float4 = instruction(
+    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 4)
+)
 # (address, four pairs): store four 8 x 8 bf16 matrices; lane l passes the address of row l % 8 of matrix l // 8, and of
 # each matrix the pair in row l // 4, columns 2 (l % 4) and the next. ldmatrix loads them the same way
 stmatrix = instruction(
@@ -99,6 +109,7 @@ load_float4 = instruction("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,
 store_float4 = instruction("st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", (ADDRESS, FLOAT4))
 # memory += values, in L2: nothing returns
 add_float = instruction("red.global.add.f32 [$0], $1;", "l,f", (ADDRESS, FLOAT))
+store_float2 = instruction("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", (ADDRESS, FLOAT, FLOAT))
 add_float2 = instruction("red.global.add.v2.f32 [$0], {$1, $2};", "l,f,f", (ADDRESS, FLOAT, FLOAT))
 add_float4 = instruction("red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", (ADDRESS, FLOAT4))
 # what the kernel never writes: the compiler may move the load
@@ -106,8 +117,8 @@ load_constant_pair = instruction("ld.global.nc.b32 $0, [$1];", "=r,l", (ADDRESS,
 load_constant_16_bytes = instruction(
     "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", (ADDRESS,), FRAGMENT, pure=True
 )
-# a count by which blocks tell each other what is written: everything this thread knows to be written before store_flag can
-# be read after a wait_flag for that count
+# a count by which blocks tell each other what is written: everything this thread knows to be written before store_flag
+# can be read after a wait_flag for that count
 store_flag = instruction("fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [$0], $1;", "l,r", (ADDRESS, WORD))
 # (address, count): wait until the flag is at least that
 wait_flag = instruction(
@@ -117,6 +128,7 @@ wait_flag = instruction(
     (ADDRESS, WORD),
 )
 
+reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", (FLOAT,), FLOAT, pure=True)
 # two bf16 in a register <- two float32, the first in the lower half; and back
 pack = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", (FLOAT, FLOAT), PAIR, pure=True)
 unpack = instruction(
@@ -139,6 +151,7 @@ mbarrier_wait = instruction(
 )
 fence_mbarrier_init = instruction("fence.mbarrier_init.release.cluster;", "", ())  # after init, before TMA uses them
 fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "", ())
+fence_proxy_async_global = instruction("fence.proxy.async.global;", "", ())  # the same for global memory
 
 # TMA
 
@@ -201,9 +214,9 @@ def literal(kind):
     """The value of a constant argument of an intrinsic: a literal, or a global or closure variable."""
     from numba.cuda.core.errors import RequireLiteralValue
 
-    if not isinstance(kind, types.IntegerLiteral):
+    if not isinstance(kind, (types.IntegerLiteral, types.BooleanLiteral)):
         raise RequireLiteralValue(kind)
-    return kind.literal_value
+    return int(kind.literal_value)
 
 
 # wait until shared memory has been read by all but this thread's latest n groups of stores

@@ -218,6 +218,10 @@ def load_shared_16_bytes(address):
     return tuple(load_shared(address, 16, np.uint32))
 
 
+def load_shared_float4(address):
+    return tuple(load_shared(address, 16, np.float32))
+
+
 def rows_of_matrices(values):
     """(32, 16): the byte addresses of the rows of four matrices, given by the lanes in order."""
     addresses = np.array([int(address) for _, address in sorted(values.items())])
@@ -280,6 +284,10 @@ def add_float2(address, x, y):
     memory_at(address, 8, np.float32)[:] += np.float32([x, y])
 
 
+def store_float2(address, x, y):
+    memory_at(address, 8, np.float32)[:] = x, y
+
+
 def load_float4(address):
     return tuple(memory_at(address, 16, np.float32).copy())
 
@@ -311,6 +319,10 @@ def wait_flag(address, count):
     while memory_at(address, 4, np.uint32)[0] < count:
         shared.flag_waiters.append(thread)
         thread.block.wait(thread, f"a flag to become {count}")
+
+
+def reciprocal(x):
+    return np.float32(1) / x
 
 
 def pack(low, high):
@@ -383,6 +395,10 @@ def fence_mbarrier_init():
     pass
 
 
+def fence_proxy_async_global():
+    pass
+
+
 def fence_proxy_async():
     thread, shared = here()
     shared.unfenced[shared.unfenced == thread.thread_id] = -1
@@ -391,10 +407,14 @@ def fence_proxy_async():
 # TMA
 
 
+def memory_of(array):
+    """The NumPy array that holds the elements of an array of the simulator."""
+    return getattr(getattr(array, "_item", array), "_ary", array)
+
+
 def simulated_map(array, rows):
     """The address of a tensor map: see tensor_maps.tensor_map."""
-    array = getattr(array, "_item", array)
-    array = getattr(array, "_ary", array)
+    array = memory_of(array)
     assert array.dtype == np.uint16 and array.flags.c_contiguous and rows <= 256
     assert array.shape[-1] % 8 == 0 and array.ctypes.data % 16 == 0, "TMA needs rows of whole 16 bytes"
     return _map(array.ctypes.data, array.shape, rows)[0].ctypes.data

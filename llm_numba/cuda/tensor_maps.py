@@ -25,7 +25,16 @@ def tensor_map(array, rows: int) -> int:
         from llm_numba.cuda.hopper_simulated import simulated_map
 
         return simulated_map(array, rows)
-    return _device_map(array.__cuda_array_interface__["data"][0], array.shape, rows)
+    return _device_map(address_of(array), array.shape, rows)
+
+
+def address_of(array) -> int:
+    """The address of an array's first element in device memory; the host's in the simulator."""
+    if SIMULATED:
+        from llm_numba.cuda.hopper_simulated import memory_of
+
+        return memory_of(array).ctypes.data
+    return array.__cuda_array_interface__["data"][0]
 
 
 @functools.cache

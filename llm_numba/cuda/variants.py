@@ -16,7 +16,7 @@ from llm_numba.util.cli import UserError
 FAMILIES = {"matmul": ("mma", "simt"), "attention": ("wgmma", "mma", "simt")}  # family -> its variants, fastest first
 NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
 SLOWLY_SIMULATED = ("wgmma",)  # variants that the simulator runs only when they are forced
-EXAMPLES = {"matmul": (2304, 768, 768), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
+EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
 

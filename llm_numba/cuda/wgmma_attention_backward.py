@@ -1,4 +1,32 @@
-"""The backward of attention_wgmma.py."""
+"""The backward kernels of attention_wgmma.py.
+
+The unit of work is the scores of 128 keys and 64 queries, one row per key. With p the weights and dp = v doutT their
+gradients, ds = p * (dp - delta). A block takes 128 keys and goes through the tiles of 64 queries that see them:
+
+    global memory     shared memory                      registers
+
+                TMA   k, v: 128 x HS           wgmma     warpgroups 1 and 2, 64 keys each:
+    qkv, dout ──────▶ ring of q, dout: 64 x HS ──────▶     scores = k qT      ─▶ p             float32, then bf16
+    lse, delta        and their lse, delta                 dp     = v doutT   ─▶ ds            float32, then bf16
+                                                           dv += p dout,  dk += ds q           float32
+                      ring of ds: 128 x 64     ◀──────     ds
+                                               ──────▶   warpgroup 3; with heads of 128, 64 channels by each of 1 and 2:
+    dq sums     ◀───────────────────────────────────────   dsT k, added to dq                  float32
+    dqkv        ◀──── dk, dv, dq                                                               bf16
+
+The first warpgroup has four threads at work, each in a warp of its own: `load_keys`, `load_queries`, `await_turns`,
+`announce`.
+
+dq is the sum over the blocks of keys, which are different blocks' work. They add to it in global memory, in fact in L2,
+from the last block of keys that a tile of queries sees to the first, so the sum always has the same bits. The first
+addition stores, the last one leaves as bf16. A flag for each tile counts its additions; a block waits for its turn.
+
+There is no deadlock: all blocks are resident, as there is at most one per SM. Think of all work in one order, head by
+head, and within a head from the last block of keys to the first. Every block does its part in this order and waits only
+for work that comes earlier, so the block that has the earliest unfinished work can always go on.
+
+ptxas wants the same things as in wgmma_attention_forward.py.
+"""
 
 import functools
 import math
@@ -6,20 +34,6 @@ import math
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.wgmma_registers import (
-    add_sums,
-    exp2_columns,
-    first_column,
-    first_row,
-    load_sums,
-    mask_rows,
-    next_stage,
-    pack_pairs,
-    pack_scaled,
-    score_gradients,
-    store_sums,
-    store_tile,
-)
 from llm_numba.cuda.hopper import (
     CHUNK,
     EVICT_FIRST,
@@ -62,6 +76,20 @@ from llm_numba.cuda.hopper import (
     wgmma_wait,
 )
 from llm_numba.cuda.jit import float32, int32, kernel, uint32
+from llm_numba.cuda.wgmma_registers import (
+    add_sums,
+    exp2_columns,
+    first_column,
+    first_row,
+    load_sums,
+    mask_rows,
+    next_stage,
+    pack_pairs,
+    pack_scaled,
+    score_gradients,
+    store_sums,
+    store_tile,
+)
 
 ONE, LOG2_E = float32(1), float32(1 / math.log(2))
 QUERIES, KEYS = 64, 128
@@ -70,7 +98,7 @@ STAGES = {64: 4, 128: 2}  # tiles of queries in shared memory
 KV_STAGES = {64: 2, 128: 1}  # blocks of keys and values in shared memory
 DS_STAGES = {64: 3, 128: 2}
 THREADS = {64: 512, 128: 384}
-TURN_BITS = 2  # log2 of the tiles of dq for which a block has its turn, or that it has not announced yet
+TURN_BITS = 2  # 4 stages between the warpgroups that add to dq and the threads that await turns and announce
 
 
 def layout(HS: int) -> dict[str, int]:
@@ -101,6 +129,7 @@ def layout(HS: int) -> dict[str, int]:
 
 @functools.cache
 def statistics_kernel(HS: int):
+    """The kernel that makes what `backward_kernel` reads for each query, and clears the flags."""
     LANES, ROWS = HS // 8, 256 // (HS // 8)
 
     @kernel(launch_bounds=256)
@@ -268,7 +297,7 @@ def backward_kernel(HS: int):
 
     @inlined
     def turn_barrier(shared, count):
-        """(where the mbarriers of this block's tile number `count` of dq are, relative to TURN_FULL etc.; their parity)"""
+        """(what to add to TURN_FULL, ... for the mbarrier of this block's tile number `count` of dq, its parity)"""
         return shared + 8 * (count & ((1 << TURN_BITS) - 1)), count >> TURN_BITS & 1
 
     @inlined
@@ -290,7 +319,7 @@ def backward_kernel(HS: int):
 
     @inlined
     def end_dq(shared, dqkv_map, dq, pairs, warpgroup, staging, sums_at, h, box, n, m, num_heads, scale, count):
-        """Add a product to 64 channels of a tile of dq in its turn; the first addition stores, the last leaves as bf16."""
+        """Add a product to 64 channels of a tile of dq in its turn. The first stores, the last leaves as bf16."""
         if n == 0:
             if m < 2:
                 take_turn(shared, count)
@@ -319,7 +348,7 @@ def backward_kernel(HS: int):
 
     @inlined
     def add_up_dq(shared, dqkv_map, dq_sums, work, num_heads, scale):
-        """The third consumer warpgroup for heads of 64: dq += ds k."""
+        """Warpgroup 3 for heads of 64: dq."""
         dq, pairs = cuda.local.array(SCORES, float32), cuda.local.array(PAIRS, uint32)
         kv_stage, kv_parity, ds_stage, ds_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         count = uint32(0)
@@ -371,26 +400,22 @@ def backward_kernel(HS: int):
 
     @inlined
     def own_keys(shared, dqkv_map, work, num_heads, num_kv_heads, scale):
-        """One of the first two consumer warpgroups for heads of 64: dk and dv of 64 keys of each block, ds for dq.
+        """Warpgroup 1 or 2 for heads of 64: dk and dv of 64 keys of each block, and ds for dq.
 
         One loop over the tiles of all blocks of keys. The last part of a tile (ds to shared memory, dk) comes after the
-        start of the next tile's scores, whatever block that belongs to. One round more than there are tiles: in the last,
-        the scores and what is made of them are of no use, as is dk in the first. Branches around products or an exit from
-        the middle of the loop would make the assembler wait for every single product.
+        start of the next tile's scores, whatever block of keys that belongs to. There is one round more than tiles: in
+        the last, the scores and what is made of them are of no use, as is dk in the first (see the traps above).
         """
-        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(cuda.threadIdx.x), first_column(cuda.threadIdx.x)
-        factor = scale * LOG2_E
+        warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
+        diagonal = first_column(thread) - first_row(thread) - int32(warpgroup * 64)
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32)
-        weights, ds, pairs = (
-            cuda.local.array(PAIRS, uint32),
-            cuda.local.array(PAIRS, uint32),
-            cuda.local.array(SUM_PAIRS, uint32),
-        )
+        weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
+        pairs = cuda.local.array(SUM_PAIRS, uint32)
         stage, parity, kv_stage, kv_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         ds_stage, ds_parity = uint32(0), uint32(0)
         first_k, first_q = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + QUERIES_AT, CHUNK)
-        statistics = shared + STATISTICS_AT + uint32(column) * 4
+        statistics = shared + STATISTICS_AT + uint32(first_column(thread)) * 4
         clear(dk, SUMS)
         clear(dv, SUMS)
         clear(scores, SCORES)
@@ -414,7 +439,7 @@ def backward_kernel(HS: int):
             wgmma(scores, k, q, 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
                 mbarrier_wait(shared + DS_EMPTY + 8 * ds_stage, ds_parity ^ 1)
-                store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds, cuda.threadIdx.x)
+                store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds, thread)
             wgmma_rs_open(dk, ds, q_before, accumulate, 64, QUERIES, 1)
             wgmma(dscores, k + (KV >> 4), q + (TILE >> 4), 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
@@ -438,8 +463,8 @@ def backward_kernel(HS: int):
             wgmma_wait(1)
             settle(scores, SCORES)
             if m < 2 * n + 2:
-                mask_rows(scores, m * QUERIES + column - n * KEYS - int32(warpgroup * 64) - row)
-            exp2_columns(scores, factor, numbers)
+                mask_rows(scores, m * QUERIES - n * KEYS + diagonal)
+            exp2_columns(scores, scale * LOG2_E, numbers)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, q + (TILE >> 4), accumulate, 64, QUERIES, 1)
             wgmma_wait(1)
@@ -465,7 +490,7 @@ def backward_kernel(HS: int):
 
     @inlined
     def own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
-        """One of two consumer warpgroups for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
+        """Warpgroup 1 or 2 for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
         warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
         diagonal = first_column(thread) - first_row(thread) - int32(warpgroup * 64)
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
@@ -570,9 +595,11 @@ def backward_kernel(HS: int):
         tiles,
         scale,
     ):
-        """dqkv = <- qkv, dout through tensor maps of boxes of 64 rows and 64 columns, and statistics (B*NH, tiles, 2, 64).
+        """dqkv = <- qkv, dout, all through tensor maps of boxes of 64 rows, and statistics (B*NH, tiles, 2, 64).
 
-        Grid: one block per SM
+        dq_sums: B*NH*tiles tiles (64, HS) float32 in the order of the registers, of which nothing is assumed; flags
+        (B*NH, tiles): 0; group: NH / NKV; heads: B*NKV. `team` blocks share a head of keys; there are `teams`.
+        Grid: one block per SM, or fewer; block: THREADS.
         """
         shared, thread = dynamic_shared(), cuda.threadIdx.x
         if thread == 0:

@@ -1,22 +1,35 @@
-"""The forward of attention_wgmma.py."""
+"""The forward kernel of attention_wgmma.py.
+
+A block has a producer, one thread of the first warpgroup, and 3 consumer warpgroups (2 for heads of 128). It works
+through its items: an item is 192 (128) adjacent queries of a head, 64 for each consumer.
+
+    global memory           shared memory                      registers of a consumer
+
+           producer, TMA    q: 2 buffers of 192 x HS  wgmma
+    qkv ─────────────────▶  ring of 8 (4) tiles      ───────▶  scores  (64 x 128) = q kT         float32
+                            of 128 keys or values:                │ softmax
+                            k2 k1 v2 k0 v1 v0                     ▼
+                                                     ───────▶  weights (64 x 128)                bf16
+          consumers, TMA                                       acc     (64 x HS) += weights v    float32
+    out ◀─────────────────  out: 64 x HS each        ◀─────────────┘
+
+The tiles of keys go from the last one, which contains the diagonal, to the first. During a softmax the tensor cores add
+the values of the tile before, and work for the other consumers:
+
+    tensor cores   scores 2 │           │ scores 1, acc += v2 │ scores 0, acc += v1 │ acc += v0
+    softmax                 │ of tile 2 │            of tile 1 │          of tile 0 │
+
+The assembler, ptxas, waits for every single product (its warnings C7510 to C7519) if there is a branch around a
+product, if a loop can end between a product and the wait for it, if a round of a loop reads what an earlier round
+started, or if more than one group of products is in flight beside the one that is read. It also moves `wgmma_wait` up
+past arithmetic, though not past a loop, such as the one in `mbarrier_wait`: hence the order of these two below.
+"""
 
 import functools
 import math
 
 from numba import cuda
 
-from llm_numba.cuda.wgmma_registers import (
-    MASKED,
-    exp2_rows,
-    first_column,
-    first_row,
-    mask_columns,
-    next_stage,
-    pack_pairs,
-    row_max,
-    scale_rows,
-    store_tile,
-)
 from llm_numba.cuda.hopper import (
     CHUNK,
     clear,
@@ -49,6 +62,18 @@ from llm_numba.cuda.hopper import (
     wgmma_wait,
 )
 from llm_numba.cuda.jit import exp2, float32, int32, kernel, uint32
+from llm_numba.cuda.wgmma_registers import (
+    MASKED,
+    exp2_rows,
+    first_column,
+    first_row,
+    mask_columns,
+    next_stage,
+    pack_pairs,
+    row_max,
+    scale_rows,
+    store_tile,
+)
 
 ONE, LOG2_E = float32(1), float32(1 / math.log(2))
 KEYS = 128  # rows of a tile of keys or values
@@ -156,15 +181,15 @@ def forward_kernel(HS: int):
     @inlined
     def consume(shared, out_map, lse, schedule, T, num_heads, scale):
         """A consumer warpgroup: 64 queries of each item."""
-        warpgroup, row, column = uniform(cuda.threadIdx.x >> 7) - 1, first_row(cuda.threadIdx.x), first_column(cuda.threadIdx.x)
-        elected, factor = cuda.threadIdx.x & 127 == 0, scale * LOG2_E
+        warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
+        row, column, factor = first_row(thread), first_column(thread), scale * LOG2_E
         staging = shared + OUT_AT + warpgroup * OWN
         first_q = descriptor(shared + warpgroup * OWN, 0)
         first_k = descriptor(shared + KV_AT, 2 * CHUNK)
         scores, acc = cuda.local.array(SCORES, float32), cuda.local.array(SUMS, float32)
         weights, rounded = cuda.local.array(WEIGHTS, uint32), cuda.local.array(PAIRS, uint32)
         stage, parity, buffer, q_parity = uint32(0), uint32(0), uint32(0), uint32(0)
-        if elected:
+        if thread == 0:
             tensor_map_acquire(out_map)
         for i in range(schedule.shape[0]):
             code = schedule[i, cuda.blockIdx.x]
@@ -221,7 +246,7 @@ def forward_kernel(HS: int):
                     settle(scores, SCORES)
                     v_stage = stage
                     stage, parity = next_stage(stage, parity, RING)
-                    mbarrier_wait(shared + FULL + 8 * stage, parity)  # before wgmma_wait: see above
+                    mbarrier_wait(shared + FULL + 8 * stage, parity)  # keeps wgmma_wait behind the softmax
                     wgmma_wait(0)
                     settle(acc, SUMS)
                     settle(scores, SCORES)
@@ -245,7 +270,7 @@ def forward_kernel(HS: int):
                         lse[b, h, t0 + row + 8] = low_top * scale + math.log(low_total)
 
                 # out, once the previous item's has been read from shared memory
-                if elected:
+                if thread == 0:
                     tma_store_wait_read(0)
                 named_barrier(warpgroup + 1, 128)
                 wgmma_wait(0)
@@ -254,16 +279,16 @@ def forward_kernel(HS: int):
                 stage, parity = next_stage(stage, parity, RING)
                 scale_rows(acc, ONE / total, ONE / low_total)
                 pack_pairs(rounded, acc)
-                store_tile(staging, rounded, cuda.threadIdx.x)
+                store_tile(staging, rounded, thread)
                 fence_proxy_async()
                 named_barrier(warpgroup + 1, 128)
-                if elected:
+                if thread == 0:
                     b, h = divide(code >> BLOCK_BITS, num_heads), remainder(code >> BLOCK_BITS, num_heads)
                     for box in range(BOXES):
                         tma_store_3d(out_map, staging + box * CHUNK, h * HS + box * 64, t0, b)
                     tma_commit()
             buffer, q_parity = next_stage(buffer, q_parity, 2)
-        if elected:
+        if thread == 0:
             tma_store_wait_read(0)
 
     @kernel(launch_bounds=(THREADS, 1))
