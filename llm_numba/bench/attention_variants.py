@@ -63,7 +63,8 @@ def check(name, variant):
         oracle.attention_backward(dqkv, dout, out, lse, qkv, NH, NKV, None)
         cuts = NH * HS, (NH + NKV) * HS
         got = [*results[0][:2], *np.split(results[0][2], cuts, -1)]
-        pairs = dict(zip(("out", "lse", "dq", "dk", "dv"), zip(got, [out, lse, *np.split(dqkv, cuts, -1)], strict=True)))
+        expected = [out, lse, *np.split(dqkv, cuts, -1)]
+        pairs = dict(zip(("out", "lse", "dq", "dk", "dv"), zip(got, expected, strict=True), strict=True))
         # with one token dq and dk are 0
         sizes = {what: max(math.sqrt(np.square(y).mean()), 1e-2) for what, (_, y) in pairs.items()}
         errors = {what: math.sqrt(np.square(x - y).mean()) / sizes[what] for what, (x, y) in pairs.items()}
@@ -87,6 +88,7 @@ def torch_graphs_of(a: Attention) -> dict:
     dout = heads(a.dout, NH).transpose(1, 2).contiguous()
     graphs = {}
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+
         def forward(backend=backend):
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=NKV < NH)

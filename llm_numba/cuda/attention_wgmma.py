@@ -10,6 +10,7 @@ Source: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608; Dao 2023, FlashAtt
 
 import functools
 import heapq
+import itertools
 import math
 
 import numpy as np
@@ -20,10 +21,10 @@ from llm_numba.cuda.tensor_maps import tensor_map
 from llm_numba.cuda.wgmma_attention_backward import KEYS, QUERIES, backward_kernel, statistics_kernel
 from llm_numba.cuda.wgmma_attention_backward import THREADS as BACKWARD_THREADS
 from llm_numba.cuda.wgmma_attention_backward import layout as backward_layout
-from llm_numba.cuda.wgmma_attention_forward import BLOCK_BITS, CONSUMERS, forward_kernel, forward_shared
+from llm_numba.cuda.wgmma_attention_forward import CONSUMERS, forward_kernel, forward_shared
 
 HEADS_AT_ONCE = 44  # whose keys and values the forward reads at a time, so that they stay in L2
-TEAMS = (1, 2, 4, 8)  # blocks that may share a head in the backward
+TEAMS = (2, 4, 8)  # blocks that may share a head in the backward
 
 
 def supports(dtype, HS) -> str:
@@ -43,28 +44,30 @@ def blocks() -> int:
 
 @functools.cache
 def forward_schedule(heads: int, T: int, HS: int, blocks: int):
-    """int32 (rounds, blocks) on the GPU: each block's items, head << BLOCK_BITS | block of queries, then -1.
+    """int32 (rounds, blocks, 2) on the GPU: each block's items (head, first query), and a head of -1 after the last.
 
+    Items end with the sequence's last 64 queries, so a head's first one may begin before 0, where that costs least.
     Each item goes to the block that has least to do so far. Heads come in groups, a group's longest items first, and at
     the end the shortest of all heads, which even out the load.
     """
-    size, tiles = 64 * CONSUMERS[HS], blocks_for(T, 64)
-    count, groups = blocks_for(T, size), max(1, round(heads / HEADS_AT_ONCE))
-    short = min(2, count - 1)
-    # in tiles of keys; an item's start and end take about half as long as a tile
-    costs = [blocks_for((q + 1 - count) * size + tiles * 64, KEYS) + 0.5 for q in range(count)]
-    items = [
-        (q < short, q >= short and h * groups // heads, -costs[q], h, q) for h in range(heads) for q in range(count)
-    ]
-    lists: list[list[int]] = [[] for _ in range(blocks)]
+    size, end = 64 * CONSUMERS[HS], blocks_for(T, 64) * 64
+    firsts = [end - i * size for i in range(blocks_for(end, size), 0, -1)]
+    costs = {t0: blocks_for(t0 + size, KEYS) + 0.5 for t0 in firsts}  # in tiles of keys, 0.5 for start and end
+    shortest, groups = firsts[: min(2, len(firsts) - 1)], max(1, round(heads / HEADS_AT_ONCE))
+
+    def rank(item):
+        h, t0 = item
+        return (1, 0, -costs[t0]) if t0 in shortest else (0, h * groups // heads, -costs[t0])
+
+    lists: list[list[tuple[int, int]]] = [[] for _ in range(blocks)]
     loads = [(0.0, block) for block in range(blocks)]  # a heap
-    for _, _, _, h, q in sorted(items):
+    for h, t0 in sorted(itertools.product(range(heads), firsts), key=rank):
         load, block = heapq.heappop(loads)
-        lists[block].append(h << BLOCK_BITS | q)
-        heapq.heappush(loads, (load + costs[q], block))
-    table = np.full((max(map(len, lists)), blocks), -1, np.int32)
-    for block, codes in enumerate(lists):
-        table[: len(codes), block] = codes
+        lists[block].append((h, t0))
+        heapq.heappush(loads, (load + costs[t0], block))
+    table = np.full((max(map(len, lists)) + 1, blocks, 2), -1, np.int32)
+    for block, found in enumerate(lists):
+        table[: len(found), block] = np.reshape(found, (-1, 2))
     on_gpu = cuda.to_device(table, stream())
     if not SIMULATED:
         stream().synchronize()
@@ -82,7 +85,7 @@ def team_size(heads: int, tiles: int, blocks: int) -> int:
         longest = max(sum(work for rank, work in turns if rank == one) for one in range(team))
         return blocks_for(heads, blocks // team) * longest * (1 + team / (2 * count))  # fits times on an H200
 
-    return min((team for team in TEAMS if team <= min(count, blocks)), key=cost)
+    return min((team for team in TEAMS if team <= min(count, blocks)), key=cost, default=1)
 
 
 def forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
@@ -91,7 +94,8 @@ def forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
     HS = out.shape[2] // num_heads
     schedule = forward_schedule(B * NH, T, HS, blocks())
     launch = with_shared(forward_kernel(HS), blocks(), 128 * (CONSUMERS[HS] + 1), forward_shared(HS))
-    launch(tensor_map(qkv, 64), tensor_map(out, 64), lse, schedule, num_kv_heads, float32(1 / math.sqrt(HS)))
+    scale = float32(1 / math.sqrt(HS))
+    launch(tensor_map(qkv, 64), tensor_map(out, 64), lse.reshape(B * NH, T), schedule, NH, num_kv_heads, scale)
 
 
 def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):

@@ -78,6 +78,7 @@ from llm_numba.cuda.hopper import (
 from llm_numba.cuda.jit import float32, int32, kernel, uint32
 from llm_numba.cuda.wgmma_registers import (
     add_sums,
+    at_stage,
     exp2_columns,
     first_column,
     first_row,
@@ -213,7 +214,7 @@ def backward_kernel(HS: int):
                     head, turn = int32(head + teams), int32(0)
                     n = block_of_keys(head, turn, work)
             m = int32(2 * n)
-        return head, turn, n, g, m
+        return int32(head), int32(turn), int32(n), int32(g), int32(m)
 
     @inlined
     def release(barrier):
@@ -279,7 +280,7 @@ def backward_kernel(HS: int):
             mbarrier_wait(barrier + TURN_EMPTY, parity ^ 1)
             wait_flag(flag_of(flags, head, g, m, work), (m >> 1) - n)
             mbarrier_arrive(barrier + TURN_FULL)
-            count += uint32(1)
+            count = uint32(count + 1)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
 
     @inlined
@@ -292,7 +293,7 @@ def backward_kernel(HS: int):
             mbarrier_wait(barrier + ADDED_FULL, parity)
             store_flag(flag_of(flags, head, g, m, work), (m >> 1) - n + 1)
             mbarrier_arrive(barrier + ADDED_EMPTY)
-            count += uint32(1)
+            count = uint32(count + 1)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
 
     @inlined
@@ -363,14 +364,14 @@ def backward_kernel(HS: int):
             sums_at = own_sums + (h * tiles + m) * (QUERIES * HS * 4)
             begin_dq(shared, dq, sums_at, n, m, count)
             mbarrier_wait(shared + DS_FULL + 8 * ds_stage, ds_parity)
-            ds, k = first_ds + ds_stage * (2 * CHUNK >> 4), first_k + kv_stage * (2 * KV >> 4)
+            ds, k = at_stage(first_ds, ds_stage, 2 * CHUNK), at_stage(first_k, kv_stage, 2 * KV)
             wgmma(dq, ds, k, 1, 64, 64, KEYS, 1, 1)
             wgmma_wait(0)
             settle(dq, SCORES)
             release(shared + DS_EMPTY + 8 * ds_stage)
             ds_stage, ds_parity = next_stage(ds_stage, ds_parity, DS_RING)
             end_dq(shared, dqkv_map, dq, pairs, 2, shared + DQ_AT, sums_at, h, 0, n, m, num_heads, scale, count)
-            count += uint32(1)
+            count = uint32(count + 1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
             if head != head_before or n != n_before:
@@ -435,7 +436,7 @@ def backward_kernel(HS: int):
             going = n >= 0
             if going:
                 mbarrier_wait(shared + FULL + 8 * stage, parity)
-            q, k = first_q + stage * (2 * TILE >> 4), first_k + kv_stage * (2 * KV >> 4)
+            q, k = at_stage(first_q, stage, 2 * TILE), at_stage(first_k, kv_stage, 2 * KV)
             wgmma(scores, k, q, 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
                 mbarrier_wait(shared + DS_EMPTY + 8 * ds_stage, ds_parity ^ 1)
@@ -463,7 +464,7 @@ def backward_kernel(HS: int):
             wgmma_wait(1)
             settle(scores, SCORES)
             if m < 2 * n + 2:
-                mask_rows(scores, m * QUERIES - n * KEYS + diagonal)
+                mask_rows(scores, int32(m * QUERIES - n * KEYS + diagonal))
             exp2_columns(scores, scale * LOG2_E, numbers)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, q + (TILE >> 4), accumulate, 64, QUERIES, 1)
@@ -521,7 +522,7 @@ def backward_kernel(HS: int):
             wgmma_wait(1)
             settle(scores, SCORES)
             if m < 2 * n + 2:
-                mask_rows(scores, m * QUERIES - n * KEYS + diagonal)
+                mask_rows(scores, int32(m * QUERIES - n * KEYS + diagonal))
             numbers = shared + STATISTICS_AT + stage * STATISTICS + uint32(first_column(thread)) * 4
             exp2_columns(scores, scale * LOG2_E, numbers)
             pack_pairs(weights, scores)
@@ -552,12 +553,12 @@ def backward_kernel(HS: int):
             end_dq(
                 shared, dqkv_map, dq, weights, warpgroup, staging, sums_at, h, warpgroup, n, m, num_heads, scale, count
             )
-            count += uint32(1)
+            count = uint32(count + 1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
             if head != head_before or n != n_before:
                 release(shared + KV_EMPTY)
-                kv_parity ^= uint32(1)
+                kv_parity = uint32(kv_parity ^ 1)
                 store_dkv(
                     shared, dqkv_map, warpgroup, dk, dv, pairs, head_before, n_before, num_heads, num_kv_heads, scale
                 )

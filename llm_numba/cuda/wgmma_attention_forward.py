@@ -64,6 +64,7 @@ from llm_numba.cuda.hopper import (
 from llm_numba.cuda.jit import exp2, float32, int32, kernel, uint32
 from llm_numba.cuda.wgmma_registers import (
     MASKED,
+    at_stage,
     exp2_rows,
     first_column,
     first_row,
@@ -80,7 +81,6 @@ KEYS = 128  # rows of a tile of keys or values
 CONSUMERS = {64: 3, 128: 2}  # warpgroups, by head size
 STAGES = {64: 8, 128: 4}  # tiles in the ring
 REGISTERS = {64: (32, 160), 128: (40, 232)}  # of a thread of the producer, of a consumer
-BLOCK_BITS = 12  # an item is head << BLOCK_BITS | block of queries
 
 
 def forward_shared(HS: int) -> int:
@@ -103,16 +103,14 @@ def forward_kernel(HS: int):
     Q_FULL, Q_EMPTY, FULL, EMPTY = BARRIERS, BARRIERS + 16, BARRIERS + 32, BARRIERS + 32 + 8 * RING
 
     @inlined
-    def first_query(code, T):
-        """The first of an item's queries, a multiple of 64. The blocks end with the last 64 queries of the sequence, so
-        the first block may begin before 0: there it costs least."""
-        blocks, tiles = (T + QUERIES - 1) // QUERIES, (T + 63) // 64
-        return int32(((code & ((1 << BLOCK_BITS) - 1)) - blocks) * QUERIES + tiles * 64)
+    def item_of(schedule, i):
+        """(i + 1, head, first query): this block's item i."""
+        return int32(i + 1), schedule[i, cuda.blockIdx.x, 0], schedule[i, cuda.blockIdx.x, 1]
 
     @inlined
     def last_tile(t0, T):
         """The last tile of keys that an item's queries see."""
-        return int32(min(t0 + QUERIES, T) - 1) >> 7
+        return int32(int32(min(t0 + QUERIES, T) - 1) >> 7)
 
     @inlined
     def load_tile(shared, qkv_map, stage, parity, channel, tile, b):
@@ -131,12 +129,10 @@ def forward_kernel(HS: int):
         """The producer, one thread: the items' queries, keys and values to shared memory."""
         stage, parity, buffer, q_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         tensor_map_acquire(qkv_map)
-        for i in range(schedule.shape[0]):
-            code = schedule[i, cuda.blockIdx.x]
-            if code < 0:
-                break
-            b, h = divide(code >> BLOCK_BITS, num_heads), remainder(code >> BLOCK_BITS, num_heads)
-            kv_head, t0 = divide(h * num_kv_heads, num_heads), first_query(code, T)
+        i, head, t0 = item_of(schedule, 0)
+        while head >= 0:
+            b, h = int32(divide(head, num_heads)), int32(remainder(head, num_heads))
+            kv_head = int32(divide(h * num_kv_heads, num_heads))
             full = shared + Q_FULL + 8 * buffer
             mbarrier_wait(shared + Q_EMPTY + 8 * buffer, q_parity ^ 1)
             mbarrier_arrive_expect_tx(full, Q)
@@ -154,6 +150,7 @@ def forward_kernel(HS: int):
                 if n > 0:
                     stage, parity = load_tile(shared, qkv_map, stage, parity, k, n - 1, b)
                 stage, parity = load_tile(shared, qkv_map, stage, parity, v, n, b)
+            i, head, t0 = item_of(schedule, i)
 
     @inlined
     def release(barrier):
@@ -191,13 +188,10 @@ def forward_kernel(HS: int):
         stage, parity, buffer, q_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         if thread == 0:
             tensor_map_acquire(out_map)
-        for i in range(schedule.shape[0]):
-            code = schedule[i, cuda.blockIdx.x]
-            if code < 0:
-                break
-            t0 = first_query(code, T)
-            last = last_tile(t0, T)
-            t0 += int32(warpgroup * 64)
+        i, head, first = item_of(schedule, 0)
+        while head >= 0:
+            i, next_head, next_first = item_of(schedule, i)  # early, as it takes long to arrive
+            last, t0 = last_tile(first, T), int32(first + int32(warpgroup * 64))
             mbarrier_wait(shared + Q_FULL + 8 * buffer, q_parity)
             if t0 < 0:  # no such queries
                 for _ in range(2 * (last + 1)):
@@ -205,20 +199,20 @@ def forward_kernel(HS: int):
                 release(shared + Q_EMPTY + 8 * buffer)
             else:
                 # the warpgroup may need one tile less than others
-                n = int32(min(t0 + 63, T - 1)) >> 7
+                n = int32(int32(min(t0 + 63, T - 1)) >> 7)
                 skips = n < last
-                q = first_q + buffer * (Q >> 4)
+                q = at_stage(first_q, buffer, Q)
 
                 # the last tile contains the diagonal
                 if skips:
                     stage, parity = pass_over(shared, stage, parity)
                 mbarrier_wait(shared + FULL + 8 * stage, parity)
-                start_scores(scores, q, first_k + stage * (TILE >> 4))
+                start_scores(scores, q, at_stage(first_k, stage, TILE))
                 wgmma_wait(0)
                 settle(scores, SCORES)
                 release(shared + EMPTY + 8 * stage)
                 stage, parity = next_stage(stage, parity, RING)
-                mask_columns(scores, t0 + row - n * KEYS - column)
+                mask_columns(scores, int32(t0 + row - n * KEYS - column))
                 top, low_top = row_max(scores, MASKED, MASKED)
                 total, low_total = exp2_rows(scores, factor, -top * factor, -low_top * factor)
                 pack_pairs(weights, scores)
@@ -228,11 +222,11 @@ def forward_kernel(HS: int):
                 mbarrier_wait(shared + FULL + 8 * stage, parity)
                 while n > 0:
                     # start the scores of tile n - 1 and add the values of tile n
-                    start_scores(scores, q, first_k + stage * (TILE >> 4))
+                    start_scores(scores, q, at_stage(first_k, stage, TILE))
                     k_stage = stage
                     stage, parity = next_stage(stage, parity, RING)
                     mbarrier_wait(shared + FULL + 8 * stage, parity)
-                    wgmma_rs(acc, weights, first_k + stage * (TILE >> 4), 1, HS, KEYS, 1)
+                    wgmma_rs(acc, weights, at_stage(first_k, stage, TILE), 1, HS, KEYS, 1)
                     wgmma_wait(1)
                     settle(scores, SCORES)
                     release(shared + EMPTY + 8 * k_stage)
@@ -253,9 +247,9 @@ def forward_kernel(HS: int):
                     release(shared + EMPTY + 8 * v_stage)
                     scale_rows(acc, shrink, low_shrink)
                     pack_pairs(weights, scores)
-                    n -= int32(1)
+                    n = int32(n - 1)
                 release(shared + Q_EMPTY + 8 * buffer)
-                wgmma_rs(acc, weights, first_k + stage * (TILE >> 4), 1, HS, KEYS, 1)
+                wgmma_rs(acc, weights, at_stage(first_k, stage, TILE), 1, HS, KEYS, 1)
 
                 # each thread has summed the weights of its own keys
                 total += shuffle_xor(total, 1)
@@ -263,11 +257,10 @@ def forward_kernel(HS: int):
                 total += shuffle_xor(total, 2)
                 low_total += shuffle_xor(low_total, 2)
                 if column == 0:
-                    b, h = divide(code >> BLOCK_BITS, num_heads), remainder(code >> BLOCK_BITS, num_heads)
                     if t0 + row < T:
-                        lse[b, h, t0 + row] = top * scale + math.log(total)
+                        lse[head, t0 + row] = top * scale + math.log(total)
                     if t0 + row + 8 < T:
-                        lse[b, h, t0 + row + 8] = low_top * scale + math.log(low_total)
+                        lse[head, t0 + row + 8] = low_top * scale + math.log(low_total)
 
                 # out, once the previous item's has been read from shared memory
                 if thread == 0:
@@ -283,19 +276,20 @@ def forward_kernel(HS: int):
                 fence_proxy_async()
                 named_barrier(warpgroup + 1, 128)
                 if thread == 0:
-                    b, h = divide(code >> BLOCK_BITS, num_heads), remainder(code >> BLOCK_BITS, num_heads)
+                    b, h = divide(head, num_heads), remainder(head, num_heads)
                     for box in range(BOXES):
                         tma_store_3d(out_map, staging + box * CHUNK, h * HS + box * 64, t0, b)
                     tma_commit()
             buffer, q_parity = next_stage(buffer, q_parity, 2)
+            head, first = next_head, next_first
         if thread == 0:
             tma_store_wait_read(0)
 
     @kernel(launch_bounds=(THREADS, 1))
-    def attention_forward_kernel(qkv_map, out_map, lse, schedule, num_kv_heads, scale):
-        """out =, lse (B, NH, T) = <- qkv; both through tensor maps of boxes of 64 rows and 64 columns.
+    def attention_forward_kernel(qkv_map, out_map, lse, schedule, num_heads, num_kv_heads, scale):
+        """out =, lse (B*NH, T) = <- qkv; out and qkv through tensor maps of boxes of 64 rows and 64 columns.
 
-        schedule (rounds, blocks) int32: a block's items, and -1 where it has no more
+        schedule (rounds, blocks, 2) int32: a block's items, each a head of B*NH and a first query; then the head is -1
         Grid: one block per SM; block: a producer and the consumer warpgroups.
         """
         shared, thread = dynamic_shared(), cuda.threadIdx.x
@@ -312,9 +306,9 @@ def forward_kernel(HS: int):
         if uniform(thread >> 7) == 0:
             setmaxnreg_dec(PRODUCER_REGISTERS)
             if thread == 0:
-                produce(shared, qkv_map, schedule, lse.shape[2], lse.shape[1], num_kv_heads)
+                produce(shared, qkv_map, schedule, lse.shape[1], num_heads, num_kv_heads)
         else:
             setmaxnreg_inc(CONSUMER_REGISTERS)
-            consume(shared, out_map, lse, schedule, lse.shape[2], lse.shape[1], scale)
+            consume(shared, out_map, lse, schedule, lse.shape[1], num_heads, scale)
 
     return attention_forward_kernel

@@ -20,7 +20,7 @@ from llm_numba.cuda.hopper import (
     stmatrix,
     store_float4,
 )
-from llm_numba.cuda.jit import exp2, float32
+from llm_numba.cuda.jit import exp2, float32, int64, uint32
 
 MASKED = float32(-np.inf)  # the score of a key after its query
 
@@ -165,5 +165,12 @@ def load_sums(sums, source):
 @inlined
 def next_stage(stage, parity, stages):
     """The stage of a ring after this one, and the parity of its phase."""
-    after = stage + 1
-    return (0, parity ^ 1) if after == stages else (after, parity)
+    if stage + 1 == stages:
+        return uint32(0), uint32(parity ^ 1)
+    return uint32(stage + 1), uint32(parity)
+
+
+@inlined
+def at_stage(first, stage, nbytes):
+    """The descriptor of a ring's tile at this stage, of tiles of nbytes; `first` is that at stage 0."""
+    return first + int64(uint32(stage * (nbytes >> 4)))
