@@ -168,7 +168,7 @@ FOUND = {
     WAIT_FOR_EMPTY: "race: warp 4 writes what TMA for mbarrier 0 may still write",
     WAIT_FOR_PRODUCT: "race: warp 4 writes what wgmma of warpgroup 0 may still read",
     ARRIVAL: "deadlock: .*mbarrier 24584",
-    NAMED_BARRIER: "race: warp 0 reads what warp . may still write",
+    NAMED_BARRIER: "race: warp . writes what warp 0 may still read",
     PROXY_FENCE: "TMA or wgmma reads what thread .* stored without fence_proxy_async",
     WAIT_FOR_STORE: "race: warp 0 writes what warp 0 may still read",
     EXTRA_ARRIVAL: "deadlock",

@@ -42,7 +42,8 @@ class Shared:
         self.writer, self.written = np.zeros(granules, np.int64), np.zeros(granules, np.int64)
         self.read = np.zeros((granules, warps + groups), np.int64)
         self.unfenced = np.full(granules, -1)
-        self.barriers, self.meetings, self.stores, self.flag_waiters = {}, {}, {}, []
+        self.barriers, self.meetings, self.deposits, self.stores = {}, {}, {}, {}
+        self.flag_waiters = []
         for warp in range(warps):
             self.knows[warp, warp] = UNFINISHED
 
@@ -108,6 +109,18 @@ def meet(what, count, value, action=None):
             meeting.results.update(action(values) or {})
         thread.block.wake(meeting.waiting)
     return meeting.results.pop(thread.thread_id, None)
+
+
+def deposit_for_warp(what, value, action):
+    """The same without waiting, for what has no result: the last lane to come calls the action for all."""
+    thread, shared = here()
+    count = thread.__dict__.setdefault("deposits", {})
+    count[what] = count.get(what, 0) + 1
+    key = what, thread.thread_id // WARP, count[what]
+    values = shared.deposits.setdefault(key, {})
+    values[thread.thread_id] = value
+    if len(values) == WARP:
+        action(shared.deposits.pop(key))
 
 
 def meet_warp(what, value, action):
@@ -240,9 +253,9 @@ def stmatrix(address, pairs):
         words = np.array([pairs for _, (_, pairs) in sorted(values.items())], np.uint32)  # (lane, matrix)
         shared.bytes[rows] = words.T.reshape(32, 4).copy().view(np.uint8)
         shared.wrote(granules, warp)
-        shared.unfenced[granules] = sorted(values)
 
-    meet_warp("stmatrix", (address, pairs), action)
+    shared.unfenced[int(address) // GRANULE] = thread.thread_id
+    deposit_for_warp("stmatrix", (address, pairs), action)
 
 
 def ldmatrix(address):

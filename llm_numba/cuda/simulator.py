@@ -11,12 +11,19 @@ import numpy as np
 from numba.cuda.simulator import kernel as numba_simulator
 
 
+def locked():
+    """A lock that one thread acquires to wait until another one releases it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 class Thread(numba_simulator.BlockThread):
     """A CUDA thread. It runs while it has the turn; waits_for says in words what it waits for otherwise."""
 
     def __init__(self, function, block, block_index, thread_index):
         super().__init__(function, block, block_index, thread_index, False)
-        self.block, self.turn, self.waits_for = block, threading.Semaphore(0), ""
+        self.block, self.turn, self.waits_for = block, locked(), ""
 
     def run(self):
         self.turn.acquire()
@@ -43,7 +50,7 @@ class Block(numba_simulator.BlockManager):
         indices = np.ndindex(*self._block_dim)
         threads = [Thread(call, self, block_index, index) for index in indices]
         self.ready, self.alive, self.at_syncthreads = deque(threads), set(threads), []
-        self.failed, self.finished = None, threading.Semaphore(0)
+        self.failed, self.finished = None, locked()
         self.after_syncthreads = lambda: None
         for thread in threads:
             thread.start()

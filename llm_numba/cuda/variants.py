@@ -13,9 +13,10 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-FAMILIES = {"matmul": ("mma", "simt"), "attention": ("wgmma", "mma", "simt")}  # family -> its variants, fastest first
+# family -> its variants, fastest first
+FAMILIES = {"matmul": ("wgmma", "mma", "simt"), "attention": ("wgmma", "mma", "simt")}
 NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
-SLOWLY_SIMULATED = ("wgmma",)  # variants that the simulator runs only when they are forced
+ONLY_FORCED_SIMULATED = ("wgmma",)  # variants whose PTX is emulated: too slow for a whole model
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
@@ -61,8 +62,8 @@ def reason_against(family: str, name: str, dtype, *sizes: int) -> str:
 
     if SIMULATED and name in NOT_SIMULATED:
         return "not in the simulator"
-    if SIMULATED and name in SLOWLY_SIMULATED and _forced.get(family) != name:
-        return "too slow in the simulator"
+    if SIMULATED and name in ONLY_FORCED_SIMULATED and _forced.get(family) != name:
+        return "slow in the simulator: only with --variant"
     return _load(family, name).supports(dtype, *sizes)
 
 
