@@ -1,8 +1,11 @@
-"""Check and time the variants of attention, for llm_numba.bench.variants."""
+"""Check and time the variants of attention, for llm_numba.bench.variants.
+
+A layer's attention runs several times in a CUDA graph, forward or backward. The graphs take turns with those of
+PyTorch's FlashAttention and cuDNN, whose backward is their forward and backward together less their forward.
+"""
 
 import importlib
 import math
-import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -145,13 +148,3 @@ def time_attention(model: GPT2, B: int, T: int, names: list[str], rounds: int):
         cells = [(forward, operations), (backward, 2.5 * operations)]
         forward, backward = (f"{us:8.1f} ({flops / us / 1e6:4.0f})" for us, flops in cells)
         print(f"  {name:8s} forward {forward}  backward {backward}", flush=True)
-
-
-def bench(model: GPT2, shapes: list[tuple[int, int]], names: list[str], rounds: int, with_check: bool):
-    """Check the variants of attention, then time them."""
-    for name in names if with_check else ():
-        start = time.perf_counter()
-        check(name, importlib.import_module(f"llm_numba.cuda.attention_{name}"))
-        print(f"  {name}: {time.perf_counter() - start:.1f} s with compilation", flush=True)
-    for B, T in shapes:
-        time_attention(model, B, T, names, rounds)
