@@ -35,7 +35,6 @@ from llm_numba.cuda.hopper import (
     inlined,
     ldmatrix,
     load_constant_pair,
-    load_flag,
     load_shared_float4,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -63,6 +62,7 @@ from llm_numba.cuda.hopper import (
     uniform,
     unpack,
     unrolled,
+    wait_flag,
     wgmma,
     wgmma_wait,
 )
@@ -492,8 +492,7 @@ def gradient_kernel(with_bias, TILE_N):
                         helper, last = helpers_of(uint32(current - whole), rest, uint32(splits), uint32(helpers))
                         while helper <= last:
                             slot = uint32(helper + current - whole)
-                            while load_flag(flags + int64(slot) * 4) == 0:
-                                pass
+                            wait_flag(flags + int64(slot) * 4, 1)
                             store_flag(flags + int64(slot) * 4, 0)
                             fence_proxy_async_global()
                             for i in range(PIECES):
