@@ -362,7 +362,7 @@ def test_bandwidth_of_a_gpu(device):
 
 
 def test_the_ops_of_a_step(device):
-    """Every call of an op is in the table, with its work: 3 products of 32 x 16 by 16 x 48 take 2 * 32 * 16 * 48 each."""
+    """Every call of an op is in the table, with its work."""
     if device == "cudasim":
         pytest.skip("the simulator takes minutes; a GPU counts its launches in a graph")
     ops = get_ops(device)
