@@ -3,7 +3,8 @@ matmul=cublas. The bindings are those of nvmath-python, the extra `cublas` of py
 
 cuBLASLt reads memory by columns, and a row-major matrix is then its transpose. So a product is computed as out.T =
 weight @ inp.T. What follows it, its epilogue, runs in the same kernel if cuBLASLt has one for these operands, else in a
-kernel of ours. cuBLASLt applies GELU before `pre` is rounded to bf16, so --recompute gelu gives slightly other bits.
+kernel of ours. cuBLASLt only approximates GELU (its gradient was up to 1% off), so that is fused for bf16 only; and it
+takes `pre` before it is rounded, so --recompute gelu gives slightly other bits.
 The functions without a docstring are explained in matmul.py.
 Source: NVIDIA, cuBLAS documentation, "Using the cuBLASLt API"
 """
@@ -50,7 +51,7 @@ def forward(out, inp, weight, bias, scratch, pre=None):
     product = functools.partial(multiply, a=weight, b=inp, scratch=scratch, a_transposed=True, bias=bias)
     if pre is None:
         product(out, epilogue=end)
-    elif not product(out, epilogue=["GELU", "AUX", *end], aux=pre):
+    elif out.dtype != uint16 or not product(out, epilogue=["GELU", "AUX", *end], aux=pre):
         product(pre, epilogue=end)
         gelu_forward(out, pre)
 
@@ -58,7 +59,7 @@ def forward(out, inp, weight, bias, scratch, pre=None):
 def input_gradient(dinp, dout, weight, scratch, pre=None):
     if pre is None:
         multiply(dinp, weight, dout, scratch)
-    elif not multiply(dinp, weight, dout, scratch, epilogue=["DGELU"], aux=pre):
+    elif dinp.dtype != uint16 or not multiply(dinp, weight, dout, scratch, epilogue=["DGELU"], aux=pre):
         multiply(dinp, weight, dout, scratch)
         gelu_backward(dinp, pre, dinp)
 
