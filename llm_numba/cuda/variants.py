@@ -13,9 +13,10 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-# family -> its variants, fastest first; cublas follows simt, which supports everything, and so runs only if forced
-FAMILIES = {"matmul": ("mma", "simt", "cublas"), "attention": ("mma", "simt")}
-NOT_SIMULATED = ("mma", "cublas")  # variants with PTX instructions or a library that Numba's simulator does not have
+# family -> its variants, fastest first; simt supports everything, so those after it run only if forced
+FAMILIES = {"matmul": ("wgmma", "mma", "simt", "tf32", "cublas"), "attention": ("wgmma", "mma", "simt")}
+NOT_SIMULATED = ("mma", "tf32", "cublas")  # they need instructions or a library that the simulator does not have
+ONLY_FORCED_SIMULATED = ("wgmma",)  # variants whose PTX is emulated: too slow for a whole model
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
@@ -61,6 +62,8 @@ def reason_against(family: str, name: str, dtype, *sizes: int) -> str:
 
     if SIMULATED and name in NOT_SIMULATED:
         return "not in the simulator"
+    if SIMULATED and name in ONLY_FORCED_SIMULATED and _forced.get(family) != name:
+        return "slow in the simulator: only with --variant"
     return _load(family, name).supports(dtype, *sizes)
 
 
