@@ -15,7 +15,7 @@ from numba import cuda
 
 from llm_numba.cuda import matmul_wgmma, memory, wgmma_product
 from llm_numba.cuda.jit import SIMULATED, float32, uint16
-from llm_numba.cuda.matmul_wgmma import Split, split
+from llm_numba.cuda.matmul_wgmma import Schedule, schedule
 
 pytestmark = pytest.mark.gpu
 
@@ -85,17 +85,17 @@ def test_input_gradient(bf16, R, C, OC, with_gelu):
 
 
 GRADIENTS = [
-    (200, 264, 200, Split(2, 4)),  # R, C, OC and how they are split
-    (600, 200, 8, Split(2, 2)),
-    (648, 8, 264, Split(2, 2, 1, 1, 6)),
-    (1, 8, 8, Split(1, 1)),
+    (200, 264, 200, Schedule(2, 4)),  # R, C, OC and how they are split
+    (600, 200, 8, Schedule(2, 2)),
+    (648, 8, 264, Schedule(2, 2, 1, 1, 6)),
+    (1, 8, 8, Schedule(1, 1)),
 ]
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
 @pytest.mark.parametrize("R, C, OC, plan", GRADIENTS)
 def test_weight_gradient(rng, bf16, R, C, OC, plan, accumulate):
-    assert split(OC, C, R, 2) == plan
+    assert schedule(OC, C, R, 2) == plan
     (dy, dout), (x, inp), with_bias = bf16(R, OC), bf16(R, C), accumulate
     before = [rng.standard_normal(size, np.float32) for size in ((OC, C), OC)]
     gradients = [cuda.to_device(x) if accumulate else poisoned(*x.shape, dtype=np.float32) for x in before]
@@ -115,12 +115,12 @@ def test_every_step_along_K_is_dealt_once():
         (50304, 768, 8192, 132),
         (1600, 6400, 9, 7),
     ]:
-        plan = split(M, N, K, blocks)
+        plan = schedule(M, N, K, blocks)
         tiles, steps = -(-M // 128) * -(-N // 192), -(-K // 64)
         assert plan.whole + plan.splits == tiles and plan.helpers + plan.splits <= blocks
         if plan.helpers:
-            assert plan.whole % blocks == 0 and 0 < plan.first < steps
-            assert plan.splits * (steps - plan.first) >= plan.helpers
+            assert plan.whole % blocks == 0 and 0 < plan.owned < steps
+            assert plan.splits * (steps - plan.owned) >= plan.helpers
 
 
 # (the function, the line that is left out, which of several, the product that shows it, what the simulator says)

@@ -77,9 +77,18 @@ shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=
 # (barrier, threads): wait until that many threads are at named barrier 1 to 15; syncthreads is barrier 0
 named_barrier = instruction("bar.sync $0, $1;", "r,r", (WORD, WORD))
 sync_warp = instruction("bar.warp.sync 0xffffffff;", "", ())
-# 32-bit divisions: // and % of Numba widen to 64 bits
-divide = instruction("div.u32 $0, $1, $2;", "=r,r,r", (WORD, WORD), WORD, pure=True)
-remainder = instruction("rem.u32 $0, $1, $2;", "=r,r,r", (WORD, WORD), WORD, pure=True)
+
+
+def division(operation):
+    """A 32-bit division: // and % of Numba widen to 64 bits."""
+
+    def emit(typingctx, a, b):
+        return signature(WORD, WORD, WORD), lambda context, builder, sig, args: getattr(builder, operation)(*args)
+
+    return intrinsic(emit)
+
+
+divide, remainder = division("udiv"), division("urem")
 
 # Shared memory
 
@@ -87,9 +96,7 @@ store_shared_float = instruction("st.shared.f32 [$0], $1;", "r,f", (SHARED, FLOA
 load_shared_float = instruction("ld.shared.f32 $0, [$1];", "=f,r", (SHARED,), FLOAT)
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", (SHARED, FRAGMENT))
 load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
-load_shared_float4 = instruction(
-    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 4)
-)
+load_shared_float2 = instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 2))
 # (address, four pairs): store four 8 x 8 bf16 matrices; lane l passes the address of row l % 8 of matrix l // 8, and of
 # each matrix the pair in row l // 4, columns 2 (l % 4) and the next. ldmatrix loads them the same way
 stmatrix = instruction(

@@ -226,8 +226,8 @@ def load_shared_16_bytes(address):
     return tuple(load_shared(address, 16, np.uint32))
 
 
-def load_shared_float4(address):
-    return tuple(load_shared(address, 16, np.float32))
+def load_shared_float2(address):
+    return tuple(load_shared(address, 8, np.float32))
 
 
 def rows_of_matrices(values):
