@@ -3,6 +3,7 @@
 In the simulator, each part of the kernels that orders accesses is left out once: its checks must find every one.
 """
 
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -72,11 +73,13 @@ def test_gelu(bf16):
     assert_close("out", memory.to_host(out), expected, stored("bfloat16", expected, 2**-20 * np.abs(expected) + 1e-14))
 
 
+# the last one is split along K
 @pytest.mark.parametrize("with_gelu", [False, True], ids=["plain", "gelu"])
-@pytest.mark.parametrize("R, C, OC", [(264, 200, 136), (1, 8, 8)])
+@pytest.mark.parametrize("R, C, OC", [(264, 200, 136), (1, 8, 8), (8, 72, 328)])
 def test_input_gradient(bf16, R, C, OC, with_gelu):
     (dy, dout), (w, weight), (u, pre), dinp = bf16(R, OC), bf16(OC, C), bf16(R, C), poisoned(R, C)
-    matmul_wgmma.input_gradient(dinp, dout, weight, None, pre if with_gelu else None)
+    scratch = poisoned(max(1, matmul_wgmma.backward_scratch(R, C, OC, False)), dtype=np.float32)
+    matmul_wgmma.input_gradient(dinp, dout, weight, scratch, pre if with_gelu else None)
     expected, error = dy @ w, sum_error(abs(dy) @ abs(w), OC)
     if with_gelu:
         ones = by_oracle("gelu_backward", np.empty((R, C)), u, np.ones((R, C)))
@@ -137,37 +140,40 @@ MUTATIONS = [
     ("store_columns", "named_barrier", 0, "forward", "race"),
     ("store_columns", "fence_proxy_async", 0, "forward", "without fence_proxy_async"),
     ("store_columns", "named_barrier", 1, "forward", "race"),
-    ("activation", "tma_store_wait_read(0)", 0, "input_gradient", "race"),
-    ("store_gelu_gradient", "mbarrier_wait", 0, "input_gradient", "race"),
-    ("store_gelu_gradient", "fence_proxy_async", 0, "input_gradient", "without fence_proxy_async"),
-    ("store_gelu_gradient", "named_barrier", 0, "input_gradient", "race"),
-    ("store_gelu_gradient", "tma_store_wait_read(1)", 0, "input_gradient", "race"),
-    ("gradient", "fence_proxy_async()", 0, "weight_gradient", "without fence_proxy_async"),
+    ("product", "tma_store_wait_read(0)", 0, "input_gradient", "race"),
+    ("store_times_slope", "mbarrier_wait", 0, "input_gradient", "race"),
+    ("store_times_slope", "fence_proxy_async", 0, "input_gradient", "without fence_proxy_async"),
+    ("store_times_slope", "named_barrier", 0, "input_gradient", "race"),
+    ("store_times_slope", "tma_store_wait_read(1)", 0, "input_gradient", "race"),
+    ("product", "fence_proxy_async()", 0, "weight_gradient", "without fence_proxy_async"),
     ("add_piece", "mbarrier_wait", 0, "weight_gradient", "race"),
     ("add_piece", "named_barrier", 0, "weight_gradient", "race"),
     ("add_piece", "mbarrier_arrive", 0, "weight_gradient", "deadlock"),
-    ("gradient", "store_flag(flags + int64(slot) * 4, 1)", 0, "weight_gradient", "deadlock: a flag"),
+    ("publish_part", "store_flag(flag, 1)", 0, "weight_gradient", "deadlock: a flag"),
 ]
 
 
 def without_line(function, text, number):
-    """wgmma_product.py without the number-th line of a function that contains text."""
-    lines = Path(wgmma_product.__file__).read_text().splitlines()
+    """The function without its number-th line that contains text."""
+    file = wgmma_product if function == "product" else sys.modules[getattr(wgmma_product, function).__module__]
+    lines = Path(file.__file__).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if f"def {function}(" in line)
     at = [i for i in range(start, len(lines)) if text in lines[i]][number]
     lines[at] = lines[at][: len(lines[at]) - len(lines[at].lstrip())] + "pass"
     module = ModuleType("mutated")
     exec(compile("\n".join(lines), f"without {text}", "exec"), module.__dict__)
-    return module
+    return getattr(module, "product_kernel" if function == "product" else function)
 
 
 @pytest.mark.parametrize("function, text, number, way, message", MUTATIONS)
 def test_simulator_finds_what_is_left_out(bf16, monkeypatch, function, text, number, way, message):
     if not SIMULATED:
         pytest.skip("a GPU computes something wrong, or nothing")
-    module = without_line(function, text, number)
-    monkeypatch.setattr(matmul_wgmma, "activation_kernel", module.activation_kernel)
-    monkeypatch.setattr(matmul_wgmma, "gradient_kernel", module.gradient_kernel)
+    changed = without_line(function, text, number)
+    if function == "product":
+        monkeypatch.setattr(matmul_wgmma, "product_kernel", changed)
+    else:
+        monkeypatch.setattr(wgmma_product, function, changed)
     monkeypatch.setattr(matmul_wgmma, "multiprocessors", lambda: 3 if way == "weight_gradient" else 1)
     with pytest.raises(Exception, match=message):
         if way == "forward":

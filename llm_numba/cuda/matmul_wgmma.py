@@ -35,7 +35,10 @@ def supports(dtype, R: int, C: int, OC: int) -> str:
 
 
 def forward(out, inp, weight, bias, scratch, pre=None):
-    """out (R, OC) = inp (R, C) @ weight (OC, C).T + bias (OC,) or None. With pre (R, OC): pre = that, out = GELU(pre)."""
+    """out (R, OC) = inp (R, C) @ weight (OC, C).T + bias (OC,) or None.
+
+    With pre (R, OC): pre = that, out = GELU(pre).
+    """
     end, vector = (BIAS if pre is None else GELU), (0 if bias is None else address_of(bias))
     operands = tensor_map(inp, TILE_M), tensor_map(weight, TILE_N)
     launch((0, 0, end), outputs(out, pre), operands, vector, scratch, (*out.shape, inp.shape[1]))
@@ -82,8 +85,8 @@ class Schedule(NamedTuple):
 
 @functools.cache
 def schedule(M: int, N: int, K: int, blocks: int) -> Schedule:
-    """The fastest of: every tile by one block; the tiles of the last round split, each with the help of 1, 2, ... blocks,
-    or of as many as there are.
+    """The fastest of: every tile by one block; the tiles of the last round split, each with the help of 1, 2, ...
+    blocks, or of as many as there are.
     """
     tiles, steps = blocks_for(M, TILE_M) * blocks_for(N, TILE_N), blocks_for(K, DEPTH)
     rounds, splits = divmod(tiles, blocks)
