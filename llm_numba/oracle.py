@@ -25,7 +25,7 @@ def encoder_forward(out, tokens, wte, wpe):
     out[...] = wte[tokens] + wpe[: tokens.shape[1]]
 
 
-def encoder_backward(dwte, dwpe, dout, tokens):
+def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     np.add.at(dwte, tokens, dout)  # a token may occur many times
     dwpe[: tokens.shape[1]] += dout.sum(axis=0)
 

@@ -2,7 +2,7 @@
 
 Every product of a GPT-2's training step, in the step's order, each layer with tensors of its own, is captured in a CUDA
 graph. The graphs of the variants take turns; the medians are compared with cuBLAS (through PyTorch, if it is
-installed), whose graph has the products alone: no bias, GELU or bias gradients.
+installed), whose graph has the products alone: no bias, GELU or bias gradients. Attention: see attention_variants.py.
 """
 
 import argparse
@@ -266,22 +266,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="d12", help="a preset of GPT-2 (default: d12)")
     parser.add_argument("--shapes", default="4x1024,32x1024", help="B x T of a step (default: 4x1024,32x1024)")
-    parser.add_argument("--variants", default="", help="of matmul, separated by commas (default: all)")
+    parser.add_argument("--families", default="matmul,attention", help="separated by commas (default: all)")
+    parser.add_argument("--variants", default="", help="of each family, separated by commas (default: all)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--total-only", action="store_true", help="do not time each product by itself")
     args = parser.parse_args(argv)
+    from llm_numba.bench import attention_variants
     from llm_numba.cuda.variants import FAMILIES
 
-    names = args.variants.split(",") if args.variants else list(FAMILIES["matmul"])
-    if not args.no_check:
-        print("largest error relative to the largest element, against float64", flush=True)
-        for name in names:
-            start = time.perf_counter()
-            check(name, importlib.import_module(f"llm_numba.cuda.matmul_{name}"))
-            print(f"  {name}: {time.perf_counter() - start:.1f} s with compilation", flush=True)
-    for shape in args.shapes.split(","):
-        time_matmul(GPT2.PRESETS[args.model], *map(int, shape.split("x")), names, args.rounds, not args.total_only)
+    model, shapes = GPT2.PRESETS[args.model], [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    for family in args.families.split(","):
+        names = args.variants.split(",") if args.variants else list(FAMILIES[family])
+        if not args.no_check:
+            print(f"\n{family}: errors against float64", flush=True)
+            for name in names:
+                start = time.perf_counter()
+                variant = importlib.import_module(f"llm_numba.cuda.{family}_{name}")
+                (check if family == "matmul" else attention_variants.check)(name, variant)
+                print(f"  {name}: {time.perf_counter() - start:.1f} s with compilation", flush=True)
+        for B, T in shapes:
+            if family == "matmul":
+                time_matmul(model, B, T, names, args.rounds, not args.total_only)
+            else:
+                attention_variants.time_attention(model, B, T, names, args.rounds)
     return 0
 
 

@@ -27,7 +27,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from llm_numba.cuda.jit import SIMULATED, int64
-from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, instruction
+from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, address, instruction  # noqa: F401
 
 I8, I64, F32 = ir.IntType(8), ir.IntType(64), ir.FloatType()
 WORD, INDEX = types.uint32, types.int32
@@ -123,10 +123,17 @@ load_constant_pair = instruction("ld.global.nc.b32 $0, [$1];", "=r,l", (ADDRESS,
 load_constant_16_bytes = instruction(
     "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", (ADDRESS,), FRAGMENT, pure=True
 )
-# a word by which blocks tell each other that something is written: everything this thread knows to be written before
-# store_flag can be read after a load_flag that returns its value
-load_flag = instruction("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", (ADDRESS,), WORD)
+# a count by which blocks tell each other what is written: everything this thread knows to be written before store_flag
+# can be read after a wait_flag for that count
 store_flag = instruction("fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [$0], $1;", "l,r", (ADDRESS, WORD))
+clear_flag = instruction("st.relaxed.gpu.global.b32 [$0], 0;", "l", (ADDRESS,))  # nothing becomes readable by it
+# (address, count): wait until the flag is at least that
+wait_flag = instruction(
+    "{ .reg .pred less; .reg .b32 flag; again: ld.acquire.gpu.global.b32 flag, [$0]; setp.lt.u32 less, flag, $1; "
+    "@less bra again; }",
+    "l,r",
+    (ADDRESS, WORD),
+)
 
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", (FLOAT,), FLOAT, pure=True)
 # two bf16 in a register <- two float32, the first in the lower half; and back
@@ -380,6 +387,21 @@ def clear(typingctx, array, count):
     def codegen(context, builder, sig, args):
         data = context.make_array(array)(context, builder, value=args[0]).data
         store_registers(builder, data, [ir.Constant(F32, 0.0)] * size)
+
+    return signature(types.void, array, count), codegen
+
+
+@intrinsic
+def forget(typingctx, array, count):
+    """The first `count` elements of a local array of float32 = anything: their registers are free until the next write.
+
+    A product that does not accumulate still names its sums' old values; without this they would keep their registers.
+    """
+    size = literal(count)
+
+    def codegen(context, builder, sig, args):
+        data = context.make_array(array)(context, builder, value=args[0]).data
+        store_registers(builder, data, [ir.Constant(F32, ir.Undefined)] * size)
 
     return signature(types.void, array, count), codegen
 

@@ -43,6 +43,7 @@ class Shared:
         self.read = np.zeros((granules, warps + groups), np.int64)
         self.unfenced = np.full(granules, -1)
         self.barriers, self.meetings, self.deposits, self.stores = {}, {}, {}, {}
+        self.flag_waiters = []
         for warp in range(warps):
             self.knows[warp, warp] = UNFINISHED
 
@@ -271,6 +272,11 @@ def ldmatrix(address):
 # Global memory
 
 
+def address(array):
+    array = getattr(array, "_item", array)
+    return np.int64(getattr(array, "_ary", array).ctypes.data)
+
+
 def load_float(address):
     return memory_at(address, 4, np.float32)[0]
 
@@ -311,15 +317,21 @@ def load_constant_16_bytes(address):
     return tuple(memory_at(address, 16, np.uint32).copy())
 
 
-def load_flag(address):
-    thread, _ = here()
-    thread.flag_loads = getattr(thread, "flag_loads", 0) + 1
-    assert thread.flag_loads < 10000, "deadlock: a flag that is never set, as blocks run one after the other"
-    return memory_at(address, 4, np.uint32)[0]
-
-
 def store_flag(address, value):
+    thread, shared = here()
     memory_at(address, 4, np.uint32)[0] = value
+    thread.block.wake(shared.flag_waiters)
+
+
+def clear_flag(address):
+    memory_at(address, 4, np.uint32)[0] = 0
+
+
+def wait_flag(address, count):
+    thread, shared = here()
+    while memory_at(address, 4, np.uint32)[0] < count:
+        shared.flag_waiters.append(thread)
+        thread.block.wait(thread, f"a flag to become {count}")
 
 
 def reciprocal(x):
@@ -657,6 +669,10 @@ def settle(array, count):
 
 def clear(array, count):
     array[:count] = 0
+
+
+def forget(array, count):
+    array[:count] = np.nan
 
 
 def unrolled(count, function, arguments):

@@ -20,7 +20,7 @@ from llm_numba.cuda.wgmma_tiles import DEPTH, TILE_M
 TILE_N = 192
 GROUP, WIDE = 16, 32  # rows of tiles in a group if there are more than WIDE columns of tiles, else 1
 # steps that an owner waits after the helpers have multiplied, and that adding each of their parts takes
-HANDOVER, ADDITION = sized(7, 0), sized(2, 0)
+HANDOVER, ADDITION = sized(7, 0), sized(4, 0)
 
 product_kernel = functools.cache(product_kernel)
 
@@ -85,8 +85,10 @@ class Schedule(NamedTuple):
 
 @functools.cache
 def schedule(M: int, N: int, K: int, blocks: int) -> Schedule:
-    """The fastest of: every tile by one block; the tiles of the last round split, each with the help of 1, 2, ...
-    blocks, or of as many as there are.
+    """The fastest of: every tile by one block; the tiles of the last round split.
+
+    Every split tile has the same number of helpers if there are enough: blocks that read the same rows then do so at
+    the same time, and find them in L2.
     """
     tiles, steps = blocks_for(M, TILE_M) * blocks_for(N, TILE_N), blocks_for(K, DEPTH)
     rounds, splits = divmod(tiles, blocks)
@@ -104,8 +106,8 @@ def schedule(M: int, N: int, K: int, blocks: int) -> Schedule:
         return plan.owned + ADDITION * parts if plan.helpers else steps
 
     most = blocks - splits
-    choices = [split(helpers) for helpers in (*range(splits, most + 1, splits), most) if helpers and steps > 1]
-    return min([whole, *choices], key=cost)
+    choices = range(splits, most + 1, splits) if most >= splits else [most]
+    return min([whole, *map(split, choices if steps > 1 else [])], key=cost)
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """GPU memory for the arena: allocation, views, copies; and CUDA graphs, which replay the launches of a step."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
+from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, driver_result, kernel, sized, stream
 from llm_numba.util import host
 
 DRIVER_RESERVE = 512 * 2**20  # bytes; the driver loads kernels there
@@ -60,11 +61,13 @@ def copy(out, inp) -> None:
 
 
 def to_device(tensor, host) -> None:
-    """tensor = host, an array or a number of any precision."""
+    """tensor = host, an array or a number of any precision.
+
+    CUDA has read `host` when this returns, as it is not page-locked; the tensor gets it in the order of the stream.
+    """
     values = np.broadcast_to(np.asarray(host), tensor.shape)
     values = values.astype(bfloat16).view(np.uint16) if tensor.dtype == np.uint16 else values.astype(tensor.dtype)
     tensor.copy_to_device(np.ascontiguousarray(values), stream=stream())
-    synchronise()
 
 
 def to_host(tensor) -> np.ndarray:
@@ -90,11 +93,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
         return function
     from cuda.bindings import driver
 
-    def check(result):
-        error, *values = result
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"capturing the CUDA graph failed: {error.name}")
-        return values[0] if values else None
+    check = functools.partial(driver_result, what="capturing a CUDA graph")
 
     def captured():
         handle = stream().handle

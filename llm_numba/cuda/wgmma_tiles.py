@@ -17,14 +17,14 @@ the same. Helpers are the first blocks and owners the last, so no block waits fo
 from llm_numba.cuda.hopper import (
     CHUNK,
     bulk_load,
-    clear,
+    clear_flag,
     descriptor,
     divide,
     expanded,
     fence_mbarrier_init,
     fence_proxy_async_global,
+    forget,
     inlined,
-    load_flag,
     load_shared_float2,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -36,6 +36,7 @@ from llm_numba.cuda.hopper import (
     store_flag,
     store_float2,
     tma_load_2d,
+    wait_flag,
     wgmma,
     wgmma_wait,
 )
@@ -143,7 +144,7 @@ def multiply_steps(
     turn: how many turns it had before; size: of sums
     """
     a, b = descriptor(shared, BOX), descriptor(shared + A_TILE, BOX)
-    clear(sums, size)
+    forget(sums, size)
     mbarrier_wait(barriers + TURN + 8 * consumer, turn + consumer + 1 & 1)
     k, read = uint32(0), uint32(0)
     while k < steps:
@@ -184,9 +185,8 @@ def publish_part(flag, thread, consumer):
 @inlined
 def load_part(shared, barriers, position, part, flag, size, STAGE):
     """The producer of an owner: wait for a part, and copy it to the ring in pieces. Returns the position after them."""
-    while load_flag(flag) == 0:
-        pass
-    store_flag(flag, 0)  # for the next launch
+    wait_flag(flag, 1)
+    clear_flag(flag)  # for the next launch
     fence_proxy_async_global()
     for i in range(-(-size // 2 // PIECE)):
         stage = uint32(position & (STAGES - 1))

@@ -12,20 +12,22 @@ from llm_numba.cuda.hopper import (
     add_float4,
     bulk_load,
     clear,
+    clear_flag,
     descriptor,
     divide,
     dynamic_shared,
     fence_mbarrier_init,
     fence_proxy_async,
+    forget,
     inlined,
     ldmatrix,
     load_constant_16_bytes,
     load_constant_pair,
-    load_flag,
     load_float,
     load_float4,
     load_shared_16_bytes,
     load_shared_float,
+    load_shared_float2,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
@@ -60,6 +62,7 @@ from llm_numba.cuda.hopper import (
     uniform,
     unpack,
     unrolled,
+    wait_flag,
     wgmma,
     wgmma_open,
     wgmma_rs,
@@ -111,10 +114,11 @@ def every_instruction(out, tensor_map, memory):
         settle(sums, 32)
         settle(a, 32)
         unrolled(32, write_sum, (out, sums))
+        forget(sums, 32)
 
         stmatrix(shared, ldmatrix(shared))
         store_shared_16_bytes(shared, load_shared_16_bytes(shared))
-        store_shared_float(shared, load_shared_float(shared))
+        store_shared_float(shared, load_shared_float(shared) + load_shared_float2(shared)[1])
         fence_proxy_async()
         named_barrier(1, 128)
         sync_warp()
@@ -130,7 +134,9 @@ def every_instruction(out, tensor_map, memory):
         add_float(memory, sums[0])
         add_float2(memory, sums[0], sums[1])
         add_float4(memory, load_float4(memory))
-        store_flag(memory, load_flag(memory))
+        clear_flag(memory)
+        store_flag(memory, 1)
+        wait_flag(memory, 1)
         low, high = unpack(load_constant_pair(memory) ^ load_constant_16_bytes(memory)[0])
         out[remainder(opaque(5), 3) + divide(7, 2)] = shuffle_xor(low + high, 1)
 
