@@ -17,7 +17,7 @@ from llm_numba.cuda.wgmma_ends import BIAS, GELU, GELU_BACKWARD, GRADIENT, GRADI
 from llm_numba.cuda.wgmma_product import BLOCK, product_kernel
 from llm_numba.cuda.wgmma_tiles import DEPTH, TILE_M
 
-TILE_N = 192
+WIDTHS = {192: 1.0, 128: 0.72}  # TILE_N of the kernels -> the time of a tile, relative to that of the first
 GROUP, WIDE = 16, 32  # rows of tiles in a group if there are more than WIDE columns of tiles, else 1
 # steps that an owner waits after the helpers have multiplied, and that adding each of their parts takes
 HANDOVER, ADDITION = sized(7, 0), sized(4, 0)
@@ -39,9 +39,10 @@ def forward(out, inp, weight, bias, scratch, pre=None):
 
     With pre (R, OC): pre = that, out = GELU(pre).
     """
+    OC, C = weight.shape
     end, vector = (BIAS if pre is None else GELU), (0 if bias is None else address_of(bias))
-    operands = tensor_map(inp, TILE_M), tensor_map(weight, TILE_N)
-    launch((0, 0, end), outputs(out, pre), operands, vector, scratch, (*out.shape, inp.shape[1]))
+    operands = tensor_map(inp, TILE_M), tensor_map(weight, tile_width(OC))
+    launch((0, 0, end), outputs(out, pre), operands, vector, scratch, (*out.shape, C))
 
 
 def input_gradient(dinp, dout, weight, scratch, pre=None):
@@ -66,11 +67,16 @@ def outputs(out, pre):
 
 def launch(kind, results, operands, vector, scratch, sizes, accumulate=False):
     """Launch the kernel of this kind: (a_transposed, b_transposed, end). sizes: M, N, K of the product."""
-    kernel, plan = product_kernel(*kind, TILE_N), schedule(*sizes, multiprocessors())
+    kernel, plan = product_kernel(*kind, tile_width(sizes[1])), schedule(*sizes, multiprocessors())
     parts = (address_of(scratch), address_of(flags())) if plan.helpers else (0, 0)
-    group = GROUP if blocks_for(sizes[1], TILE_N) > WIDE else 1
+    group = GROUP if blocks_for(sizes[1], tile_width(sizes[1])) > WIDE else 1
     start = with_shared(kernel, plan.blocks, BLOCK, kernel.shared_bytes)
     start(*results, *operands, vector, *parts, *sizes, group, *plan[1:], int(accumulate))
+
+
+def tile_width(N: int) -> int:
+    """TILE_N of the kernel for a result with N columns."""
+    return min(WIDTHS, key=lambda width: blocks_for(N, width) * WIDTHS[width])
 
 
 class Schedule(NamedTuple):
@@ -90,7 +96,7 @@ def schedule(M: int, N: int, K: int, blocks: int) -> Schedule:
     Every split tile has the same number of helpers if there are enough: blocks that read the same rows then do so at
     the same time, and find them in L2.
     """
-    tiles, steps = blocks_for(M, TILE_M) * blocks_for(N, TILE_N), blocks_for(K, DEPTH)
+    tiles, steps = blocks_for(M, TILE_M) * blocks_for(N, tile_width(N)), blocks_for(K, DEPTH)
     rounds, splits = divmod(tiles, blocks)
     whole = Schedule(min(tiles, blocks), tiles)
     if not splits:
@@ -124,7 +130,7 @@ def flags():
 def scratch_size(kind, M: int, N: int, K: int) -> int:
     """Floats of scratch for the parts of a product."""
     plan = schedule(M, N, K, multiprocessors())
-    return (plan.helpers + plan.splits - 1) * product_kernel(*kind, TILE_N).part_floats if plan.helpers else 0
+    return (plan.helpers + plan.splits - 1) * product_kernel(*kind, tile_width(N)).part_floats if plan.helpers else 0
 
 
 def forward_scratch(R: int, C: int, OC: int) -> int:

@@ -49,7 +49,7 @@ STAGES = 1 << LOG_STAGES
 A_TILE = TILE_M * DEPTH * 2  # bytes from the start of a stage to its tile of b
 EMPTY, TURN, OTHERS = 8 * STAGES, 16 * STAGES, 16 * STAGES + 16  # bytes from the first mbarrier
 ROW = 8 * CONSUMER  # bytes of 2 registers of each thread of a consumer
-PIECE = 36  # such rows of a part that go through a stage at once
+PIECE = 32  # such rows of a part that go through a stage at once: the smallest stage has as many
 
 
 @inlined
