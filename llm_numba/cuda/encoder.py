@@ -3,6 +3,7 @@
 from numba import cuda
 
 from llm_numba.cuda.jit import blocks_for, float32, int32, kernel, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
 
 ZERO = float32(0)
 BLOCK = sized(256, 4)  # threads
@@ -14,21 +15,24 @@ ROWS = 4  # rows that a thread loads from at a time
 
 
 @kernel
-def encoder_forward_kernel(out, tokens, wte, wpe):
-    """out (B, T, C) = wte (Vp, C)[tokens (B, T)] + wpe (at least T, C).
+def encoder_forward_kernel(out, tokens, wte, wpe, position, with_position):
+    """out (B, T, C) = wte (Vp, C)[tokens (B, T)] + wpe (at least T, C), the latter from row position[0] on if
+    with_position. A token below 0 counts as 0.
 
     Grid: (T, B, C / (BLOCK * EACH)); block: BLOCK; a thread owns EACH channels of a row, BLOCK apart, so accesses are
     coalesced. Moves: 2*B*T*C + T*C elements.
     """
     t, b, C = uint32(cuda.blockIdx.x), uint32(cuda.blockIdx.y), out.shape[2]
     first = uint32(cuda.blockIdx.z) * BLOCK * EACH + uint32(cuda.threadIdx.x)  # unsigned: no check for negative indices
-    token = uint32(tokens[b, t])
+    let_next_start()
+    wait_for_previous()
+    token, row = uint32(max(tokens[b, t], 0)), t + uint32(position[0] if with_position else 0)
     sums = cuda.local.array(EACH, float32)
     # load everything before the first store: the compiler does not move a load before an earlier store
     for k in range(EACH):
         c = first + k * BLOCK
         if c < C:
-            sums[k] = to_float(wte[token, c]) + to_float(wpe[t, c])
+            sums[k] = to_float(wte[token, c]) + to_float(wpe[row, c])
     for k in range(EACH):
         c = first + k * BLOCK
         if c < C:
@@ -133,8 +137,23 @@ def encoder_forward(out, tokens, wte, wpe):
     Expects:  0 <= tokens < Vp, unchecked
     Source:   Radford et al. 2019, GPT-2
     """
+    launch_forward(out, tokens, wte, wpe, tokens.reshape(-1), False)  # the position is not read, but must be an array
+
+
+def encoder_forward_at(out, tokens, wte, wpe, position):
+    """The same for tokens in the middle of a sequence.
+
+    out (B, T, C) <- tokens (B, T) int32, wte (Vp, C), wpe (at least position + T, C), position (1,) int32
+    Writes:   out[b, t] = wte[tokens[b, t]] + wpe[position + t]; a token below 0 counts as 0
+    Expects:  tokens < Vp, unchecked
+    """
+    launch_forward(out, tokens, wte, wpe, position, True)
+
+
+def launch_forward(out, tokens, wte, wpe, position, with_position):
     B, T, C = out.shape
-    encoder_forward_kernel[(T, B, blocks_for(C, BLOCK * EACH)), BLOCK, stream()](out, tokens, wte, wpe)
+    launch = overlapping(encoder_forward_kernel, (T, B, blocks_for(C, BLOCK * EACH)), BLOCK)
+    launch(out, tokens, wte, wpe, position, with_position)
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
