@@ -489,9 +489,8 @@ for rung in PRODUCT.rungs[:-1]:
 # - **Swizzled offsets.** Instead of adding columns of padding, the kernel permutes the 16-byte chunks within a row, by
 #   an exclusive or with the row index: no bank conflicts, and no memory wasted.
 #
-# These instructions exist on GPUs only. In the simulator, `multiply` uses the ordinary kernel, with bf16 operands, and
-# that is what `check` has compared with float64 above. On a GPU it uses the tensor cores if rows are multiples of 8
-# elements.
+# These instructions exist on GPUs only. In the simulator, `multiply` is the function of `matmul_simt.py` instead, with
+# bf16 operands, and that is what `check` has compared with float64 above.
 #
 # 100% is here what `mma` alone reaches on the GPU, without loads. (Hopper GPUs have a further instruction, `wgmma`,
 # which is faster; cuBLAS uses it there, so its line may be above 100%.)

@@ -90,7 +90,7 @@ print(f"the formula behind the log's share of peak: {formula / 1e12:.6g} TFLOP; 
 assert formula == flops
 
 # %% [markdown]
-# Nearly all of the computation is in `matmul_forward` and `matmul_backward`, while more than half of the bytes are
+# Nearly all of the computation is in the ops with `matmul` in their names, while more than half of the bytes are
 # elsewhere. So a step consists of a few compute-bound ops and many memory-bound ones; the previous lessons treated the
 # two kinds differently. (`residual_backward` moves nothing at all here: under the memory plan `reuse` its two tensors
 # share the same memory. `zero`, `copy`, `clip` and `add_mean` are small helpers.)
@@ -538,7 +538,7 @@ print("\n".join(table(["", "ms per step", "rate", "of this machine's peak", "spe
 # | `layernorm_forward` | `layernorm_forward` | `F.layer_norm` |
 # | `matmul_forward` | `matmul_forward` | `F.linear` |
 # | `attention_forward` | `attention_forward` | `F.scaled_dot_product_attention(..., is_causal=True)` |
-# | `gelu_forward` | `gelu_forward` | `F.gelu(..., approximate="tanh")` |
+# | `matmul_gelu_forward` | `matmul_forward`, `gelu_forward` | `F.gelu(F.linear(...), approximate="tanh")` |
 # | `residual_layernorm_forward` | `residual_forward`, `layernorm_forward` | `x + y`, `F.layer_norm` |
 # | `fused_classifier` | `softmax_forward`, `crossentropy_forward` | `F.cross_entropy` |
 # | `GPT2.backward`, by hand | `gpt2_backward`, by hand | `loss.backward()`, by autograd |

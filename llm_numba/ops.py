@@ -27,7 +27,12 @@ CONTRACT = {
         "encoder_backward": ("dwte", "dwpe"),
     },
     "layernorm": {"layernorm_forward": ("out", "mean", "rstd"), "layernorm_backward": ("dinp", "dweight", "dbias")},
-    "matmul": {"matmul_forward": ("out",), "matmul_backward": ("dinp", "dweight", "dbias")},
+    "matmul": {
+        "matmul_forward": ("out",),
+        "matmul_gelu_forward": ("out", "pre"),
+        "matmul_backward": ("dinp", "dweight", "dbias"),
+        "gelu_matmul_backward": ("dpre", "dweight", "dbias"),
+    },
     "attention": {
         "attention_forward": ("out", "lse"),
         "attention_backward": ("dqkv",),

@@ -72,6 +72,16 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
         store(dbias, dout.sum(axis=(0, 1)), accumulate)
 
 
+def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
+    matmul_forward(pre, inp, weight, bias, scratch)
+    gelu_forward(out, pre)
+
+
+def gelu_matmul_backward(dpre, dweight, dbias, dout, inp, weight, pre, scratch, accumulate):
+    matmul_backward(dpre, dweight, dbias, dout, inp, weight, scratch, accumulate)
+    gelu_backward(dpre, pre, dpre)
+
+
 def attention_forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
     """out = softmax(q kT / sqrt(HS)) v, lse = the log-sum-exp of each query's scores."""
     q, k, v = queries_keys_values(qkv, num_heads, num_kv_heads)

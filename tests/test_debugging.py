@@ -164,7 +164,7 @@ def test_looking_for_what_is_not_finite_changes_nothing(compiled, text, tmp_path
 @pytest.mark.parametrize(
     "name, index, value, found",
     [
-        ("fcw", (1, 5, 3), np.nan, "layer 1 fch[0, 0, 5] is nan after matmul_forward"),
+        ("fcw", (1, 5, 3), np.nan, "layer 1 fch_gelu[0, 0, 5] is nan after matmul_gelu_forward"),
         ("qkvb", (0, 47), np.inf, "layer 0 qkv[0, 0, 47] is inf after matmul_forward"),
         ("ln2b", (1, 2), -np.inf, "layer 1 ln2[0, 0, 2] is -inf after residual_layernorm_forward"),
         ("wpe", (3, 7), np.nan, "encoded[0, 3, 7] is nan after encoder_forward"),
@@ -202,5 +202,5 @@ def test_a_gradient_that_is_not_finite(text, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(gelu, "gelu_backward", gelu_backward)
     line = refused(capfd, *SMALL, "--data", text, "--check-finite", "--device", "cpu", "--out", tmp_path / "run")
-    assert "step 1: layer 1 dfch[0, 6, 33] is inf after gelu_backward" in line
+    assert "step 1: layer 1 dfch[0, 6, 33] is inf after gelu_matmul_backward" in line
     assert "; 1 of the tensor's 512 elements" in line

@@ -18,7 +18,7 @@ from llm_numba.ops import WRITES, Ops, get_ops
 B, T, L = 2, 3, 2
 LEAST = GPT2(max_seq_len=4, vocab_size=5, num_layers=L, num_heads=2, channels=8)
 FORWARD = "ln1 ln1_mean ln1_rstd qkv lse atty attproj residual2 ln2 ln2_mean ln2_rstd fch fch_gelu fcproj residual3"
-BACKWARD = "dresidual3 dfch_gelu dfch dln2 dresidual2 datty dqkv dln1"
+BACKWARD = "dresidual3 dfch dln2 dresidual2 datty dqkv dln1"
 GRADIENTS = "dfcprojb dfcprojw dfcb dfcw dln2b dln2w dattprojb dattprojw dqkvb dqkvw dln1b dln1w"
 ORDER = [
     "encoded",
@@ -121,25 +121,27 @@ FAULTS = [
     ("residual_layernorm_forward", 3, 1, "1.ln1_rstd"),
     ("residual_layernorm_forward", 0, 3, "1.residual3"),
     ("residual_layernorm_forward", 1, 3, "lnf"),
-    ("matmul_forward", 0, 4, "1.qkv"),
-    ("matmul_forward", 0, 8, "logits"),
+    ("matmul_forward", 0, 3, "1.qkv"),
+    ("matmul_forward", 0, 6, "logits"),
     ("attention_forward", 0, 1, "1.atty"),
     ("attention_forward", 1, 0, "0.lse"),
-    ("gelu_forward", 0, 1, "1.fch_gelu"),
+    ("matmul_gelu_forward", 0, 1, "1.fch_gelu"),
+    ("matmul_gelu_forward", 1, 0, "0.fch"),
     ("fused_classifier", 1, 0, "losses"),
     ("fused_classifier", 0, 1, "dlogits"),  # the second time with gradients
     ("matmul_backward", 0, 0, "dlnf"),
     ("layernorm_backward", 0, 0, "1.dresidual3"),
-    ("matmul_backward", 0, 1, "1.dfch_gelu"),
-    ("gelu_backward", 0, 0, "1.dfch"),
-    ("gelu_backward", 0, 1, "0.dfch"),
+    ("gelu_matmul_backward", 0, 0, "1.dfch"),
+    ("gelu_matmul_backward", 0, 1, "0.dfch"),
+    ("matmul_backward", 0, 1, "1.dln2"),
     ("layernorm_backward", 0, 1, "1.dresidual2"),
     ("layernorm_backward", 0, 2, "0.dresidual3"),
     ("attention_backward", 0, 1, "0.dqkv"),
     ("layernorm_backward", 0, 4, "dencoded"),
     ("layernorm_backward", 1, 0, "dlnfw"),
-    ("matmul_backward", 1, 2, "1.dfcw"),
-    ("matmul_backward", 2, 8, "0.dqkvb"),
+    ("gelu_matmul_backward", 1, 0, "1.dfcprojw"),
+    ("matmul_backward", 1, 1, "1.dfcw"),
+    ("matmul_backward", 2, 6, "0.dqkvb"),
     ("layernorm_backward", 2, 4, "0.dln1b"),
     ("encoder_backward", 1, 0, "dwpe"),
     ("encoder_backward", 0, 0, "dwte"),
@@ -167,7 +169,7 @@ def test_a_fault_is_found_where_it_is(compare, op, position, call, tensor, kind)
 
 def test_the_numbers_of_a_row(compare):
     """One element of 0.dfch is off by a tenth of the root mean square of all 2 * 3 * 32."""
-    fault = {"gelu_backward": one_element(0, 1, 0.1)}
+    fault = {"gelu_matmul_backward": one_element(0, 1, 0.1)}
     row = compare(broken="cudasim", faults=fault)[1]["0.dfch"]
     assert row.index == (1, 2, 31) and row.marked
     assert row.relative == pytest.approx(0.1 / np.sqrt(B * T * 32), rel=0.06)  # printed with two digits
@@ -202,7 +204,7 @@ def test_what_is_not_finite(compare, value):
         if call == 0:
             dinp[0, 1, 2] = value
 
-    status, rows, last = compare(broken="cpu", faults={"gelu_backward": fault})
+    status, rows, last = compare(broken="cpu", faults={"gelu_matmul_backward": fault})
     assert status == 1 and last.startswith("cpu is wrong: 1.dfch (") and last.endswith("cudasim is within rounding")
     assert rows["1.dfch"].index == (0, 1, 2) and rows["1.dfch"].errors[0] == np.inf
 
@@ -225,8 +227,8 @@ def test_weights_that_are_not_finite(compare, monkeypatch):
 
 def test_both_are_wrong(compare, monkeypatch):
     """The same fault in both, where a comparison of the two alone would see nothing; and one that is worse."""
-    both = {"gelu_backward": scaled(0, 0)}
-    worse = {"gelu_backward": scaled(0, 0, 1.04)}
+    both = {"gelu_matmul_backward": scaled(0, 0)}
+    worse = {"gelu_matmul_backward": scaled(0, 0, 1.04)}
     for faults, said in ((both, both), "as far"), ((both, worse), "cudasim is wrong: 1.dfch"):
         given = dict(zip(("cpu", "cudasim"), faults, strict=True))
         monkeypatch.setattr(diff, "get_ops", lambda device, dtype: numpy_device(dtype, given[device]))  # noqa: B023
@@ -240,7 +242,7 @@ def test_what_is_printed_of_a_heading(compare):
     """One row of each part, and every one that differs."""
     whole = compare("--devices", "cpu", "cudasim", "--all")[1]
     assert len(compare()[1]) == 2 + L + 3 + L + 2 + L - 1 < len(whole)
-    fault = {"gelu_backward": scaled(0, 1)}
+    fault = {"gelu_matmul_backward": scaled(0, 1)}
     rows = compare(broken="cpu", faults=fault)[1]
     everything = compare("--devices", "cpu", "cudasim", "--all", broken="cpu", faults=fault)[1]
     assert [name for name, row in rows.items() if row.marked] == [
@@ -264,9 +266,9 @@ def test_bf16(compare, position):
     assert status == 0
     errors = np.array([row.errors for row in rows.values()])
     assert 1e-3 < np.median(errors[:, position]) < 1e-2 and errors[:, 1 - position].max() < 1e-5
-    status, rows, last = compare(*flags, broken="cuda", faults={"gelu_backward": scaled(0, 0, 1.04)})
+    status, rows, last = compare(*flags, broken="cuda", faults={"gelu_matmul_backward": scaled(0, 0, 1.04)})
     assert status == 1 and last.startswith("cuda is wrong: 1.dfch") and last.endswith("cpu is within rounding")
-    status, rows, last = compare(*flags, broken="cpu", faults={"gelu_backward": scaled(0, 0, 1.0001)})
+    status, rows, last = compare(*flags, broken="cpu", faults={"gelu_matmul_backward": scaled(0, 0, 1.0001)})
     assert status == 1 and last.startswith("cpu is wrong: 1.dfch") and last.endswith("cuda is within rounding")
 
 
@@ -294,14 +296,14 @@ def test_a_fault_in_the_cpu(monkeypatch, capsys):
     """The real CPU beside NumPy, first as it is, then with one gradient 2% off."""
     monkeypatch.setitem(GPT2.PRESETS, "least", LEAST)
     cpu, given = get_ops("cpu"), {"cuda": numpy_device("fp32")}
-    gelu_backward = cpu.gelu_backward
+    gelu_matmul_backward = cpu.gelu_matmul_backward
 
-    def broken(dinp, inp, dout):
-        gelu_backward(dinp, inp, dout)
-        dinp *= np.float32(1.02)
+    def broken(dpre, *arguments):
+        gelu_matmul_backward(dpre, *arguments)
+        dpre *= np.float32(1.02)
 
     monkeypatch.setattr(diff, "get_ops", lambda device, dtype: given[device])
-    for ops, said in (cpu, "agree"), (cpu.replace(gelu_backward=broken), "cpu is wrong: 1.dfch"):
+    for ops, said in (cpu, "agree"), (cpu.replace(gelu_matmul_backward=broken), "cpu is wrong: 1.dfch"):
         given["cpu"] = ops
         assert run_here("--preset", "least", "--batch-size", B, program=diff) == int(said != "agree")
         assert said in read(capsys.readouterr().out)[1]

@@ -27,13 +27,26 @@ def sigmoid_error(inp):
     return UNIT * ((1 - sigmoid) * (4 * double_u + 3) + 3)
 
 
+def forward_error(inp):
+    """The error of GELU."""
+    return np.abs(inp) * ((sigmoid_error(inp) + UNIT) * parts(inp)[1] + TANH_ERROR) + TINY
+
+
+def slope_error(inp):
+    """The error of GELU'(x) = s + x s (1 - s) d2u: 1 - s loses a unit of s if s is near 1; ten more operations."""
+    _, s, d2u = parts(inp)
+    relative = sigmoid_error(inp)
+    second = np.abs(inp) * s * d2u
+    error = s * relative + second * (1 - s) * (2 * relative + 8 * UNIT) + second * s * relative + 4 * UNIT * s
+    return error + TANH_ERROR * (1 + np.abs(inp) * d2u)
+
+
 def check_forward(ops, place, inp, dtype="float32"):
     out = place(np.full(inp.shape, np.nan), dtype)
     arguments = out, place(inp, dtype)
     expected = by_oracle("gelu_forward", *arguments)
     ops.gelu_forward(*arguments)
-    error = np.abs(inp) * ((sigmoid_error(inp) + UNIT) * parts(inp)[1] + TANH_ERROR) + TINY
-    assert_close("out", out, expected, stored(dtype, expected, error))
+    assert_close("out", out, expected, stored(dtype, expected, forward_error(inp)))
 
 
 def check_backward(ops, place, inp, dout, dtype="float32"):
@@ -41,14 +54,7 @@ def check_backward(ops, place, inp, dout, dtype="float32"):
     arguments = dinp, place(inp, dtype), place(dout, dtype)
     expected = by_oracle("gelu_backward", *arguments)
     ops.gelu_backward(*arguments)
-    # s + x s (1 - s) d2u: 1 - s loses a unit of s if s is near 1; ten more operations
-    _, s, d2u = parts(inp)
-    relative = sigmoid_error(inp)
-    second = np.abs(inp) * s * d2u
-    error = s * relative + second * (1 - s) * (2 * relative + 8 * UNIT) + second * s * relative + 4 * UNIT * s
-    error += TANH_ERROR * (1 + np.abs(inp) * d2u)
-    error = np.abs(dout) * error + TINY
-    assert_close("dinp", dinp, expected, stored(dtype, expected, error))
+    assert_close("dinp", dinp, expected, stored(dtype, expected, np.abs(dout) * slope_error(inp) + TINY))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (97,)])

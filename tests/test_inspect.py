@@ -42,7 +42,7 @@ LAYER_ACTIVATIONS = {
 }
 GRADIENTS = {"dlogits": (B, T, Vp), "dlnf": STREAM, "dencoded": STREAM}
 LAYER_GRADIENTS = {
-    **{"dresidual3": STREAM, "dfch_gelu": WIDE, "dfch": WIDE, "dln2": STREAM, "dresidual2": STREAM},
+    **{"dresidual3": STREAM, "dfch": WIDE, "dln2": STREAM, "dresidual2": STREAM},
     **{"datty": STREAM, "dqkv": (B, T, 3 * C), "dln1": STREAM},
 }
 SHAPES = {

@@ -139,6 +139,25 @@ def test_matmul(normal, with_bias, accumulate):
         assert_gradient(dbias - accumulate, lambda x: forward(inp, weight, x), bias, dout)
 
 
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_gelu_between_matmuls(normal, accumulate):
+    """The MLP of a Transformer, differentiated from its output back to the input of GELU."""
+    inp, dout = normal(B, T, 4), normal(B, T, 4)
+    weight1, bias1, weight2, bias2 = normal(C, 4), normal(C), normal(4, C), normal(4)
+    active, pre = written(B, T, C), written(B, T, C)
+    oracle.matmul_gelu_forward(active, pre, inp, weight1, bias1, None)
+    dpre, dweight, dbias = written(B, T, C), np.ones((4, C)), np.ones(4)
+    oracle.gelu_matmul_backward(dpre, dweight, dbias, dout, active, weight2, pre, None, accumulate)
+
+    def mlp(shift, weight, bias):
+        active = first_of("matmul_gelu_forward", pre.shape, written(*pre.shape), inp, weight1, bias1 + shift, None)
+        return first_of("matmul_forward", dout.shape, active, weight, bias, None)
+
+    assert_gradient(dpre, lambda x: mlp(x, weight2, bias2), np.zeros((B, T, C)), dout)
+    assert_gradient(dweight - accumulate, lambda x: mlp(0, x, bias2), weight2, dout)
+    assert_gradient(dbias - accumulate, lambda x: mlp(0, weight2, x), bias2, dout)
+
+
 def attention(qkv, NH, NKV):
     """out and lse."""
     HS = qkv.shape[-1] // (NH + 2 * NKV)

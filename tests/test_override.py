@@ -27,15 +27,15 @@ NAIVE_OPS = {  # op -> MODULE:NAME, for the tested device: CPU functions do not 
 }[PACKAGE]
 OWN = {
     "cpu": """
-from llm_numba.cpu.gelu import gelu_forward as right
+from llm_numba.cpu.matmul import matmul_gelu_forward as right
 
-def own(out, inp):
-    right(out, inp)
+def own(out, pre, inp, weight, bias, scratch):
+    right(out, pre, inp, weight, bias, scratch)
     out *= {factor}
 """,
     "cuda": """
 from numba import cuda, float32
-from llm_numba.cuda.gelu import gelu_forward as right
+from llm_numba.cuda.matmul import matmul_gelu_forward as right
 from llm_numba.cuda.jit import blocks_for, stream
 
 @cuda.jit
@@ -44,8 +44,8 @@ def scale(x):
     if i < x.shape[0]:
         x[i] *= float32({factor})
 
-def own(out, inp):
-    right(out, inp)
+def own(out, pre, inp, weight, bias, scratch):
+    right(out, pre, inp, weight, bias, scratch)
     scale[blocks_for(out.size, 256), 256, stream()](out.reshape(-1))
 """,
 }[PACKAGE]
@@ -86,7 +86,7 @@ def test_naive_ops_train_like_the_fast_ones(tmp_path, text, usual):
 def test_a_file_of_one_s_own_and_how_wrong_it_is(tmp_path, text, usual, factor, off):
     own = tmp_path / "own.py"
     own.write_text(OWN.format(factor=factor))
-    run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", f"gelu_forward={own}:own")
+    run_here(*SMALL, "--data", text, "--out", tmp_path / "run", "--use", f"matmul_gelu_forward={own}:own")
     ((_, _, _, difference),) = comparisons(tmp_path / "run")
     assert difference == pytest.approx(off, rel=1e-3)
     pairs = zip(losses_of(tmp_path / "run"), losses_of(usual), strict=True)

@@ -51,7 +51,7 @@ def test_the_step_again(broken, tmp_path, capfd):
     """The same tensor is named, compiled or not, without the data, and as often as one likes."""
     folder, line = broken
     first, semicolon, rest = line.partition("; to run the saved step again")
-    assert "step 5: layer 1 fch[0, 0, 5] is nan after matmul_forward" in first
+    assert "step 5: layer 1 fch_gelu[0, 0, 5] is nan after matmul_gelu_forward" in first
     assert rest.endswith(f"llm-numba replay {folder}\n")
     before = files_in(folder)
     for arguments in (folder,), (folder / "bad_step.safetensors",), (folder, "--device", "cpu"):
@@ -194,10 +194,11 @@ def test_a_nan_of_an_op_of_use(tmp_path, text, capfd):
     """The step is saved, and its replay uses the op too; the warm-up and the comparison of the ops go through."""
     own = tmp_path / "own.py"
     own.write_text(
-        "from llm_numba.cpu.gelu import gelu_forward\n\n"
-        "def bad(pre, x):\n    gelu_forward(pre, x)\n    pre[0, 0, 3] = float('nan')\n"
+        "from llm_numba.cpu.matmul import matmul_gelu_forward\n\n"
+        "def bad(y, x, a, w, b, memory):\n"
+        "    matmul_gelu_forward(y, x, a, w, b, memory)\n    y[0, 0, 3] = float('nan')\n"
     )
-    use, folder = ("--use", f"gelu_forward={own}:bad", "--device", "cpu"), tmp_path / "run"
+    use, folder = ("--use", f"matmul_gelu_forward={own}:bad", "--device", "cpu"), tmp_path / "run"
     line = refused(capfd, *QUICK, "--data", text, "--steps", 2, *use, "--check-finite", "--out", folder)
-    assert "step 1: layer 0 fch_gelu[0, 0, 3] is nan after gelu_forward" in line
+    assert "step 1: layer 0 fch_gelu[0, 0, 3] is nan after matmul_gelu_forward" in line
     assert refused(capfd, folder, "--device", "cpu", program=replay) == line.partition("; to run")[0] + "\n"

@@ -60,7 +60,7 @@ def arguments_of(op):
 def flops_of(name, given):
     """FLOPs of matmuls and attention; the other ops are memory-bound and count as 0."""
     shape = lambda key: given[key].shape  # noqa: E731
-    if name.startswith("matmul"):
+    if "matmul" in name:
         OC, C = shape("weight")
         return (2 if name.endswith("forward") else 4) * math.prod(shape("inp")[:-1]) * OC * C
     if name.startswith("attention"):

@@ -3,7 +3,6 @@
 from numba import cuda
 
 from llm_numba.cuda.jit import SIMULATED, blocks_for, device, float32, stream, to_float, uint16, uint32
-from llm_numba.cuda.matmul import multiply, multiply_scratch
 from llm_numba.lessons.ladder import Ladder
 from llm_numba.lessons.problem import Problem, garbage, normal
 
@@ -14,6 +13,8 @@ MANY_M, MANY_N = 2, 4  # v2: tiles of results per warp, vertically and horizonta
 
 if SIMULATED:
     import numpy as np
+
+    from llm_numba.cuda.matmul_simt import multiply, scratch_size
 
     A, B = np.empty((16, 16), float32), np.empty((16, 8), float32)  # the operands of a warp
 
@@ -39,6 +40,7 @@ if SIMULATED:
         return sums[0] + new[0, 0], sums[1] + new[1, 1], sums[2] + new[2, 0], sums[3] + new[3, 1]
 
 else:
+    from llm_numba.cuda.matmul_mma import multiply, scratch_size
     from llm_numba.cuda.tensor_cores import mma
 
 
@@ -134,7 +136,7 @@ def exactly(out, a, b, scratch):
 def inputs(rng, R, C, OC, bias=False):
     return dict(
         out=garbage(R, OC), a=bf16(normal(rng, R, C)), b=bf16(normal(rng, OC, C)),
-        scratch=garbage(multiply_scratch(uint16, R, OC, C, (OC, C, C))),
+        scratch=garbage(scratch_size(R, OC, C)),
     )  # fmt: skip
 
 

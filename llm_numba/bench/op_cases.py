@@ -66,6 +66,8 @@ def op_list(model: GPT2, at: Sizes):
         for R in at.matmul_rows
         for a, b in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp))
     ]
+    cases += [("matmul_gelu_forward", dict(R=R, C=C, OC=4 * C)) for R in at.matmul_rows]
+    cases += [("gelu_matmul_backward", dict(R=R, C=4 * C, OC=C)) for R in at.matmul_rows]
     cases += [(f"attention_{way}", dict(B=B, T=T, C=C, NH=NH)) for way in ("forward", "backward") for B, T in shapes]
     return cases + [
         ("layernorm_forward", activation),
@@ -188,6 +190,40 @@ def matmul_backward(ops, R, C, OC, bias):
         yield host(ops, dweight, *np.ix_(o, c)), columns.T @ host(ops, inp[0], slice(None), c)
         if bias:
             yield host(ops, dbias, o), columns.sum(axis=0)
+
+    return Case(run, expect, flops=4 * R * C * OC)
+
+
+def matmul_gelu_forward(ops, R, C, OC):
+    inp, weight, bias = normal(ops, 1, R, C), normal(ops, OC, C), normal(ops, OC)
+    out, pre, r, o = output(ops, 1, R, OC), output(ops, 1, R, OC), some(R), some(OC)
+
+    def expect():
+        linear = host(ops, inp, 0, r) @ host(ops, weight, o).T + host(ops, bias, o)
+        expected = np.empty_like(linear)
+        oracle.gelu_forward(expected, linear)
+        yield host(ops, pre, 0, *np.ix_(r, o)), linear
+        yield host(ops, out, 0, *np.ix_(r, o)), expected
+
+    return Case(lambda: ops.matmul_gelu_forward(out, pre, inp, weight, bias, ops.scratch), expect, flops=2 * R * C * OC)
+
+
+def gelu_matmul_backward(ops, R, C, OC):
+    pre, inp, weight, dout = normal(ops, 1, R, C), output(ops, 1, R, C), normal(ops, OC, C), normal(ops, 1, R, OC)
+    dpre, dweight, dbias = output(ops, 1, R, C), zeros(ops, OC, C), zeros(ops, OC)
+    r, c, o = some(R), some(C), some(OC)
+    ops.gelu_forward(inp, pre)
+
+    def run():
+        ops.gelu_matmul_backward(dpre, dweight, dbias, dout, inp, weight, pre, ops.scratch, False)
+
+    def expect():
+        expected = host(ops, dout, 0, r) @ host(ops, weight, slice(None), c)
+        oracle.gelu_backward(expected, host(ops, pre, 0, *np.ix_(r, c)), expected)
+        yield host(ops, dpre, 0, *np.ix_(r, c)), expected
+        columns = host(ops, dout[0], slice(None), o)
+        yield host(ops, dweight, *np.ix_(o, c)), columns.T @ host(ops, inp[0], slice(None), c)
+        yield host(ops, dbias, o), columns.sum(axis=0)
 
     return Case(run, expect, flops=4 * R * C * OC)
 
@@ -406,7 +442,8 @@ def adamw_update(ops, n):
 BUILDERS = {
     f.__name__: f
     for f in (
-        matmul_forward, matmul_backward, attention_forward, attention_backward,
+        matmul_forward, matmul_gelu_forward, matmul_backward, gelu_matmul_backward,
+        attention_forward, attention_backward,
         layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, residual_layernorm_forward,
         encoder_forward, encoder_backward, fused_classifier, global_norm_squared, adamw_update,
     )

@@ -35,7 +35,7 @@ MEMORY_RATIO = 1.0
 # lower bounds of the share of the measured peak or bandwidth
 STEP_SHARES = {"4 x 64": 0.75}
 MATMUL_SHARE, VOCABULARY_SHARE, BANDWIDTH_SHARE = 0.85, 0.80, 0.80
-MEMORY_BOUND = ("layernorm", "gelu", "residual", "adamw")
+MEMORY_BOUND = ("layernorm", "gelu_forward", "gelu_backward", "residual", "adamw")
 
 
 class Verdict(NamedTuple):
@@ -96,7 +96,7 @@ def verdicts(results: dict) -> list[Verdict]:
                 at_most(f"{name}, memory relative to {BUILDS[build]}", memory_ratio(row, build), MEMORY_RATIO)
             if row["shape"] in STEP_SHARES:
                 at_least(f"{name}, share of peak", share(row, results), STEP_SHARES[row["shape"]])
-        if row["name"].startswith("matmul"):
+        if row["name"] in ("matmul_forward", "matmul_backward"):
             bound = VOCABULARY_SHARE if row["vocabulary"] else MATMUL_SHARE
             at_least(f"{name}, share of peak", share(row, results), bound)
         if row["name"].startswith(MEMORY_BOUND):

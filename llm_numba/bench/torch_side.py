@@ -255,6 +255,11 @@ def matmul_backward(**sizes):
     return gradients(F.linear(*inputs), *inputs)
 
 
+def gelu_matmul_backward(R, C, OC):
+    pre, weight, bias = linear(R, C, OC, bias=True)
+    return gradients(F.linear(gelu(pre), weight, bias), pre, weight, bias)
+
+
 def attention_backward(B, T, C, NH):
     qkv = leaf(B, T, 3 * C)
     return gradients(attend(qkv, NH), qkv)
@@ -293,7 +298,9 @@ def adamw_update(n):
 
 OPS = {
     "matmul_forward": lambda **sizes: no_grad(F.linear, *linear(**sizes)),
+    "matmul_gelu_forward": lambda **sizes: no_grad(lambda *x: gelu(F.linear(*x)), *linear(**sizes, bias=True)),
     "matmul_backward": matmul_backward,
+    "gelu_matmul_backward": gelu_matmul_backward,
     "attention_forward": lambda B, T, C, NH: no_grad(attend, leaf(B, T, 3 * C), NH),
     "attention_backward": attention_backward,
     "layernorm_forward": lambda B, T, C: no_grad(normalise, leaf(B, T, C), leaf(C), leaf(C)),

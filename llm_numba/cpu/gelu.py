@@ -1,7 +1,4 @@
-"""GELU in its tanh form, as in GPT-2.
-
-It is a separate op because fusing it into the matmul before it saved no time.
-"""
+"""GELU in its tanh form, as in GPT-2."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Matmul: a linear layer and its gradients, as loops around one register tile.
+"""Matmul: a linear layer and its gradients, as loops around one register tile. GELU stays a pass of its own: fusing it
+into the product saved no time.
 
 R = B*T rows. `multiply` needs one operand packed in panels: strips of NR columns, row by row, so that each step of its
 inner loop reads NR contiguous elements. The operand that is cheapest to move is packed: the activations in the forward
@@ -11,6 +12,7 @@ number of threads does not change the result.
 import numpy as np
 from numba import njit, prange
 
+from llm_numba.cpu import gelu
 from llm_numba.cpu.jit import PARALLEL, TASK, ZERO, dot
 from llm_numba.cpu.tile import (
     MR,
@@ -43,10 +45,20 @@ def matmul_forward_scratch(out, inp, weight, bias):
     return panels_of(B * T) * NR * C
 
 
+def matmul_gelu_forward_scratch(out, pre, inp, weight, bias):
+    """As for `matmul_forward`."""
+    return matmul_forward_scratch(out, inp, weight, bias)
+
+
 def matmul_backward_scratch(dinp, dweight, dbias, dout, inp, weight, accumulate):
     """inp in panels."""
     B, T, C = inp.shape
     return panels_of(C) * NR * B * T
+
+
+def gelu_matmul_backward_scratch(dpre, dweight, dbias, dout, inp, weight, pre, accumulate):
+    """As for `matmul_backward`; before that, the gradient of inp, which is smaller."""
+    return matmul_backward_scratch(dpre, dweight, dbias, dout, inp, weight, accumulate)
 
 
 def matmul_forward(out, inp, weight, bias, scratch):
@@ -58,13 +70,25 @@ def matmul_forward(out, inp, weight, bias, scratch):
     Parallel: over blocks of OB output channels
     Flops:    2*B*T*C*OC
     """
-    R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
-    out, inp = out.reshape(R, weight.shape[0]), inp.reshape(R, C)
+    out, inp = rows(out), rows(inp)
     bias = NO_BIAS if bias is None else bias
-    if R < FEW_ROWS:
+    if len(inp) < FEW_ROWS:
         forward_few_rows(out, inp, weight, bias)
     else:
         forward_tiled(out, inp, weight, bias, scratch)
+
+
+def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
+    """A linear layer and GELU: pre = inp weightT + bias, out = GELU(pre).
+
+    out, pre (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,) or None
+    Writes:   out =, pre =, which the backward needs
+    Scratch:  matmul_gelu_forward_scratch(...)
+    Parallel: as `matmul_forward` and `gelu_forward`
+    Flops:    2*B*T*C*OC
+    """
+    matmul_forward(pre, inp, weight, bias, scratch)
+    gelu.gelu_forward(out, pre)
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
@@ -76,10 +100,28 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
     Parallel: dinp over blocks of rows and channels, dweight and dbias over blocks of output channels
     Flops:    4*B*T*C*OC
     """
-    R, C = inp.shape[0] * inp.shape[1], inp.shape[2]
-    dinp, dout, inp = dinp.reshape(R, C), dout.reshape(R, weight.shape[0]), inp.reshape(R, C)
-    backward_input(dinp, dout, weight)
-    backward_weight(dweight, NO_BIAS if dbias is None else dbias, dout, inp, scratch, accumulate)
+    backward_input(rows(dinp), rows(dout), weight)
+    backward_weight(dweight, NO_BIAS if dbias is None else dbias, rows(dout), rows(inp), scratch, accumulate)
+
+
+def gelu_matmul_backward(dpre, dweight, dbias, dout, inp, weight, pre, scratch, accumulate):
+    """The gradients of a linear layer whose input is inp = GELU(pre), back to pre.
+
+    dpre (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp, pre (B, T, C), weight (OC, C)
+    Writes:   dpre = (dout weight) * GELU'(pre); dweight, dbias as in `matmul_backward`
+    Scratch:  gelu_matmul_backward_scratch(...)
+    Parallel: as `matmul_backward` and `gelu_backward`
+    Flops:    4*B*T*C*OC
+    """
+    dinp = scratch[: dpre.size].reshape(dpre.shape)  # free until backward_weight; in place, the loop is not vectorised
+    backward_input(rows(dinp), rows(dout), weight)
+    gelu.gelu_backward(dpre, pre, dinp)
+    backward_weight(dweight, NO_BIAS if dbias is None else dbias, rows(dout), rows(inp), scratch, accumulate)
+
+
+def rows(x):
+    """x (B, T, C) as a matrix (B*T, C)."""
+    return x.reshape(-1, x.shape[2])
 
 
 @njit(**PARALLEL)

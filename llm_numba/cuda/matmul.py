@@ -1,41 +1,21 @@
-"""Matmul: a linear layer, the gradient of its input and those of its parameters. Each is one matrix product.
+"""Matmul: a linear layer, with GELU after it or before it, and its gradients.
 
-The products differ in how their operands lie in memory. variants.py chooses the kernels: matmul_mma.py (bf16 on tensor
-cores) or matmul_simt.py (any GPU, any operands).
+Each is one matrix product, with what precedes and follows it fused where the variant can do that. variants.py chooses
+the kernels, in matmul_<name>.py. A variant has, with R = B*T rows and every array a matrix or a vector:
+
+- supports(dtype, R, C, OC): "" or the reason why it cannot run;
+- forward(out, inp, weight, bias, scratch, pre=None): out (R, OC) = inp (R, C) @ weight.T + bias (OC,) or None.
+  With pre (R, OC): pre = that, out = GELU(pre), of pre as it is stored;
+- input_gradient(dinp, dout, weight, scratch, pre=None): dinp (R, C) = dout (R, OC) @ weight. With pre (R, C): times
+  GELU'(pre);
+- weight_gradient(dweight, dbias, dout, inp, scratch, accumulate): dweight (OC, C) = (+= if accumulate) dout.T @ inp,
+  dbias (OC,), if not None, likewise the sums of dout over its rows;
+- forward_scratch(R, C, OC) and backward_scratch(R, C, OC, with_bias): the floats of scratch that these need.
 """
 
 import math
 
-from numba import cuda
-
-from llm_numba.cuda.jit import blocks_for, float32, kernel, sized, stream, to_float
-from llm_numba.cuda.tiling import add_splits
 from llm_numba.cuda.variants import choose
-
-COLUMNS, LANES = sized(32, 4), sized(8, 2)  # a block of column_sums_kernel
-SLICES = sized(32, 2)  # of the rows; their column sums are added at the end
-
-
-@kernel
-def column_sums_kernel(out, x, rows):
-    """out[s, c] = the sum of x[r, c] over slice s, which has `rows` rows. out (slices, C) float32, x (R, C).
-
-    Grid: (blocks of COLUMNS columns, slices); block: (COLUMNS, LANES); a thread owns every LANES-th row of a column.
-    Moves: x once
-    """
-    sums = cuda.shared.array((LANES, COLUMNS), float32)
-    column, lane = cuda.threadIdx.x, cuda.threadIdx.y
-    c, piece = cuda.blockIdx.x * COLUMNS + column, cuda.blockIdx.y
-    total = float32(0)
-    if c < x.shape[1]:
-        for r in range(piece * rows + lane, min(piece * rows + rows, x.shape[0]), LANES):
-            total += to_float(x[r, c])
-    sums[lane, column] = total
-    cuda.syncthreads()
-    if lane == 0 and c < x.shape[1]:
-        for other in range(1, LANES):
-            total += sums[other, column]
-        out[piece, c] = total
 
 
 def matmul_forward(out, inp, weight, bias, scratch):
@@ -46,15 +26,32 @@ def matmul_forward(out, inp, weight, bias, scratch):
     Scratch:  matmul_forward_scratch
     Parallel: over tiles of out
     Flops:    2*B*T*C*OC
+    Errors:   UserError if a variant is forced that does not support these operands
     """
-    OC, C = weight.shape
-    multiply(out.reshape(-1, OC), inp.reshape(-1, C), weight, scratch, bias=bias)
+    variant_for(inp, weight).forward(rows(out), rows(inp), weight, bias, scratch)
 
 
 def matmul_forward_scratch(out, inp, weight, bias):
     """Floats of scratch that `matmul_forward` needs."""
-    OC, C = weight.shape
-    return multiply_scratch(weight.dtype, math.prod(out.shape[:-1]), OC, C, (OC, C, C))
+    return variant_for(inp, weight).forward_scratch(*sizes(inp, weight))
+
+
+def matmul_gelu_forward(out, pre, inp, weight, bias, scratch):
+    """A linear layer and GELU, in one kernel if the variant can: pre = inp @ weight.T + bias, out = GELU(pre).
+
+    out, pre (B, T, OC) <- inp (B, T, C), weight (OC, C), bias (OC,) or None
+    Writes:   out =, pre =, which the backward needs
+    Scratch:  matmul_gelu_forward_scratch
+    Parallel: over tiles of out
+    Flops:    2*B*T*C*OC
+    Source:   GELU: Hendrycks and Gimpel 2016, arXiv:1606.08415
+    """
+    variant_for(inp, weight).forward(rows(out), rows(inp), weight, bias, scratch, rows(pre))
+
+
+def matmul_gelu_forward_scratch(out, pre, inp, weight, bias):
+    """Floats of scratch that `matmul_gelu_forward` needs."""
+    return matmul_forward_scratch(out, inp, weight, bias)
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate):
@@ -63,53 +60,49 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, accumulate
     dinp (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp (B, T, C), weight (OC, C)
     Writes:   dinp =; dweight, dbias += if accumulate, else =; both are float32 in every precision
     Scratch:  matmul_backward_scratch
-    Parallel: over tiles of dinp, then over tiles of dweight, then over columns of dout
+    Parallel: over tiles of dinp, then over tiles of dweight
     Flops:    4*B*T*C*OC
     """
-    OC, C = weight.shape
-    dinp, dout, inp = dinp.reshape(-1, C), dout.reshape(-1, OC), inp.reshape(-1, C)
-    multiply(dinp, dout, weight, scratch, b_transposed=True)
-    multiply(dweight, dout, inp, scratch, a_transposed=True, b_transposed=True, accumulate=accumulate)
-    if dbias is not None:
-        add_column_sums(dbias, dout, scratch, accumulate)
+    variant, dout = variant_for(inp, weight), rows(dout)
+    variant.input_gradient(rows(dinp), dout, weight, scratch)
+    variant.weight_gradient(dweight, dbias, dout, rows(inp), scratch, accumulate)
 
 
 def matmul_backward_scratch(dinp, dweight, dbias, dout, inp, weight, accumulate):
-    """Floats of scratch that `matmul_backward` needs: its three steps use the same memory."""
-    OC, C = weight.shape
-    R = math.prod(dout.shape[:-1])
-    return max(
-        multiply_scratch(weight.dtype, R, C, OC, (C, OC, C)),
-        multiply_scratch(weight.dtype, OC, C, R, (C, OC, C)),
-        0 if dbias is None else slices_of(R)[0] * OC,
-    )
+    """Floats of scratch that `matmul_backward` needs: its steps use the same memory."""
+    return variant_for(inp, weight).backward_scratch(*sizes(inp, weight), dbias is not None)
 
 
-def multiply(out, a, b, scratch, bias=None, a_transposed=False, b_transposed=False, accumulate=False):
-    """out[m, n] = (+= if accumulate) sum_k a[m, k] b[n, k], + bias[n].
+def gelu_matmul_backward(dpre, dweight, dbias, dout, inp, weight, pre, scratch, accumulate):
+    """The gradients of a linear layer whose input is inp = GELU(pre), back to pre.
 
-    out (M, N) <- a (M, K), or (K, M) if a_transposed, b (N, K), or (K, N) if b_transposed, bias (N,) or None
-    Errors: UserError if a variant is forced that does not support these operands.
+    dpre (B, T, C), dweight (OC, C), dbias (OC,) or None <- dout (B, T, OC), inp, pre (B, T, C), weight (OC, C)
+    Writes:   dpre = (dout @ weight) * GELU'(pre); dweight, dbias as in `matmul_backward`
+    Scratch:  gelu_matmul_backward_scratch
+    Parallel: over tiles of dpre, then over tiles of dweight
+    Flops:    4*B*T*C*OC
     """
-    variant = choose("matmul", a.dtype, out.shape[1], a.shape[1], b.shape[1])
-    variant.multiply(out, a, b, scratch, bias, a_transposed, b_transposed, accumulate)
+    variant, dout = variant_for(inp, weight), rows(dout)
+    variant.input_gradient(rows(dpre), dout, weight, scratch, rows(pre))
+    variant.weight_gradient(dweight, dbias, dout, rows(inp), scratch, accumulate)
 
 
-def multiply_scratch(dtype, M, N, K, row_lengths):
-    """Floats of scratch that `multiply` needs; row_lengths: those of out, a and b, as they lie in memory."""
-    return choose("matmul", dtype, *row_lengths).scratch_size(M, N, K)
+def gelu_matmul_backward_scratch(dpre, dweight, dbias, dout, inp, weight, pre, accumulate):
+    """Floats of scratch that `gelu_matmul_backward` needs."""
+    return matmul_backward_scratch(dpre, dweight, dbias, dout, inp, weight, accumulate)
 
 
-def add_column_sums(out, x, scratch, accumulate):
-    """out[c] = (+= if accumulate) sum_r x[r, c]. out (C,) float32 <- x (R, C)"""
-    R, C = x.shape
-    slices, rows = slices_of(R)
-    sums = scratch[: slices * C].reshape(slices, C)
-    column_sums_kernel[(blocks_for(C, COLUMNS), slices), (COLUMNS, LANES), stream()](sums, x, rows)
-    add_splits(out.reshape(1, C), sums.reshape(slices, 1, C), accumulate=accumulate)
+def variant_for(inp, weight):
+    """The variant that multiplies these operands."""
+    return choose("matmul", weight.dtype, *sizes(inp, weight))
 
 
-def slices_of(R):
-    """(slices, rows of a slice) that the column sums over R rows are taken in."""
-    rows = blocks_for(R, SLICES)
-    return blocks_for(R, rows), rows
+def sizes(inp, weight):
+    """R, C, OC"""
+    OC, C = weight.shape
+    return math.prod(inp.shape[:-1]), C, OC
+
+
+def rows(x):
+    """x (B, T, C) as a matrix (B*T, C)."""
+    return x.reshape(-1, x.shape[2])

@@ -13,6 +13,7 @@ from numba import cuda
 from numpy import uint8
 
 from llm_numba.cuda.jit import compute_capability, device, float32, kernel, uint16, uint32
+from llm_numba.cuda.matmul_common import unfused
 from llm_numba.cuda.tensor_cores import (
     address,
     commit_group,
@@ -46,8 +47,8 @@ OUT_PITCH = TILE_N * 2 + 16  # bytes from one row of bf16 results to the next; t
 wait_for_stage, wait_for_copies = wait_group(STAGES - 2), wait_group(0)
 
 
-def supports(dtype, *row_lengths) -> str:
-    """Why the kernels cannot multiply these operands, or "". row_lengths: of out, a and b, as they lie in memory.
+def supports(dtype, R: int, C: int, OC: int) -> str:
+    """Why the kernels cannot multiply these operands, or "".
 
     With rows of whole 16-byte chunks, every tensor of the arena starts at a multiple of 16 bytes too.
     """
@@ -55,7 +56,7 @@ def supports(dtype, *row_lengths) -> str:
         return "needs bf16"
     if compute_capability() < (8, 0):
         return "needs compute capability 8.0"
-    return "rows must be multiples of 8 elements" if any(length % 8 for length in row_lengths) else ""
+    return "rows must be multiples of 8 elements" if C % 8 or OC % 8 else ""
 
 
 def scratch_size(M: int, N: int, K: int) -> int:
@@ -222,7 +223,10 @@ def product_kernel(a_transposed, b_transposed):
 KERNELS = {layout: product_kernel(*layout) for layout in ((False, False), (False, True), (True, True))}
 
 
-def multiply(out, a, b, scratch, bias, a_transposed, b_transposed, accumulate):
-    """See matmul.multiply."""
+def multiply(out, a, b, scratch, bias=None, a_transposed=False, b_transposed=False, accumulate=False):
+    """See matmul_common.unfused."""
     product = KERNELS[a_transposed, b_transposed]
     split_product(product, TILE, BLOCK, SHARED_BYTES, out, a, b, scratch, bias, a_transposed, accumulate)
+
+
+forward, input_gradient, weight_gradient, forward_scratch, backward_scratch = unfused(multiply, scratch_size)

@@ -9,6 +9,7 @@ adjacent elements.
 from numba import cuda
 
 from llm_numba.cuda.jit import device, float32, kernel, sized, to_float, to_storage, uint32
+from llm_numba.cuda.matmul_common import unfused
 from llm_numba.cuda.tiling import Tile, grouped_tile, split_product, split_scratch
 
 SUB = 4
@@ -25,8 +26,8 @@ GROUP_M = sized(16, 2)
 TILE = Tile(TILE_M, TILE_N, TILE_K, GROUP_M, resident_blocks=sized(264, 4))
 
 
-def supports(dtype, *row_lengths) -> str:
-    """Always "": any dtype, any row lengths of out, a and b."""
+def supports(dtype, R: int, C: int, OC: int) -> str:
+    """Always "": any dtype, any sizes."""
     return ""
 
 
@@ -143,7 +144,10 @@ def product_kernel(a_transposed, b_transposed):
 KERNELS = {layout: product_kernel(*layout) for layout in ((False, False), (False, True), (True, True))}
 
 
-def multiply(out, a, b, scratch, bias, a_transposed, b_transposed, accumulate):
-    """See matmul.multiply."""
+def multiply(out, a, b, scratch, bias=None, a_transposed=False, b_transposed=False, accumulate=False):
+    """See matmul_common.unfused."""
     product = KERNELS[a_transposed, b_transposed]
     split_product(product, TILE, BLOCK, 0, out, a, b, scratch, bias, a_transposed, accumulate)
+
+
+forward, input_gradient, weight_gradient, forward_scratch, backward_scratch = unfused(multiply, scratch_size)

@@ -116,9 +116,9 @@ def add_splits(out, partial, bias=None, accumulate=False):
 
 
 def split_product(kernel, tile: Tile, block, shared_bytes: int, out, a, b, scratch, bias, a_transposed, accumulate):
-    """Launch a variant's product kernel on as many splits of K as `split` chooses, then add them. See matmul.multiply.
+    """Launch a variant's product kernel on as many splits of K as `split` chooses, then add them.
 
-    shared_bytes: the dynamic shared memory of a block.
+    out, a, b, scratch, bias: see `multiply` in matmul_common.unfused; shared_bytes: a block's dynamic shared memory.
     """
     M, N = out.shape
     splits, K_split = split(M, N, a.shape[0 if a_transposed else 1], tile)

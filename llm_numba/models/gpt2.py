@@ -124,8 +124,7 @@ class GPT2:
         return [
             TensorSpec("dlnf", (B, T, C), shares="dbranch"),
             TensorSpec("dresidual3", (B, T, C), per_layer=True, shares="dstream"),
-            TensorSpec("dfch_gelu", (B, T, 4 * C), per_layer=True, shares="dwide"),
-            TensorSpec("dfch", (B, T, 4 * C), per_layer=True, shares="dfch"),
+            TensorSpec("dfch", (B, T, 4 * C), per_layer=True, shares="dwide"),
             TensorSpec("dln2", (B, T, C), per_layer=True, shares="dbranch"),
             TensorSpec("dresidual2", (B, T, C), per_layer=True, shares="dstream"),
             TensorSpec("datty", (B, T, C), per_layer=True, shares="dbranch"),
@@ -173,8 +172,7 @@ class GPT2:
             ops.attention_forward(l.atty, l.lse, l.qkv, NH, NH, m.scratch)
             ops.matmul_forward(l.attproj, l.atty, l.attprojw, l.attprojb, m.scratch)
             ops.residual_layernorm_forward(l.residual2, l.ln2, l.ln2_mean, l.ln2_rstd, l.inp, l.attproj, l.ln2w, l.ln2b)
-            ops.matmul_forward(l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
-            ops.gelu_forward(l.fch_gelu, l.fch)  # (B, T, 4*C)
+            ops.matmul_gelu_forward(l.fch_gelu, l.fch, l.ln2, l.fcw, l.fcb, m.scratch)  # (B, T, 4*C)
             ops.matmul_forward(l.fcproj, l.fch_gelu, l.fcprojw, l.fcprojb, m.scratch)
             n = l.next  # ln1 of the next layer, or lnf
             ops.residual_layernorm_forward(l.residual3, n.out, n.mean, n.rstd, l.residual2, l.fcproj, n.weight, n.bias)
@@ -213,8 +211,8 @@ class GPT2:
         for l in reversed(m.layers):
             if "gelu" in m.recompute:
                 ops.gelu_forward(l.fch_gelu, l.fch)
-            ops.matmul_backward(l.dfch_gelu, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, scratch, add)
-            ops.gelu_backward(l.dfch, l.fch, l.dfch_gelu)
+            ops.gelu_matmul_backward(l.dfch, l.dfcprojw, l.dfcprojb, l.dresidual3, l.fch_gelu, l.fcprojw, l.fch,
+                                     scratch, add)  # fmt: skip
             if "layernorm" in m.recompute:
                 ops.layernorm_forward(l.ln2, l.ln2_mean, l.ln2_rstd, l.residual2, l.ln2w, l.ln2b)
             ops.matmul_backward(l.dln2, l.dfcw, l.dfcb, l.dfch, l.ln2, l.fcw, scratch, add)

@@ -1,9 +1,9 @@
-"""The argument types for which llm_numba.cuda.matmul's kernel is compiled; the products are in the variants' files."""
+"""The argument types for which llm_numba.cuda.matmul_common's kernel is compiled."""
 
 from assembling import array
 from numba.cuda.types import int64
 
-from llm_numba.cuda.matmul import column_sums_kernel
+from llm_numba.cuda.matmul_common import column_sums_kernel
 
 
 def cases():

@@ -1,0 +1,60 @@
+"""Every variant of matmul on its own, against the interface that cuda/matmul.py describes."""
+
+import numpy as np
+import pytest
+import test_matmul
+from comparing import ROUNDING
+
+from llm_numba.cuda import variants
+
+pytestmark = pytest.mark.gpu
+STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # as the device code sees them
+
+
+@pytest.fixture
+def forced():
+    """A function that makes a variant run, or skips the test if it cannot."""
+
+    def force(name, dtype, shape):
+        B, T, C, OC = shape
+        if reason := variants.reason_against("matmul", name, STORED[dtype], B * T, C, OC):
+            pytest.skip(f"{name}: {reason}")
+        variants.force({"matmul": name})
+
+    yield force
+    variants.force({})
+
+
+@pytest.mark.parametrize("shape", [*test_matmul.BF16_CASES, (1, 1000, 200, 328), (1, 2, 1024, 96)])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", variants.FAMILIES["matmul"])
+def test_results(ops, rng, place, garbage, forced, name, dtype, shape):
+    forced(name, dtype, shape)
+    for with_bias in True, False:
+        test_matmul.check_forward(ops, rng, place, garbage, shape, with_bias, dtype)
+        test_matmul.check_gelu_forward(ops, rng, place, garbage, shape, with_bias, dtype)
+        test_matmul.check_backward(ops, rng, place, garbage, shape, with_bias, dtype)
+        test_matmul.check_gelu_backward(ops, rng, place, garbage, shape, with_bias, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8), (1, 257, 776, 136)])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", variants.FAMILIES["matmul"])
+def test_bits(ops, rng, place, garbage, assert_same_bits, forced, name, dtype, shape):
+    """The same on every run; and GELU of what is stored, so that `gelu_forward` can compute it again."""
+    forced(name, dtype, shape)
+    B, T, C, OC = shape
+    inp, weight, bias, dout = (place(x, dtype) for x in test_matmul.make(rng, *shape, dtype))
+    again = place(np.full((B, T, OC), np.nan), dtype)
+
+    def run():
+        out, pre, dpre = (place(np.full((B, T, n), np.nan), dtype) for n in (OC, OC, C))
+        forward = out, pre, inp, weight, bias
+        ops.matmul_gelu_forward(*forward, garbage(ops.matmul_gelu_forward_scratch(*forward)))
+        ops.gelu_forward(again, pre)
+        assert again.tobytes() == out.tobytes()
+        backward = dpre, garbage(OC, C), garbage(OC), dout, inp, weight, inp
+        ops.gelu_matmul_backward(*backward, garbage(ops.gelu_matmul_backward_scratch(*backward, False)), False)
+        return out, pre, *backward[:3]
+
+    assert_same_bits(run)
