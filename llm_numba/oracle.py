@@ -30,7 +30,7 @@ def encoder_forward_at(out, tokens, wte, wpe, position):
     encoder_forward(out, np.maximum(tokens, 0), wte, wpe[position[0] :])
 
 
-def encoder_backward(dwte, dwpe, dout, tokens):
+def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     np.add.at(dwte, tokens, dout)  # a token may occur many times
     dwpe[: tokens.shape[1]] += dout.sum(axis=0)
 

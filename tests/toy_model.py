@@ -84,7 +84,7 @@ class Toy:
         for l in reversed(m.layers):
             ops.gelu_backward(l.dhidden, l.hidden, l.dactive)
             ops.matmul_backward(l.dinp, l.dw, None, l.dhidden, l.inp, l.w, m.scratch, accumulate)
-        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens, m.scratch)
 
     def generation_cache(self):
         return []

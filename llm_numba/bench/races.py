@@ -199,9 +199,8 @@ def step_groups(ops, model: GPT2, B: int, T: int, dtype: str) -> Groups:
     return complete(training_groups(model, B, T, master=dtype == "bf16"), model, ops, DTYPES[dtype], program)
 
 
-def new_steps(ops, model: GPT2, B: int, T: int, dtype: str = "fp32", graph: bool = False) -> dict[str, Callable]:
-    """A training step on one fixed batch, as the trainer runs it; it returns the loss. Columns: "ours" and, if
-    `graph`, "no graph": the same without a CUDA graph."""
+def new_training(ops, model: GPT2, B: int, T: int, dtype: str = "fp32"):
+    """The namespace of a training step on one fixed batch, with random parameters."""
     arena = Arena(step_groups(ops, model, B, T, dtype), model, "reuse", ops)
     m = arena.training()
     initialise(ops, arena, 0)
@@ -209,7 +208,14 @@ def new_steps(ops, model: GPT2, B: int, T: int, dtype: str = "fp32", graph: bool
     ops.to_device(m.batches, np.stack([stream[:, :-1], stream[:, 1:]])[None])
     ops.to_device(m.learning_rate, 1e-4)
     ops.to_device(m.limits, np.inf)
-    steps = 0
+    ops.to_device(m.step, 1)
+    return m
+
+
+def new_steps(ops, model: GPT2, B: int, T: int, dtype: str = "fp32", graph: bool = False) -> dict[str, Callable]:
+    """A training step on one fixed batch, as the trainer runs it; it returns the loss. Columns: "ours" and, if
+    `graph`, "no graph": the same without a CUDA graph."""
+    m, steps = new_training(ops, model, B, T, dtype), 0
 
     def step(update):
         nonlocal steps

@@ -1,14 +1,14 @@
 """GPU memory for the arena: allocation, views, copies; and CUDA graphs, which replay the launches of a step."""
 
+import functools
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
+from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, driver_result, kernel, sized, stream
 from llm_numba.util import host
 
 DRIVER_RESERVE = 512 * 2**20  # bytes; the driver loads kernels there
@@ -80,7 +80,7 @@ def reader(tensor) -> Callable[[], Callable[[], np.ndarray]]:
     """A function that starts to copy tensor to the host, and returns a function that waits for the copy and returns it.
     Of the copies, the last two exist at a time."""
     if SIMULATED:
-        return lambda: partial(np.copy, tensor.copy_to_host())
+        return lambda: functools.partial(np.copy, tensor.copy_to_host())
     buffers = itertools.cycle([cuda.pinned_array(tensor.shape, tensor.dtype) for _ in range(2)])
 
     def start():
@@ -113,11 +113,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
         return function
     from cuda.bindings import driver
 
-    def check(result):
-        error, *values = result
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"capturing the CUDA graph failed: {error.name}")
-        return values[0] if values else None
+    check = functools.partial(driver_result, what="capturing a CUDA graph")
 
     def captured():
         handle = stream().handle

@@ -227,7 +227,7 @@ class GPT2:
             ops.residual_backward(l.dinp, l.dresidual2)
             ops.layernorm_backward(l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd,
                                    scratch, add)  # fmt: skip
-        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens, scratch)
 
     def update(self, ops, m, s) -> None:
         """One step of AdamW on every parameter, with the settings s, m.learning_rate, m.step and m.seed.
