@@ -12,8 +12,8 @@ import math
 import numpy as np
 
 from llm_numba.arena import RUN, Groups
-from llm_numba.cpu.sampler import sample_token  # noqa: F401
 from llm_numba.cpu.memory import allocate, available_memory, copy, storage_dtype, to_device, to_host, view, zero  # noqa: F401
+from llm_numba.cpu.sampler import sample_token  # noqa: F401
 
 
 def in_float64(groups: Groups) -> Groups:

@@ -21,7 +21,7 @@ def choose(logits, temperature, top_k, top_p, rng):
 
 @pytest.fixture
 def draw(ops, place, dtype):
-    """A function that draws from logits with a random number; the columns behind V and all but the last row are huge."""
+    """A function that draws from logits with a random number. The columns behind V and the other rows are huge."""
 
     def call(logits, u, temperature=1.0, top_k=0, top_p=1.0, T=3, start=2):
         V = len(logits)

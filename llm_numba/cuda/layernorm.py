@@ -11,6 +11,7 @@ import math
 from numba import cuda
 
 from llm_numba.cuda.jit import WARP, blocks_for, float32, kernel, row_sum, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
 from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 EPSILON = float32(1e-5)
@@ -54,8 +55,10 @@ def forward_kernel(C: int, adds: bool):
         shared = cuda.shared.array(SHARED, float32)
         x = cuda.local.array(each, float32)
         y = cuda.local.array(each, float32)
+        let_next_start()
         if row >= inp.shape[0]:
             return
+        wait_for_previous()
 
         # load
         for k in range(0, each, size):
@@ -227,7 +230,7 @@ def launch_forward(adds, residual, out, mean, rstd, inp, more, weight, bias):
     """Launch forward_kernel; residual, out, inp and more are (n, C)."""
     n, C = inp.shape
     threads, rows, _ = block_of(C, FORWARD_EACH)
-    forward_kernel(C, adds)[blocks_for(n, rows), (threads, rows), stream()](
+    overlapping(forward_kernel(C, adds), blocks_for(n, rows), (threads, rows))(
         residual, out, mean.reshape(-1), rstd.reshape(-1), inp, more, weight.reshape(1, C), bias.reshape(1, C)
     )
 

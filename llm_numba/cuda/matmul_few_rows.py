@@ -10,7 +10,8 @@ step:
             ...
     inp     row r       | t0 | t1 | t2 | t3 | ...
 
-Each thread sums its products, then a warp by shuffles, then the block through shared memory, always in one order.
+Each thread sums its products, then a warp by shuffles, then the block through shared memory, always in one order. The
+gradients, which sampling does not need, are those of matmul_simt.py.
 """
 
 import functools
@@ -19,6 +20,7 @@ from numba import cuda
 
 from llm_numba.cuda.gelu import sigmoid_of_2u
 from llm_numba.cuda.jit import WARP, blocks_for, float32, kernel, sized, to_float, to_storage, uint32, warp_sum
+from llm_numba.cuda.matmul_simt import backward_scratch, input_gradient, weight_gradient  # noqa: F401
 from llm_numba.cuda.overlap import let_next_start, overlapping, prefetch, wait_for_previous
 from llm_numba.cuda.vectors import load_vector, vector_size
 
@@ -94,6 +96,11 @@ def forward_kernel(rows: int, size: int):
             out[r, o] = to_storage(total, out)
 
     return few_rows_kernel
+
+
+def forward_scratch(R, C, OC):
+    """None."""
+    return 0
 
 
 def forward(out, inp, weight, bias, scratch, pre=None):

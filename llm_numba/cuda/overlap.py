@@ -59,7 +59,9 @@ if not SIMULATED:
             words = []
             for kind, arg in zip(compiled.argument_types, args, strict=True):
                 compiled._prepare_args(kind, arg, stream(), [], words)
-            launch_kernel(kernel[grid, block, stream()].stream, config, compiled._codelibrary.get_cufunc().kernel, *words)
+            launch_kernel(
+                kernel[grid, block, stream()].stream, config, compiled._codelibrary.get_cufunc().kernel, *words
+            )
 
         return launch
 

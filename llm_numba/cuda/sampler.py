@@ -126,8 +126,8 @@ def sample_token(token, position, logits, uniforms, choice, vocab_size, scratch)
     number is drawn. At temperature 0 it is the most likely one. Of equal tokens the first counts as more likely.
 
     token (1, 1) int32, position (1,) int32, the number of tokens before those of logits
-        <- logits (1, T, Vp), uniforms (at least position + T,) float64 in [0, 1), choice (3,) float64: temperature, top_k
-        (0: all), top_p
+        <- logits (1, T, Vp), uniforms (at least position + T,) float64 in [0, 1), choice (3,) float64: temperature,
+        top_k (0: all), top_p
     With the last row of logits, and of it the first vocab_size (V) columns:
     Writes:   position += T; token = the one at uniforms[position - 1], or -1 if a logit is not finite
     Scratch:  sample_token_scratch

@@ -13,7 +13,10 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-FAMILIES = {"matmul": ("mma", "simt"), "attention": ("mma", "simt")}  # family -> its variants, fastest first
+FAMILIES = {
+    "matmul": ("few_rows", "mma", "simt"),
+    "attention": ("mma", "simt"),
+}  # family -> its variants, fastest first
 NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
