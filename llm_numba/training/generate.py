@@ -81,20 +81,18 @@ def generator(ops: Ops, arena: Arena) -> Callable[..., Iterator[int]]:
                 ops.to_device(inputs[T], [waiting[:T]])
                 steps[T]()
                 waiting = waiting[T:]
-            wait = read()
+            reading = [read()]
             for left in reversed(range(count)):
-                wait_for_next = None
                 if left:
                     steps[1]()
-                    wait_for_next = read()
-                new = int(wait()[0, 0])
+                    reading.append(read())
+                new = int(reading.pop(0)()[0, 0])
                 if new < 0:
                     raise UserError(
                         "the model's logits are not finite: its training went wrong; use an earlier checkpoint"
                     )
                 yield new
                 text.append(new)
-                wait = wait_for_next
             text = text[-max(1, maxT // 2) :]
             length -= count
 
