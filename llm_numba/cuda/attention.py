@@ -15,8 +15,6 @@ from llm_numba.cuda.jit import (
     ALL_LANES,
     THREADS,
     WARP,
-    block_max,
-    block_sum,
     blocks_for,
     device,
     float32,
@@ -88,7 +86,8 @@ def attend_kernel(HS: int, group: int):
         values = cuda.local.array(loaded, float32)
         sums = cuda.local.array(each, float32)
         scores = cuda.local.array(AT_ONCE, float32)
-        shared = cuda.shared.array(ATTENDING, float32)
+        tops = cuda.shared.array(warps, float32)
+        totals = cuda.shared.array(warps, float32)
         of_warps = cuda.shared.array((warps, HS), float32)
         let_next_start()
         wait_for_previous()
@@ -136,19 +135,32 @@ def attend_kernel(HS: int, group: int):
                         sums[k] += weight * values[i * each + k]
             first = uint32(first + uint32(AT_ONCE * teams))
 
-        highest = block_max(top, shared)
+        # add the teams of a warp, then the warps
+        highest = top
+        distance = lanes
+        while distance < ONE_WARP:
+            highest = max(highest, cuda.shfl_xor_sync(ALL_LANES, highest, distance))
+            distance *= 2
         shrink = math.exp(top - highest)
-        total = block_sum(total * shrink, shared) / float32(lanes)  # every thread of a team has the team's total
+        total = over_threads(total * shrink, lanes, ONE_WARP)
+        warp, of_team = thread // uint32(ONE_WARP), thread % uint32(ONE_WARP) < lanes
+        if of_team and lane == 0:
+            tops[warp], totals[warp] = highest, total
         for k in range(each):
             c = lane * size + k // size * stride + k % size
             of_warp = over_threads(sums[k] * shrink, lanes, ONE_WARP)
-            if thread % uint32(ONE_WARP) < lanes and c < HS:
-                of_warps[thread // uint32(ONE_WARP), c] = of_warp
+            if of_team and c < HS:
+                of_warps[warp, c] = of_warp
         cuda.syncthreads()
         for c in range(thread, HS, ATTENDING):
-            value = ZERO
+            highest = tops[0]
+            for warp in range(1, warps):
+                highest = max(highest, tops[warp])
+            value, total = ZERO, ZERO
             for warp in range(warps):
-                value += of_warps[warp, c]
+                shrink = math.exp(tops[warp] - highest)
+                value += shrink * of_warps[warp, c]
+                total += shrink * totals[warp]
             out[row, h * HS + c] = to_storage(value / total, out)
 
     return attend_kernel

@@ -55,6 +55,8 @@ def forward_kernel(C: int, adds: bool):
         shared = cuda.shared.array(SHARED, float32)
         x = cuda.local.array(each, float32)
         y = cuda.local.array(each, float32)
+        w = cuda.local.array(each, float32)
+        b = cuda.local.array(each, float32)
         let_next_start()
         if row >= inp.shape[0]:
             return
@@ -67,6 +69,8 @@ def forward_kernel(C: int, adds: bool):
                 load_vector(x, k, inp, row, c, size)
                 if adds:
                     load_vector(y, k, more, row, c, size)
+                load_vector(w, k, weight, 0, c, size)
+                load_vector(b, k, bias, 0, c, size)
         total = ZERO
         for k in range(0, each, size):
             c = thread * size + k * threads
@@ -85,20 +89,12 @@ def forward_kernel(C: int, adds: bool):
                 for i in range(k, k + size):
                     total += (x[i] - m) * (x[i] - m)
         r = ONE / math.sqrt(row_sum(total, shared) / float32(C) + EPSILON)
-        # scale and shift
-        w = cuda.local.array(size, float32)
-        b = cuda.local.array(size, float32)
+        # scale, shift and store
         for k in range(0, each, size):
             c = thread * size + k * threads
             if c < C:
-                load_vector(w, 0, weight, 0, c, size)
-                load_vector(b, 0, bias, 0, c, size)
-                for i in range(size):
-                    x[k + i] = (x[k + i] - m) * r * w[i] + b[i]
-        # store: the compiler does not move a load before an earlier store
-        for k in range(0, each, size):
-            c = thread * size + k * threads
-            if c < C:
+                for i in range(k, k + size):
+                    x[i] = (x[i] - m) * r * w[i] + b[i]
                 store_vector(out, row, c, x, k, size)
         if thread == 0:
             mean[row] = m

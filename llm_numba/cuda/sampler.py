@@ -6,118 +6,149 @@ tokens heavier than it end before the place, those at least as heavy after it. T
 tokens, by their number (top_k) or by their share of the weight (top_p), and the one at a random place.
 """
 
+import functools
 import math
 
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, int32, kernel, sized, to_float
+from llm_numba.cuda.jit import block_max, block_scan, block_sum, blocks_for, device, exp2, float32, int32, kernel, sized
 from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
+from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
-THREADS = sized(1024, 4)
-ZERO, HALF, ONE = float32(0), float32(0.5), float32(1)
+THREADS = sized(512, 4)
+ZERO, HALF, ONE, TWO, THREE, FOUR = (float32(x) for x in (0, 0.5, 1, 2, 3, 4))
+EIGHT = float32(8)
 BELOW_ONE = float32(1 - 2.0**-24)
 LIGHTEST = float32(2.0**-100)  # the most likely token weighs 1; none lighter than this is drawn
-FRACTION_BITS = 23
+STEPS, ULP = 12, float32(2.0**-23)  # a float32's fraction has 23 bits
 INFINITY, LOG2E = float32(np.inf), float32(math.log2(math.e))
 
 
-@device
-def total(weights, lightest, counted, shared):
-    """The sum of the weights that are at least `lightest`, or their number if `counted`."""
-    found = ZERO
-    for v in range(cuda.threadIdx.x, weights.shape[0], THREADS):
-        weight = weights[v]
-        if weight >= lightest:
-            found += ONE if counted else weight
-    return block_sum(found, shared)
+@functools.cache
+def sample_kernel(size: int):
+    """The kernel for logits in vectors of this size."""
+    row = THREADS * size  # tokens that the block loads at once
 
+    @device
+    def totals(weights, first, second, third, counted, shared):
+        """The sums of the weights that are at least `first`, `second` and `third`, or their numbers if `counted`."""
+        x = cuda.local.array(size, float32)
+        a, b, c = ZERO, ZERO, ZERO
+        for v in range(cuda.threadIdx.x * size, weights.shape[1], row):
+            load_vector(x, 0, weights, 0, v, size)
+            for i in range(size):
+                length = ONE if counted else x[i]
+                a += length if x[i] >= first else ZERO
+                b += length if x[i] >= second else ZERO
+                c += length if x[i] >= third else ZERO
+        return block_sum(a, shared), block_sum(b, shared), block_sum(c, shared)
 
-@device
-def find(weights, weight, rank):
-    """The token with this rank, from 0, among those of this weight."""
-    # the last row of THREADS tokens before which there are no more than `rank`
-    first, mine, row, before = 0, False, 0, 0
-    while first <= rank and row < weights.shape[0]:
-        v = row + cuda.threadIdx.x
-        mine = v < weights.shape[0] and weights[v] == weight
-        before, first, row = first, first + cuda.syncthreads_count(int32(mine)), row + THREADS
-    # in it, the last column before which there are no more
-    column, step = 0, THREADS // 2
-    while step > 0:
-        if before + cuda.syncthreads_count(int32(mine and cuda.threadIdx.x < column + step)) <= rank:
-            column += step
-        step //= 2
-    return int32(row - THREADS + column)
+    @device
+    def find(values, V, value, rank, shared, found):
+        """The token with this rank, from 0, among those of this value, of the first V."""
+        x = cuda.local.array(size, float32)
+        earlier = int32(0)
+        for start in range(0, V, row):
+            mine, v = int32(0), start + cuda.threadIdx.x * size
+            if v < V:
+                load_vector(x, 0, values, values.shape[0] - 1, v, size)
+                for i in range(size):
+                    mine += int32(v + i < V and x[i] == value)
+            before, of_row = block_scan(mine, shared)
+            missing = rank - earlier - before
+            if 0 <= missing and missing < mine:
+                for i in range(size):
+                    if v + i < V and x[i] == value:
+                        if missing == 0:
+                            found[0] = v + i
+                        missing -= 1
+            earlier += of_row
+            if earlier > rank:
+                break
+        cuda.syncthreads()
+        return found[0]
 
+    @device
+    def locate(weights, place, counted, shared, ranks, found):
+        """(token at `place`, its weight). If `counted`, every token is as long as 1."""
+        # the exponent: the largest power of two for which the tokens that weigh at least as much reach the place
+        weight, a, b, c = TWO, ZERO, ZERO, ZERO
+        while weight > LIGHTEST and c <= place:
+            weight /= EIGHT
+            a, b, c = totals(weights, FOUR * weight, TWO * weight, weight, counted, shared)
+        weight *= FOUR if a > place else TWO if b > place else ONE
+        # the fraction, two bits at a time
+        step, ulp = weight / FOUR, weight * ULP
+        for _ in range(STEPS):
+            a, b, c = totals(weights, weight + step, weight + TWO * step, weight + THREE * step, counted, shared)
+            weight += step * (THREE if c > place else TWO if b > place else ONE if a > place else ZERO)
+            step /= FOUR
+        heavier, _, _ = totals(weights, weight + ulp, INFINITY, INFINITY, counted, shared)
+        a, b, _ = totals(weights, weight, weight + ulp, INFINITY, True, shared)
+        rank = max(ZERO, min((place - heavier) / (ONE if counted else weight), a - b - ONE))
+        return find(weights, weights.shape[1], weight, int32(rank), ranks, found), weight
 
-@device
-def locate(weights, place, counted, shared):
-    """(token at `place`, its weight). If `counted`, every token is as long as 1."""
-    weight = ONE
-    while weight > LIGHTEST and total(weights, weight, counted, shared) <= place:
-        weight *= HALF
-    step = weight * HALF
-    for _ in range(FRACTION_BITS):
-        if total(weights, weight + step, counted, shared) > place:
-            weight += step
-        step *= HALF
-    heavier, same = ZERO, ZERO
-    for v in range(cuda.threadIdx.x, weights.shape[0], THREADS):
-        if weights[v] > weight:
-            heavier += ONE if counted else weights[v]
-        if weights[v] == weight:
-            same += ONE
-    heavier, same = block_sum(heavier, shared), block_sum(same, shared)
-    rank = (place - heavier) / (ONE if counted else weight)
-    return find(weights, weight, int32(max(ZERO, min(rank, same - ONE)))), weight
+    @device
+    def cut(weights, place, counted, shared, ranks, found):
+        """Clear the weights of the tokens behind the one at `place`."""
+        last, lightest = locate(weights, place, counted, shared, ranks, found)
+        for v in range(cuda.threadIdx.x * size, weights.shape[1], row):
+            for i in range(v, v + size):
+                if weights[0, i] < lightest or (weights[0, i] == lightest and i > last):
+                    weights[0, i] = ZERO
 
+    @kernel(launch_bounds=(THREADS, 1))
+    def sample_token_kernel(token, position, logits, uniforms, choice, weights, V):
+        """token (1, 1) and position (1,) <- logits (T, Vp), uniforms (at least position + T,), choice (3,); weights
+        (1, V rounded up to a multiple of row): scratch.
 
-@device
-def cut(weights, place, counted, shared):
-    """Clear the weights of the tokens behind the one at `place`."""
-    last, lightest = locate(weights, place, counted, shared)
-    for v in range(cuda.threadIdx.x, weights.shape[0], THREADS):
-        if weights[v] < lightest or (weights[v] == lightest and v > last):
-            weights[v] = ZERO
+        Grid: one block; block: THREADS; a thread owns every THREADS-th vector of tokens. Moves: a row of logits; the
+        weights stay in cache
+        """
+        shared = cuda.shared.array(THREADS, float32)
+        ranks = cuda.shared.array(THREADS, int32)
+        found = cuda.shared.array(1, int32)
+        x = cuda.local.array(size, float32)
+        first, last = cuda.threadIdx.x * size, logits.shape[0] - 1
+        let_next_start()
+        wait_for_previous()
 
+        end = position[0] + logits.shape[0]  # read before the barrier, written after it
+        finite, top = True, -INFINITY
+        for v in range(first, V, row):
+            load_vector(x, 0, logits, last, v, size)
+            for i in range(size):
+                if v + i < V:
+                    finite &= abs(x[i]) < INFINITY
+                    top = max(top, x[i])
+        finite, top = cuda.syncthreads_and(int32(finite)), block_max(top, shared)
 
-@kernel(launch_bounds=(THREADS, 1))
-def sample_token_kernel(token, position, logits, uniforms, choice, weights):
-    """token (1, 1) and position (1,) <- logits (T, Vp), uniforms (at least position + T,), choice (3,); weights (V,):
-    scratch.
+        temperature, top_k, top_p = float32(choice[0]), float32(choice[1]), float32(choice[2])
+        share = min(float32(uniforms[end - 1]), BELOW_ONE)
+        if not finite:
+            drawn = int32(-1)
+        elif temperature == ZERO:
+            drawn = find(logits, V, top, int32(0), ranks, found)
+        else:
+            for v in range(first, weights.shape[1], row):
+                if v < V:
+                    load_vector(x, 0, logits, last, v, size)
+                for i in range(size):
+                    x[i] = exp2((x[i] - top) / temperature * LOG2E) if v + i < V else ZERO
+                store_vector(weights, 0, v, x, 0, size)
+            if top_k > ZERO:
+                cut(weights, min(top_k, float32(V)) - HALF, True, shared, ranks, found)
+            if top_p < ONE:
+                whole, _, _ = totals(weights, LIGHTEST, INFINITY, INFINITY, False, shared)
+                cut(weights, BELOW_ONE * top_p * whole, False, shared, ranks, found)
+            whole, _, _ = totals(weights, LIGHTEST, INFINITY, INFINITY, False, shared)
+            drawn, _ = locate(weights, share * whole, False, shared, ranks, found)
+        if cuda.threadIdx.x == 0:
+            token[0, 0] = drawn
+            position[0] = end
 
-    Grid: one block; block: THREADS; a thread owns every THREADS-th token. Moves: a row of logits; the weights stay in
-    the L1 or L2 cache
-    """
-    shared = cuda.shared.array(THREADS, float32)
-    thread, V, end = cuda.threadIdx.x, weights.shape[0], position[0] + logits.shape[0]
-    let_next_start()
-    wait_for_previous()
-
-    row = logits[logits.shape[0] - 1]
-    finite, top = True, -INFINITY
-    for v in range(thread, V, THREADS):
-        weights[v] = to_float(row[v])
-        finite = finite and abs(weights[v]) < INFINITY
-        top = max(top, weights[v])
-    finite, top = cuda.syncthreads_and(int32(finite)), block_max(top, shared)
-
-    temperature, top_k, top_p = float32(choice[0]), float32(choice[1]), float32(choice[2])
-    share = min(float32(uniforms[end - 1]), BELOW_ONE)
-    if temperature > ZERO:
-        for v in range(thread, V, THREADS):
-            weights[v] = exp2((weights[v] - top) / temperature * LOG2E)
-        if top_k > ZERO:
-            cut(weights, min(top_k, float32(V)) - HALF, True, shared)
-        if top_p < ONE:
-            cut(weights, BELOW_ONE * top_p * total(weights, LIGHTEST, False, shared), False, shared)
-        drawn, _ = locate(weights, share * total(weights, LIGHTEST, False, shared), False, shared)
-    else:
-        drawn = find(weights, top, 0)
-    if thread == 0:
-        token[0, 0] = drawn if finite else -1
-        position[0] = end
+    return sample_token_kernel
 
 
 def sample_token(token, position, logits, uniforms, choice, vocab_size, scratch):
@@ -134,10 +165,16 @@ def sample_token(token, position, logits, uniforms, choice, vocab_size, scratch)
     Parallel: over the tokens of the vocabulary, in one block
     Source:   Holtzman et al. 2019, arXiv:1904.09751 (top_p)
     """
-    launch = overlapping(sample_token_kernel, 1, THREADS)
-    launch(token, position, logits[0], uniforms, choice, scratch[:vocab_size])
+    size = vector_size(logits.shape[2])
+    weights = scratch[: weights_of(vocab_size, size)].reshape(1, -1)
+    overlapping(sample_kernel(size), 1, THREADS)(token, position, logits[0], uniforms, choice, weights, vocab_size)
 
 
 def sample_token_scratch(token, position, logits, uniforms, choice, vocab_size):
     """Floats of scratch that `sample_token` needs."""
-    return vocab_size
+    return weights_of(vocab_size, vector_size(logits.shape[2]))
+
+
+def weights_of(V: int, size: int) -> int:
+    """How many weights there are, those that fill the last row included."""
+    return blocks_for(V, THREADS * size) * THREADS * size
