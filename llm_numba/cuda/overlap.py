@@ -11,7 +11,7 @@ Source: NVIDIA, CUDA C++ Programming Guide, "Programmatic Dependent Launch and S
 
 from collections.abc import Callable
 
-from llm_numba.cuda.jit import SIMULATED, stream
+from llm_numba.cuda.jit import SIMULATED, compute_capability, stream
 
 if not SIMULATED:
     from cuda.core import LaunchConfig
@@ -52,16 +52,17 @@ if not SIMULATED:
 
     def overlapping(kernel, grid, block) -> Callable:
         """kernel[grid, block, stream()], which may start before the kernel before it has finished."""
+        configured = kernel[grid, block, stream()]
+        if compute_capability() < (9, 0):
+            return configured
 
         def launch(*args):
-            config = LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=True)
-            compiled = kernel.compile(tuple(kernel.typeof_pyval(arg) for arg in args))
-            words = []
+            """What Numba does, with another LaunchConfig."""
+            compiled, words = kernel.compile(tuple(kernel.typeof_pyval(arg) for arg in args)), []
             for kind, arg in zip(compiled.argument_types, args, strict=True):
                 compiled._prepare_args(kind, arg, stream(), [], words)
-            launch_kernel(
-                kernel[grid, block, stream()].stream, config, compiled._codelibrary.get_cufunc().kernel, *words
-            )
+            config = LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=True)
+            launch_kernel(configured.stream, config, compiled._codelibrary.get_cufunc().kernel, *words)
 
         return launch
 
