@@ -115,9 +115,10 @@ def get_ops(
     Errors: UserError if the device, or this dtype on it, is not available.
     """
     if device == "cuda":
-        from llm_numba.cuda.gpu import check_gpu
+        from llm_numba.cuda.gpu import begin_context, check_gpu
 
         check_gpu(dtype)
+        begin_context()
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":

@@ -4,8 +4,8 @@ FILE is the name of a file of llm_numba/cuda, such as layernorm, whose cases are
 that contains cases; by default all of llm_numba/cuda. A file of cases has a function `cases` that returns a list of
 dict:
 
-    kernel, signature (Numba types of the arguments), bf16 (True if it needs compute capability 8.0),
-    wide (True if 64-bit floats are intended), contains (machine instructions that must occur)
+    kernel, signature (Numba types of the arguments), bf16 (True if it needs compute capability 8.0, "hopper" if 9.0
+    and nothing else), wide (True if 64-bit floats are intended), contains (machine instructions that must occur)
 
 Prints a line of JSON for each case and compute capability: file, what, registers, shared, problems (a list of str),
 seconds (CPU time); and a line for each kernel without a case.
@@ -24,9 +24,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from assembling import assemble, missing_packages
+from assembling import HOPPER, assemble, missing_packages
 
-CAPABILITIES = {False: [(7, 5), (8, 0), (9, 0)], True: [(8, 0), (9, 0)]}  # by whether the case is bf16
+CAPABILITIES = {False: [(7, 5), (8, 0), (9, 0)], True: [(8, 0), (9, 0)], "hopper": [HOPPER]}  # by bf16 of a case
 CUDA = Path(__file__).parents[1] / "llm_numba" / "cuda"
 CASES = Path(__file__).parent / "kernel_cases"
 
@@ -54,16 +54,20 @@ def problems_of(case: dict, found) -> list[str]:
         f"{found.spills} bytes of spills": found.spills,
         f"{found.wide} 64-bit floating-point instructions": found.wide and not case.get("wide"),
     }
+    checks |= {warning: True for warning in found.warnings}
     wanted = case.get("contains", ())
     checks |= {f"no {word}": word not in found.sass for word in ((wanted,) if isinstance(wanted, str) else wanted)}
     return [problem for problem, found_one in checks.items() if found_one]
 
 
-def run_case(task: tuple[str, int, tuple[int, int]]) -> dict:
+def run_case(task: tuple[str, int, tuple]) -> dict:
     file, index, capability = task
     case, start = cases_of(file)[index], cpu_seconds()
     types = ", ".join(map(str, case["signature"]))
-    line = {"file": file, "what": f"{case['kernel'].py_func.__name__}({types}) for {capability[0]}.{capability[1]}"}
+    line = {
+        "file": file,
+        "what": f"{case['kernel'].py_func.__name__}({types}) for {capability[0]}.{''.join(map(str, capability[1:]))}",
+    }
     try:
         found = assemble(case["kernel"], case["signature"], capability)
         line |= {"registers": found.registers, "shared": found.shared, "problems": problems_of(case, found)}

@@ -1,6 +1,7 @@
 """Causal multi-head attention that never stores the (T, T) matrix of scores; kv heads may serve groups of query heads.
 
-variants.py chooses the kernels for training: attention_mma.py (bf16 on tensor cores) or attention_simt.py (any GPU).
+variants.py chooses the kernels for training: attention_wgmma.py (bf16 on Hopper), attention_mma.py (bf16 on tensor
+cores) or attention_simt.py (any GPU).
 The kernels for sampling from a KV cache and for debugging are here.
 """
 
@@ -223,7 +224,8 @@ def attention_backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scrat
 
 def attention_backward_scratch(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads):
     """Floats of scratch that `attention_backward` needs."""
-    return math.prod(lse.shape)
+    HS, (B, NH, T) = head_size(out, num_heads), lse.shape
+    return choose("attention", qkv.dtype, HS).backward_scratch(B, T, NH, HS)
 
 
 def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads):

@@ -434,6 +434,11 @@ def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
     launcher(dq_kernel(HS, group), DQ_TILES, 2, lse, num_heads, HS)(dqkv, dout, lse, delta, qkv, scale)
 
 
+def backward_scratch(B: int, T: int, NH: int, HS: int) -> int:
+    """Floats of scratch that `backward` needs, for delta."""
+    return B * NH * T
+
+
 def launcher(kernel, tiles, owned, lse, heads, HS):
     """A function that launches the kernel with a block for each tile of rows of each head.
 

@@ -348,6 +348,11 @@ def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
         launch(dqkv, dout, lse, delta, qkv, HS, ONE / float32(math.sqrt(HS)))
 
 
+def backward_scratch(B: int, T: int, NH: int, HS: int) -> int:
+    """Floats of scratch that `backward` needs, for delta."""
+    return B * NH * T
+
+
 def sizes(out, num_heads, num_kv_heads) -> tuple[int, int, int]:
     """(channels per head, row length of its tiles, query heads per kv head)."""
     HS = out.shape[2] // num_heads

@@ -22,6 +22,7 @@ from llm_numba.cuda.jit import (
     block_scan,
     block_sum,
     blocks_for,
+    device,
     float32,
     int32,
     kernel,
@@ -34,7 +35,7 @@ from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 ZERO = float32(0)
 TOKENS = sized(8, 2)  # rows of a block of the forward
-DIGIT = sized(8, 3)  # bits that a pass sorts by
+DIGIT = sized(6, 3)  # bits that a pass sorts by: then all blocks of sort_kernel run at once on most GPUs
 SORT_BLOCK, SORT_EACH = sized(1024, 4), sized(8, 2)  # threads, and adjacent keys of each
 PIECE = sized(32, 3)  # positions
 LANES = sized(32, 2)  # threads of a row, each with a vector
@@ -70,6 +71,12 @@ def forward_kernel(size: int, at: bool):
     return encoder_forward_kernel
 
 
+@device
+def digit_of(key, shift):
+    """DIGIT bits of the key, `shift` and up, in 32-bit arithmetic."""
+    return uint32(uint32(uint32(key) >> uint32(shift)) & uint32((1 << DIGIT) - 1))
+
+
 @kernel
 def sort_kernel(sorted_keys, sorted_positions, keys, positions, shift, first):
     """sorted_keys, sorted_positions (n,) <- keys, positions (n,), sorted by DIGIT bits of the keys, `shift` and up;
@@ -78,29 +85,33 @@ def sort_kernel(sorted_keys, sorted_positions, keys, positions, shift, first):
     Grid: 2**DIGIT; block: SORT_BLOCK; a block owns a digit: it counts the smaller digits, which come before its own,
     then appends its keys. A thread owns SORT_EACH adjacent keys at a time. Moves: 2**(DIGIT + 1) * n keys, from cache.
     """
-    digit, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, keys.shape[0]
+    digit, thread, n = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x), uint32(keys.shape[0])
     shared = cuda.shared.array(SORT_BLOCK, int32)
     smaller = int32(0)
-    for i in range(thread, n, SORT_BLOCK):
-        smaller += int32((keys[i] >> shift) % (1 << DIGIT) < digit)
+    for start in range(0, keys.shape[0], SORT_BLOCK * SORT_EACH):
+        for k in range(SORT_EACH):
+            i = uint32(start + k * SORT_BLOCK + thread)
+            if i < n and digit_of(keys[i], shift) < digit:
+                smaller = int32(smaller + 1)
     end = block_sum(smaller, shared)
 
     mine = cuda.local.array(SORT_EACH, int32)
-    for start in range(0, n, SORT_BLOCK * SORT_EACH):
+    for start in range(0, keys.shape[0], SORT_BLOCK * SORT_EACH):
         count = int32(0)
         for k in range(SORT_EACH):
-            i = start + thread * SORT_EACH + k
-            mine[k] = i < n and (keys[i] >> shift) % (1 << DIGIT) == digit
-            count += mine[k]
+            i = uint32(start + thread * SORT_EACH + k)
+            mine[k] = i < n and digit_of(keys[i], shift) == digit
+            count = int32(count + mine[k])
         before, total = block_scan(count, shared)
-        place = end + before
-        for k in range(SORT_EACH):
-            i = start + thread * SORT_EACH + k
-            if mine[k]:
-                sorted_keys[place] = keys[i]
-                sorted_positions[place] = i if first else positions[i]
-                place += 1
-        end += total
+        if count > 0:
+            place = uint32(end + before)
+            for k in range(SORT_EACH):
+                i = uint32(start + thread * SORT_EACH + k)
+                if mine[k]:
+                    sorted_keys[place] = keys[i]
+                    sorted_positions[place] = i if first else positions[i]
+                    place = uint32(place + 1)
+        end = int32(end + total)
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def with_shared(kernel, grid, block, nbytes: int) -> Callable:
     """
 
     def launch(*args):
-        if nbytes > DEFAULT_SHARED:
+        if nbytes > DEFAULT_SHARED and not SIMULATED:
             _allow_shared(kernel, tuple(kernel.typeof_pyval(arg) for arg in args), nbytes)
         kernel[grid, block, stream(), nbytes](*args)
 
@@ -247,6 +247,9 @@ else:
     from ml_dtypes import bfloat16
     from numba.cuda.simulator import kernelapi
 
+    from llm_numba.cuda import simulator
+
+    simulator.install()
     config.CUDA_WARN_ON_IMPLICIT_COPY = 0
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # compiled kernels do not warn either
 

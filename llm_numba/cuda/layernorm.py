@@ -133,25 +133,27 @@ def backward_kernel(C: int):
 
         for first in range(uint32(cuda.blockIdx.x) * rows, inp.shape[0], cuda.gridDim.x * rows):
             row = uint32(min(first + y, inp.shape[0] - 1))
-            end = C if row == first + y else 0  # past the last row there are no channels
+            is_own = row == first + y  # past the last row, a row of another thread is loaded, but not used
             m, r = mean[row], rstd[row]
             # load: norm holds inp at first, dnorm holds dout
             for k in range(0, each, size):
                 c = thread * size + k * threads
-                if c < end:
+                if c < C:
                     load_vector(norm, k, inp, row, c, size)
                     load_vector(dnorm, k, dout, row, c, size)
                     load_vector(dx, k, dinp, row, c, size)
             # reduce: over the rows in registers, over the channels of the row with row_sum
+            if is_own:
+                for k in range(each):
+                    dweight[k] += dnorm[k] * ((norm[k] - m) * r)
+                    dbias[k] += dnorm[k]
             dnorm_total, dnorm_norm_total = ZERO, ZERO
             for k in range(0, each, size):
                 c = thread * size + k * threads
-                if c < end:
+                if c < C:
                     load_vector(w, 0, weight, 0, c, size)
                     for i in range(k, k + size):
                         norm[i] = (norm[i] - m) * r
-                        dweight[i] += dnorm[i] * norm[i]
-                        dbias[i] += dnorm[i]
                         dnorm[i] *= w[i - k]
                         dnorm_total += dnorm[i]
                         dnorm_norm_total += dnorm[i] * norm[i]
@@ -160,7 +162,7 @@ def backward_kernel(C: int):
             # store
             for k in range(0, each, size):
                 c = thread * size + k * threads
-                if c < end:
+                if c < C and is_own:
                     for i in range(k, k + size):
                         dx[i] += r * (dnorm[i] - dnorm_average - norm[i] * dnorm_norm_average)
                     store_vector(dinp, row, c, dx, k, size)

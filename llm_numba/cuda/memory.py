@@ -62,11 +62,13 @@ def copy(out, inp) -> None:
 
 
 def to_device(tensor, host) -> None:
-    """tensor = host, an array or a number of any precision."""
+    """tensor = host, an array or a number of any precision.
+
+    CUDA has read `host` when this returns, as it is not page-locked; the tensor gets it in the order of the stream.
+    """
     values = np.broadcast_to(np.asarray(host), tensor.shape)
     values = values.astype(bfloat16).view(np.uint16) if tensor.dtype == np.uint16 else values.astype(tensor.dtype)
     tensor.copy_to_device(np.ascontiguousarray(values), stream=stream())
-    synchronise()
 
 
 def to_host(tensor) -> np.ndarray:

@@ -13,11 +13,10 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-FAMILIES = {
-    "matmul": ("few_rows", "mma", "simt"),
-    "attention": ("mma", "simt"),
-}  # family -> its variants, fastest first
-NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
+# family -> its variants, fastest first; simt supports everything, so those after it run only if forced
+FAMILIES = {"matmul": ("few_rows", "wgmma", "mma", "simt", "tf32", "cublas"), "attention": ("wgmma", "mma", "simt")}
+NOT_SIMULATED = ("mma", "tf32", "cublas")  # they need instructions or a library that the simulator does not have
+ONLY_FORCED_SIMULATED = ("wgmma",)  # variants whose PTX is emulated: too slow for a whole model
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}
 
@@ -63,6 +62,8 @@ def reason_against(family: str, name: str, dtype, *sizes: int) -> str:
 
     if SIMULATED and name in NOT_SIMULATED:
         return "not in the simulator"
+    if SIMULATED and name in ONLY_FORCED_SIMULATED and _forced.get(family) != name:
+        return "slow in the simulator: only with --variant"
     return _load(family, name).supports(dtype, *sizes)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from llm_numba.arena import TensorSpec, padded
 from llm_numba.util.cli import UserError
+from llm_numba.util.normal import standard_normal
 
 
 def logits_rows(rows: int) -> int:
@@ -153,8 +154,8 @@ class GPT2:
         for spec in self.parameters():
             values = np.array(spec.fill, np.float32)
             if spec.std:
-                shape = (self.num_layers, *spec.shape) if spec.per_layer else spec.shape
-                values = rng.standard_normal(shape, np.float32) * np.float32(spec.std)
+                values = standard_normal(rng, (self.num_layers, *spec.shape) if spec.per_layer else spec.shape)
+                values *= np.float32(spec.std)
             if spec.name == "wte":
                 values[self.vocab_size :] = 0
             yield spec.name, values
