@@ -292,7 +292,7 @@ def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     keys, positions = tokens.reshape(n), lists[1]
     for i in range(passes_of(dwte.shape[0])):
         to = lists[:2] if i % 2 == 0 else lists[2:]
-        launch = sort_kernel(vector_size(n))[1 << DIGIT, SORT_BLOCK, stream()]
+        launch = sort_kernel(math.gcd(n, SORT_EACH))[1 << DIGIT, SORT_BLOCK, stream()]
         launch(*to, keys.reshape(1, n), positions, i * DIGIT, i == 0)
         keys, positions = to
     columns = blocks_for(C, LANES * size)

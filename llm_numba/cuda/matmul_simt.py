@@ -8,8 +8,8 @@ adjacent elements.
 
 from numba import cuda
 
-from llm_numba.cuda.jit import device, float32, kernel, sized, to_float, to_storage, uint32
 from llm_numba.cuda.hopper import inlined, unrolled
+from llm_numba.cuda.jit import device, float32, kernel, sized, to_float, to_storage, uint32
 from llm_numba.cuda.matmul_common import unfused
 from llm_numba.cuda.tiling import Tile, grouped_tile, split_product, split_scratch
 
@@ -135,9 +135,8 @@ def product_kernel(a_transposed, b_transposed):
 
             # multiply
             for first in range(0, TILE_K, UNROLLED):
-                unrolled(
-                    UNROLLED, multiply_step, (first, sums, a_fragment, b_fragment, a_tiles, b_tiles, current, row, column)
-                )
+                arguments = first, sums, a_fragment, b_fragment, a_tiles, b_tiles, current, row, column
+                unrolled(UNROLLED, multiply_step, arguments)
             current = uint32(1 - current)
 
         # store
