@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from llm_numba.bench.breakdown import break_down
 from llm_numba.bench.measuring import measure, peak_memory, resident_memory, wall_time
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
 from llm_numba.models.gpt2 import GPT2
-from llm_numba.training.generate import Choice, generate, generation_groups, generation_step
+from llm_numba.training.generate import Choice, generation_groups, generation_step, generator
 from llm_numba.training.memory_plan import complete, training_groups
 from llm_numba.training.settings import Settings
 from llm_numba.training.step import initialise, training_step
@@ -247,4 +246,5 @@ def new_sampling(ops, model: GPT2, tokens: int, dtype: str = "float32") -> Calla
     groups = {"parameters": model.parameters()} | generation_groups(model)
     arena = Arena(complete(groups, model, ops, dtype, generation_step), model, "reuse", ops)
     initialise(ops, arena, 0)
-    return lambda: list(islice(generate(ops, arena, [0], GREEDY, None), tokens))
+    generate, rng = generator(ops, arena), np.random.default_rng(0)
+    return lambda: list(generate([0], tokens, GREEDY, rng))

@@ -30,6 +30,7 @@ from llm_numba.cuda.jit import (
     stream,
     uint32,
 )
+from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
 from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 ZERO = float32(0)
@@ -42,12 +43,13 @@ ROWS, HEADS = sized(4, 2), sized(16, 2)  # rows of dout and of heads that a thre
 
 
 @functools.cache
-def forward_kernel(size: int):
-    """The kernel of `encoder_forward` for vectors of `size` channels."""
+def forward_kernel(size: int, at: bool):
+    """The kernel of `encoder_forward`, or of `encoder_forward_at` if `at`, for vectors of `size` channels."""
 
     @kernel
-    def encoder_forward_kernel(out, tokens, wte, wpe, T):
-        """out (n, C) = wte (Vp, C)[tokens (n,)] + wpe (at least T, C)[t].
+    def encoder_forward_kernel(out, tokens, wte, wpe, T, position):
+        """out (n, C) = wte (Vp, C)[tokens (n,)] + wpe (at least T, C)[t], or [position[0] + t] if `at`; a token below
+        0 counts as 0.
 
         Grid: (T / TOKENS, C / (LANES * size), B); block: (LANES, TOKENS); a thread owns a vector of a row.
         Moves: 2*n*C + T*C elements.
@@ -56,12 +58,14 @@ def forward_kernel(size: int):
         c = (uint32(cuda.blockIdx.y) * LANES + uint32(cuda.threadIdx.x)) * size
         row = uint32(cuda.blockIdx.z) * T + t
         sums = cuda.local.array(size, float32)
-        position = cuda.local.array(size, float32)
+        added = cuda.local.array(size, float32)
+        let_next_start()
+        wait_for_previous()
         if t < T and c < out.shape[1]:
-            load_vector(sums, 0, wte, tokens[row], c, size)
-            load_vector(position, 0, wpe, t, c, size)
+            load_vector(sums, 0, wte, max(tokens[row], 0), c, size)
+            load_vector(added, 0, wpe, t + position[0] if at else t, c, size)
             for k in range(size):
-                sums[k] += position[k]
+                sums[k] += added[k]
             store_vector(out, row, c, sums, 0, size)
 
     return encoder_forward_kernel
@@ -247,11 +251,26 @@ def encoder_forward(out, tokens, wte, wpe):
     Expects:  0 <= tokens < Vp, unchecked
     Source:   Radford et al. 2019, GPT-2
     """
+    launch_forward(out, tokens, wte, wpe, tokens.reshape(-1), False)  # an array instead of the position
+
+
+def encoder_forward_at(out, tokens, wte, wpe, position):
+    """The same for tokens in the middle of a sequence.
+
+    out (B, T, C) <- tokens (B, T) int32, wte (Vp, C), wpe (at least position + T, C), position (1,) int32
+    Writes:   out[b, t] = wte[tokens[b, t]] + wpe[position + t]; a token below 0 counts as 0
+    Parallel: over the elements of out; nothing races
+    Expects:  tokens < Vp, unchecked
+    """
+    launch_forward(out, tokens, wte, wpe, position, True)
+
+
+def launch_forward(out, tokens, wte, wpe, position, at):
     B, T, C = out.shape
     size = vector_size(C)
     grid = blocks_for(T, TOKENS), blocks_for(C, LANES * size), B
-    launch = forward_kernel(size)[grid, (LANES, TOKENS), stream()]
-    launch(out.reshape(B * T, C), tokens.reshape(B * T), wte, wpe, T)
+    launch = overlapping(forward_kernel(size, at), grid, (LANES, TOKENS))
+    launch(out.reshape(B * T, C), tokens.reshape(B * T), wte, wpe, T, position)
 
 
 def encoder_backward(dwte, dwpe, dout, tokens, scratch):
@@ -273,7 +292,7 @@ def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     keys, positions = tokens.reshape(n), lists[1]
     for i in range(passes_of(dwte.shape[0])):
         to = lists[:2] if i % 2 == 0 else lists[2:]
-        launch = sort_kernel(vector_size(n))[1 << DIGIT, SORT_BLOCK, stream()]
+        launch = sort_kernel(math.gcd(n, SORT_EACH))[1 << DIGIT, SORT_BLOCK, stream()]
         launch(*to, keys.reshape(1, n), positions, i * DIGIT, i == 0)
         keys, positions = to
     columns = blocks_for(C, LANES * size)

@@ -17,10 +17,10 @@ def cases():
     found += [dict(kernel=heads_kernel(size), signature=(table, table, i1), bf16=False) for size in (1, 8)]
     for x in ("f", "h"):
         matrix = array(x + "2")
-        forward = matrix, i1, matrix, matrix, types.int64
+        forward = matrix, i1, matrix, matrix, types.int64, i1
         for size in (1, 8):
             found += [
-                dict(kernel=forward_kernel(size), signature=forward, bf16=x == "h"),
+                *(dict(kernel=forward_kernel(size, at), signature=forward, bf16=x == "h") for at in (False, True)),
                 dict(kernel=dwte_kernel(size), signature=(table, table, matrix, i1, i1), bf16=x == "h"),
                 dict(kernel=dwpe_kernel(size), signature=(table, matrix), bf16=x == "h"),
             ]
