@@ -1,8 +1,8 @@
 """Softmax and cross-entropy in one op, so that the probabilities are never stored.
 
 A block owns a row of logits and reads it twice: first for the maximum and the sum of e**(x - maximum), then, while the
-row is still in cache, for the gradient. A thread owns every THREADS-th vector of the row (vectors.py) and loads CHUNK
-logits at once, so accesses are coalesced and many bytes are in flight.
+row is still in cache, for the gradient. A thread owns every THREADS-th vector of the row (vectors.py) and loads VECTORS
+of them at once, so accesses are coalesced and many bytes are in flight.
 
 Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (the maximum and the sum in one pass).
 """
@@ -17,8 +17,8 @@ from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kern
 from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 float64, uint32 = np.float64, np.uint32
-THREADS, RESIDENT = sized(640, 8), 2  # of a block; blocks per SM
-CHUNK = sized(8, 2)  # logits that a thread loads at once, at least
+THREADS, RESIDENT = sized(512, 8), 2  # of a block; blocks per SM
+VECTORS = sized(4, 1)  # that a thread loads at once
 ZERO, LOWEST, LOG2E = float32(0), np.finfo(float32).min, float32(1.4426950408889634)
 
 
@@ -30,7 +30,7 @@ def exp(x):
 @functools.cache
 def classifier_kernel(size: int):
     """The kernel of `fused_classifier` for vectors of `size` logits."""
-    chunk = max(CHUNK, size)  # logits that a thread loads at once
+    chunk = VECTORS * size  # logits that a thread loads at once
     stride = chunk * THREADS
 
     @kernel(launch_bounds=(THREADS, RESIDENT))
