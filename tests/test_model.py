@@ -28,6 +28,7 @@ from training import (
 )
 
 from llm_numba.arena import Arena
+from llm_numba.models import gpt2
 from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
 from llm_numba.training.generate import Choice, generation_groups, generation_step, generator, stepper
@@ -275,9 +276,11 @@ def test_a_step_over_its_limit_is_left_out(ops):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("plan", PLANS)
-def test_logits_a_block_of_rows_at_a_time(ops, plan, torch_gpt2):
+def test_logits_a_block_of_rows_at_a_time(ops, plan, torch_gpt2, monkeypatch):
     """1200 rows, of whose logits there are 1024 at a time: all else is as PyTorch, which has them all, says."""
     B, T = 40, 30
+    assert [gpt2.logits_rows(rows) for rows in (1, 4096, 4097, 1 << 15)] == [1, 4096, 4096, 1 << 13]
+    monkeypatch.setattr(gpt2, "logits_rows", lambda _: 1024)
     run, batch = fresh_run(ops, MIDDLING, B, T, plan)
     assert [rows.logits.shape[1] for rows in run.m.blocks] == [1024, 176]
     assert run.m.logits.size == (1024 if plan == "reuse" else B * T) * MIDDLING.padded_vocab_size
