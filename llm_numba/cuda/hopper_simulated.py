@@ -334,10 +334,6 @@ def wait_flag(address, count):
         thread.block.wait(thread, f"a flag to become {count}")
 
 
-def reciprocal(x):
-    return np.float32(1) / x
-
-
 def pack(low, high):
     return np.array([low, high], np.float32).astype(bfloat16).view(np.uint32)[0]
 
