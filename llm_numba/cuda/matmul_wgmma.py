@@ -22,6 +22,8 @@ GROUP, WIDE = 16, 32  # rows of tiles in a group if there are more than WIDE col
 # steps that an owner waits after the helpers have multiplied, and that adding each of their parts takes
 HANDOVER, ADDITION = sized(7, 0), sized(4, 0)
 
+MOST_MULTIPROCESSORS = 1024  # of any GPU
+
 product_kernel = functools.cache(product_kernel)
 
 
@@ -123,8 +125,8 @@ def multiprocessors() -> int:
 
 @functools.cache
 def flags():
-    """A word for each part, 0 between launches."""
-    return memory.allocate(4 * multiprocessors())
+    """A word for each part, 0 between launches; there are fewer parts than multiprocessors."""
+    return memory.allocate(4 * MOST_MULTIPROCESSORS)
 
 
 def scratch_size(kind, M: int, N: int, K: int) -> int:
