@@ -27,6 +27,20 @@ def test_forward(ops, rng, place, shape):
     check_forward(ops, place, tokens, wte, wpe)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
+def test_forward_at(ops, rng, place, shape, dtype):
+    """From a position on; a token below 0 counts as 0."""
+    tokens, wte, wpe, _ = make(rng, *shape, V=7)
+    tokens[0, 0] = -1
+    before = rng.standard_normal((5, shape[2])).astype(np.float32)  # not read
+    out = place(np.full((*tokens.shape, wte.shape[1]), np.nan), dtype)
+    tables = place(wte, dtype), place(np.concatenate([before, wpe]), dtype)
+    arguments = out, place(tokens, np.int32), *tables, place([5], np.int32)
+    expected = by_oracle("encoder_forward_at", *arguments)
+    ops.encoder_forward_at(*arguments)
+    assert_close("out", out, expected, stored(dtype, expected, UNIT * np.abs(expected)))
+
+
 def check_backward(ops, rng, place, garbage, tokens, wte, wpe, dout, dtype="float32"):
     before = [rng.standard_normal(x.shape).astype(np.float32) for x in (wte, wpe)]
     arguments = place(before[0]), place(before[1]), place(dout, dtype), place(tokens, np.int32)

@@ -8,6 +8,15 @@ from comparing import ROUNDING
 from llm_numba.cuda import variants
 
 pytestmark = pytest.mark.gpu
+FEW_ROWS = [
+    (1, 7, 8, 3),
+    (2, 8, 8, 2),
+    (1, 2, 257, 97),
+    (1, 16, 97, 257),
+    (1, 3, 768, 9),
+    (2, 8, 3072, 97),
+    (1, 1, 6400, 9),
+]
 STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # as the device code sees them
 
 
@@ -25,7 +34,7 @@ def forced():
     variants.force({})
 
 
-@pytest.mark.parametrize("shape", [*test_matmul.BF16_CASES, (1, 1000, 200, 328), (1, 2, 1024, 96)])
+@pytest.mark.parametrize("shape", [*test_matmul.BF16_CASES, (1, 1000, 200, 328), (1, 2, 1024, 96), *FEW_ROWS])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("name", variants.FAMILIES["matmul"])
 def test_results(ops, rng, place, garbage, monkeypatch, forced, name, dtype, shape):

@@ -93,14 +93,13 @@ class Toy:
         return [
             *(s._replace(shares=f"{s.name} of {T}" if s.per_layer else "") for s in self.activations(1, T)),
             TensorSpec("tokens", (1, T), "int32"),
-            TensorSpec("wpe", (T, self.channels)),
         ]
 
-    def seek(self, ops, m, parameters, position):
-        ops.copy(m.wpe, parameters["wpe"][position : position + m.tokens.shape[1]])
-
     def next_logits(self, ops, m):
-        self.forward(ops, m)
+        def encoder(out, tokens, wte, wpe):
+            ops.encoder_forward_at(out, tokens, wte, wpe, m.position)
+
+        self.forward(ops.replace(encoder_forward=encoder), m)
         ops.matmul_forward(m.logits, m.layers[-1].active, m.head, None, m.scratch)
 
     def flops_per_token(self, T):

@@ -1,5 +1,6 @@
 """The encoder: token embedding plus position embedding."""
 
+import numpy as np
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL
@@ -25,6 +26,17 @@ def encoder_forward(out, tokens, wte, wpe):
             row, token = out[b, t], wte[tokens[b, t]]
             for c in range(C):
                 row[c] = token[c] + position[c]
+
+
+@njit(cache=True)
+def encoder_forward_at(out, tokens, wte, wpe, position):
+    """The same for tokens in the middle of a sequence.
+
+    out (B, T, C) <- tokens (B, T) int32, wte (Vp, C), wpe (at least position + T, C), position (1,) int32
+    Writes:   out[b, t] = wte[tokens[b, t]] + wpe[position + t]; a token below 0 counts as 0
+    Expects:  tokens < Vp, unchecked
+    """
+    encoder_forward(out, np.maximum(tokens, 0), wte, wpe[position[0] :])
 
 
 @njit(**PARALLEL)

@@ -72,6 +72,8 @@ def dynamic_shared(typingctx):
 uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", (WORD,), WORD)
 # the same value, unknown to the compiler: it does not unroll a loop that counts with it
 opaque = instruction("", "=r,0", (WORD,), WORD)
+# the same value: the compiler keeps it in registers, where it would otherwise compute it again in each round of a loop
+keep = instruction("", "=l,0", (ADDRESS,), ADDRESS)
 # (x, mask): the value of x in lane ^ mask
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", (FLOAT, WORD), FLOAT)
 # (barrier, threads): wait until that many threads are at named barrier 1 to 15; syncthreads is barrier 0

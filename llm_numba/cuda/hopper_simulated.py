@@ -160,7 +160,7 @@ def uniform(x):
     return x
 
 
-opaque = uniform
+opaque = keep = uniform
 
 
 def shuffle_xor(x, mask):

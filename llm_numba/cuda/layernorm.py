@@ -11,6 +11,7 @@ import math
 from numba import cuda
 
 from llm_numba.cuda.jit import WARP, blocks_for, float32, kernel, row_sum, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
 from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 EPSILON = float32(1e-5)
@@ -21,7 +22,7 @@ BACKWARD_EACH = sized(25, 4)  # channels per thread, at most; each takes five re
 BACKWARD_THREADS = sized(132 * RESIDENT, 16)  # on the 132 SMs of an H100
 ROWS = sized(4, 2)  # rows of a block at a time, if a warp is enough for a row
 SHARED = sized(WARP, 1024)  # floats of shared memory for row_sum
-COLUMNS, SLICES = 8, sized(128, 2)  # a block of add_shares_kernel
+COLUMNS, SLICES = 8, sized(32, 2)  # a block of add_shares_kernel
 
 
 def block_of(C: int, most: int) -> tuple[int, int, int]:
@@ -54,8 +55,12 @@ def forward_kernel(C: int, adds: bool):
         shared = cuda.shared.array(SHARED, float32)
         x = cuda.local.array(each, float32)
         y = cuda.local.array(each, float32)
+        w = cuda.local.array(each, float32)
+        b = cuda.local.array(each, float32)
+        let_next_start()
         if row >= inp.shape[0]:
             return
+        wait_for_previous()
 
         # load
         for k in range(0, each, size):
@@ -64,6 +69,8 @@ def forward_kernel(C: int, adds: bool):
                 load_vector(x, k, inp, row, c, size)
                 if adds:
                     load_vector(y, k, more, row, c, size)
+                load_vector(w, k, weight, 0, c, size)
+                load_vector(b, k, bias, 0, c, size)
         total = ZERO
         for k in range(0, each, size):
             c = thread * size + k * threads
@@ -82,20 +89,12 @@ def forward_kernel(C: int, adds: bool):
                 for i in range(k, k + size):
                     total += (x[i] - m) * (x[i] - m)
         r = ONE / math.sqrt(row_sum(total, shared) / float32(C) + EPSILON)
-        # scale and shift
-        w = cuda.local.array(size, float32)
-        b = cuda.local.array(size, float32)
+        # scale, shift and store
         for k in range(0, each, size):
             c = thread * size + k * threads
             if c < C:
-                load_vector(w, 0, weight, 0, c, size)
-                load_vector(b, 0, bias, 0, c, size)
-                for i in range(size):
-                    x[k + i] = (x[k + i] - m) * r * w[i] + b[i]
-        # store: the compiler does not move a load before an earlier store
-        for k in range(0, each, size):
-            c = thread * size + k * threads
-            if c < C:
+                for i in range(k, k + size):
+                    x[i] = (x[i] - m) * r * w[i] + b[i]
                 store_vector(out, row, c, x, k, size)
         if thread == 0:
             mean[row] = m
@@ -108,7 +107,7 @@ def forward_kernel(C: int, adds: bool):
 def backward_kernel(C: int):
     """The kernel of `layernorm_backward` for C channels."""
     threads, rows, each = block_of(C, BACKWARD_EACH)
-    size = vector_size(C)
+    size, shared_sums = vector_size(C), each * threads if rows > 1 else 1
 
     @kernel(launch_bounds=(threads * rows, max(1, RESIDENT // (threads * rows))))
     def layernorm_backward_kernel(dinp, shares, dout, inp, weight, mean, rstd):
@@ -121,7 +120,7 @@ def backward_kernel(C: int):
         """
         y, thread = uint32(cuda.threadIdx.y), uint32(cuda.threadIdx.x) % threads
         shared = cuda.shared.array(SHARED, float32)
-        sums = cuda.shared.array((2, C if rows > 1 else 1), float32)
+        sums = cuda.shared.array((2, shared_sums), float32)
         norm = cuda.local.array(each, float32)
         dnorm = cuda.local.array(each, float32)
         dx = cuda.local.array(each, float32)
@@ -173,11 +172,12 @@ def backward_kernel(C: int):
                 for k in range(each):
                     c = thread * size + k // size * size * threads + k % size
                     if c < C:
+                        place = k * threads + thread
                         if turn > 0:
-                            dweight[k] += sums[0, c]
-                            dbias[k] += sums[1, c]
+                            dweight[k] += sums[0, place]
+                            dbias[k] += sums[1, place]
                         if turn < rows - 1:
-                            sums[0, c], sums[1, c] = dweight[k], dbias[k]
+                            sums[0, place], sums[1, place] = dweight[k], dbias[k]
                         else:
                             shares[cuda.blockIdx.x, c], shares[cuda.blockIdx.x, C + c] = dweight[k], dbias[k]
             cuda.syncthreads()
@@ -229,7 +229,7 @@ def launch_forward(adds, residual, out, mean, rstd, inp, more, weight, bias):
     """Launch forward_kernel; residual, out, inp and more are (n, C)."""
     n, C = inp.shape
     threads, rows, _ = block_of(C, FORWARD_EACH)
-    forward_kernel(C, adds)[blocks_for(n, rows), (threads, rows), stream()](
+    overlapping(forward_kernel(C, adds), blocks_for(n, rows), (threads, rows))(
         residual, out, mean.reshape(-1), rstd.reshape(-1), inp, more, weight.reshape(1, C), bias.reshape(1, C)
     )
 

@@ -1,6 +1,7 @@
 """GPU memory for the arena: allocation, views, copies; and CUDA graphs, which replay the launches of a step."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -75,6 +76,27 @@ def to_host(tensor) -> np.ndarray:
     values = tensor.copy_to_host(stream=stream())
     synchronise()
     return values.view(bfloat16).astype(np.float32) if values.dtype == np.uint16 else values
+
+
+def reader(tensor) -> Callable[[], Callable[[], np.ndarray]]:
+    """A function that starts to copy tensor to the host, and returns a function that waits for the copy and returns it.
+    Of the copies, the last two exist at a time."""
+    if SIMULATED:
+        return lambda: functools.partial(np.copy, tensor.copy_to_host())
+    buffers = itertools.cycle([cuda.pinned_array(tensor.shape, tensor.dtype) for _ in range(2)])
+
+    def start():
+        values, copied = next(buffers), cuda.event()
+        tensor.copy_to_host(values, stream=stream())
+        copied.record(stream())
+
+        def wait():
+            copied.synchronize()
+            return values
+
+        return wait
+
+    return start
 
 
 def synchronise() -> None:

@@ -21,7 +21,7 @@ from llm_numba.models import Model
 from llm_numba.ops import Ops
 from llm_numba.training import checkpoint, outliers, override, settings
 from llm_numba.training.expected_curve import Reference
-from llm_numba.training.generate import Choice, encode_prompt, generate, text_of
+from llm_numba.training.generate import Choice, encode_prompt, generator, text_of
 from llm_numba.training.log import RunLog, share_of_peak
 from llm_numba.training.memory_plan import micro_batches
 from llm_numba.training.nan_check import NotFinite, checked, save_bad_step, without_graphs
@@ -75,6 +75,7 @@ class Trainer:
         elif not s.graph:
             self.ops = without_graphs(self.ops)
         self.device_step = self.ops.capture(lambda: training_step(self.ops, self.model, self.m, s))
+        self.generate = generator(self.ops, self.arena)
         self.losses = scorer(self.ops, self.model, self.m)
         self.inputs = self.arena.block("inputs", "batches", "limits")
         self.results = self.arena.block("inputs", "loss", "grad_scale")
@@ -222,8 +223,8 @@ class Trainer:
         if encoding := self.corpus.encoding:
             step = self.state.step
             rng = np.random.default_rng([self.settings.seed, step])
-            tokens = generate(self.ops, self.arena, encode_prompt(encoding, ""), Choice(), rng)
-            text = "".join(text_of(tokens, encoding, self.settings.sample_tokens))
+            tokens = self.generate(encode_prompt(encoding, ""), self.settings.sample_tokens, Choice(), rng)
+            text = "".join(text_of(tokens, encoding))
             self.log.event(f"--- sample at step {step} ---\n{text}\n---", step=step, sample=text)
 
     def contents(self) -> tuple[dict, dict]:

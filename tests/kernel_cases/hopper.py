@@ -21,6 +21,7 @@ from llm_numba.cuda.hopper import (
     fence_proxy_async,
     forget,
     inlined,
+    keep,
     ldmatrix,
     load_constant_16_bytes,
     load_constant_pair,
@@ -131,7 +132,7 @@ def every_instruction(out, tensor_map, memory):
         tma_commit()
         tma_store_wait_read(0)
 
-        store_float(memory, load_float(memory))
+        store_float(keep(memory), load_float(memory))
         store_float4(memory, load_float4(memory))
         add_float(memory, sums[0])
         add_float2(memory, sums[0], sums[1])
