@@ -136,7 +136,9 @@ def product_kernel(a_transposed, b_transposed):
             # multiply
             for first in range(0, TILE_K, UNROLLED):
                 unrolled(
-                    UNROLLED, multiply_step, (first, sums, a_fragment, b_fragment, a_tiles, b_tiles, current, row, column)
+                    UNROLLED,
+                    multiply_step,
+                    (first, sums, a_fragment, b_fragment, a_tiles, b_tiles, current, row, column),
                 )
             current = uint32(1 - current)
 
