@@ -37,7 +37,6 @@ from llm_numba.cuda.wgmma_ends import (
     GRADIENT_WITH_BIAS,
     PLAIN,
     load_pre,
-    prefetch_row,
     store_bias_gradient,
     store_columns,
     store_float_columns,
@@ -165,8 +164,6 @@ def product_kernel(a_transposed, b_transposed, end, TILE_N):
                             load_pre(i, staging, BUFFERS, pre_barriers, pre, m, n)
                         for i in range(BUFFERS, 2 * BUFFERS):
                             tma_prefetch_2d(pre, n + i // 2 * 64, m + i % 2 * 64)
-                    if IS_GRADIENT and accumulate != 0 and k == 0:
-                        prefetch_row(out, thread, m, n, M, N, TILE_N)
                     position = multiply_steps(
                         sums, shared, barriers, position, uint32(k_end - k), turn, thread, consumer,
                         N_SUMS, N_SUMS, a_transposed, b_transposed, STAGE,
