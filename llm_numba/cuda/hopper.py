@@ -191,9 +191,7 @@ bulk_load = instruction(
     "r,l,r,r",
     (SHARED, ADDRESS, WORD, SHARED),
 )
-# (from, nbytes): the same, to L2
-bulk_prefetch = instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", (ADDRESS, WORD))
-# once per kernel and tensor map, by the threads that use it: the map was written like ordinary memory
+# once per kernel and tensor map, by a thread of each block before a barrier: the map was written like ordinary memory
 tensor_map_acquire = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l", (ADDRESS,))
 tma_commit = instruction("cp.async.bulk.commit_group;", "", ())  # the stores since the previous call become a group
 

@@ -503,11 +503,6 @@ def bulk_load(to, source, nbytes, address):
     shared.bytes[int(to) : int(to) + int(nbytes)] = memory_at(source, int(nbytes))
 
 
-def bulk_prefetch(source, nbytes):
-    memory_at(source, int(nbytes))
-    assert int(source) % 16 == 0 and int(nbytes) % 16 == 0
-
-
 def tma_store_3d(tensor_map, source, column, row, plane):
     thread, shared = here()
     part, inside, rows = box_of(tensor_map, column, row, plane)

@@ -9,7 +9,6 @@ from llm_numba.cuda.gelu import gate, slope
 from llm_numba.cuda.hopper import (
     add_float,
     add_float2,
-    bulk_prefetch,
     fence_proxy_async,
     ldmatrix,
     load_constant_pair,
@@ -139,14 +138,6 @@ def store_times_slope(i, sums, size, staging, buffers, barriers, thread, consume
 def columns_inside(row, m, M, n, N):
     """How many columns of the matrix (M, N) a row of the tile at row m and column n has; 0 if it is outside."""
     return N - n if m + row < M else 0
-
-
-@inlined
-def prefetch_row(out, thread, m, n, M, N, TILE_N):
-    """A thread's row of a tile of float32 that is added to: to L2."""
-    columns = min(columns_inside(thread, m, M, n, N), TILE_N)
-    if columns > 0:
-        bulk_prefetch(out + ((int64(m) + thread) * N + n) * 4, columns * 4)
 
 
 @inlined
