@@ -134,32 +134,33 @@ def layout(HS: int) -> dict[str, int]:
 @functools.cache
 def statistics_kernel(HS: int):
     """The kernel that makes what `backward_kernel` reads for each query, and clears the flags."""
-    LANES, ROWS = HS // 8, 256 // (HS // 8)
+    LANES = HS // 16  # threads of a query
 
-    @kernel(launch_bounds=256)
+    @kernel(launch_bounds=QUERIES * LANES)
     def attention_statistics_kernel(statistics, flags, out, dout, lse):
         """statistics (B*NH, tiles, 2, 64) =: of each tile of 64 queries lse / ln(2), then delta = sum(dout * out).
 
         Rows past the last query get infinity and 0, which make their weights 0. flags (B*NH, tiles) = 0.
         out, dout (B, T, C), lse (B, NH, T)
-        Grid: (groups of ROWS queries, NH, B); block: HS / 8 threads for each query. Moves: out and dout once.
+        Grid: (tiles, NH, B); block: QUERIES * LANES; a thread owns 16 channels of a query. Moves: out and dout once.
         """
-        t = cuda.blockIdx.x * ROWS + cuda.threadIdx.x // LANES
-        lane, h, b = cuda.threadIdx.x % LANES, cuda.blockIdx.y, cuda.blockIdx.z
-        T, tiles = lse.shape[2], flags.shape[1]
-        at = ((b * T + min(t, T - 1)) * out.shape[2] + h * HS + lane * 8) * 2
-        x, y = load_constant_16_bytes(address(out) + at), load_constant_16_bytes(address(dout) + at)
+        tile, h, b = uint32(cuda.blockIdx.x), uint32(cuda.blockIdx.y), uint32(cuda.blockIdx.z)
+        i, lane, T = uint32(cuda.threadIdx.x // LANES), uint32(cuda.threadIdx.x % LANES), uint32(lse.shape[2])
+        t = uint32(tile * QUERIES + i)
+        first = int64(uint32(b * T + min(t, uint32(T - 1)))) * out.shape[2] + uint32(h * HS + lane * 8)
         delta = float32(0)
-        for i in range(4):
-            (left, right), (dleft, dright) = unpack(x[i]), unpack(y[i])
-            delta += left * dleft + right * dright
+        for part in range(2):
+            at = (first + part * (HS // 2)) * 2
+            x, y = load_constant_16_bytes(address(out) + at), load_constant_16_bytes(address(dout) + at)
+            for pair in range(4):
+                (left, right), (dleft, dright) = unpack(x[pair]), unpack(y[pair])
+                delta += left * dleft + right * dright
         delta += shuffle_xor(delta, 1)
         delta += shuffle_xor(delta, 2)
-        delta += shuffle_xor(delta, 4)
-        if LANES == 16:
-            delta += shuffle_xor(delta, 8)
-        if lane == 0 and t < tiles * QUERIES:
-            head, tile, i = b * lse.shape[1] + h, t // QUERIES, t % QUERIES
+        if LANES == 8:
+            delta += shuffle_xor(delta, 4)
+        if lane == 0:
+            head = uint32(b * uint32(lse.shape[1]) + h)
             statistics[head, tile, 0, i] = lse[b, h, t] * LOG2_E if t < T else float32(np.inf)
             statistics[head, tile, 1, i] = delta if t < T else float32(0)
             if i == 0:
@@ -233,11 +234,11 @@ def backward_kernel(HS: int):
             mbarrier_arrive(barrier)
 
     @inlined
-    def load_keys(shared, qkv_map, work, num_heads, num_kv_heads):
+    def load_keys(shared, kv_map, work, num_heads, num_kv_heads):
         """One thread: blocks of keys and values to shared memory."""
         stage, parity = uint32(0), uint32(0)
         _, _, _, tiles, group = work
-        tensor_map_acquire(qkv_map)
+        tensor_map_acquire(kv_map)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
             b, kv_head = int32(divide(head, num_kv_heads)), int32(remainder(head, num_kv_heads))
@@ -246,9 +247,7 @@ def backward_kernel(HS: int):
             mbarrier_arrive_expect_tx(full, 2 * KV)
             for box in range(2 * BOXES):  # k's, then v's
                 channel = (num_heads + kv_head + box // BOXES * num_kv_heads) * HS + box % BOXES * 64
-                box_to = to + box * 2 * CHUNK
-                tma_load_3d_hint(box_to, qkv_map, full, channel, n * KEYS, b, EVICT_FIRST)
-                tma_load_3d_hint(box_to + CHUNK, qkv_map, full, channel, n * KEYS + 64, b, EVICT_FIRST)
+                tma_load_3d_hint(to + box * 2 * CHUNK, kv_map, full, channel, n * KEYS, b, EVICT_FIRST)
             stage, parity = next_stage(stage, parity, KV_RING)
             head, turn, n, g, m = next_tile(head, turn, n, group - 1, tiles - 1, work)
 
@@ -627,6 +626,7 @@ def backward_kernel(HS: int):
     @kernel(launch_bounds=(THREADS[HS], 1))
     def attention_backward_kernel(
         qkv_map,
+        kv_map,
         dout_map,
         dqkv_map,
         statistics,
@@ -641,7 +641,9 @@ def backward_kernel(HS: int):
         tiles,
         scale,
     ):
-        """dqkv = <- qkv, dout, all through tensor maps of boxes of 64 rows, and statistics (B*NH, tiles, 2, 64).
+        """dqkv = <- qkv, dout through tensor maps, and statistics (B*NH, tiles, 2, 64).
+
+        kv_map: qkv in boxes of 128 rows; the other maps have boxes of 64
 
         dq_sums: B*NH*tiles tiles (64, HS) float32 in the order of the registers, of which nothing is assumed; flags
         (B*NH, tiles): 0; group: NH / NKV; heads: B*NKV. `team` blocks share a head of keys; there are `teams`.
@@ -670,7 +672,7 @@ def backward_kernel(HS: int):
         if uniform(thread >> 7) == 0:
             setmaxnreg_dec(PRODUCER_REGISTERS)
             if thread == 0:
-                load_keys(shared, qkv_map, work, num_heads, num_kv_heads)
+                load_keys(shared, kv_map, work, num_heads, num_kv_heads)
             elif thread == 32:
                 load_queries(shared, qkv_map, dout_map, statistics, work, num_heads)
             elif thread == 64:
