@@ -112,7 +112,7 @@ def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
     team = team_size(heads, tiles, blocks())
     launch = with_shared(backward_kernel(HS), blocks(), BACKWARD_THREADS[HS], backward_layout(HS)["end"])
     maps = tensor_map(qkv, 64), tensor_map(qkv, KEYS), tensor_map(dout, 64), tensor_map(dqkv, 64)
-    sizes = num_heads, num_kv_heads, num_heads // num_kv_heads, team, blocks() // team, heads, tiles
+    sizes = team, blocks() // team, heads, tiles, NH, num_kv_heads
     launch(*maps, statistics, dq, flags, *sizes, float32(1 / math.sqrt(HS)))
 
 

@@ -185,7 +185,7 @@ def backward_kernel(HS: int):
     @inlined
     def block_of_keys(head, turn, work):
         """The block of keys of this block's turn, or -1 if there are fewer, or no such head."""
-        team, _, heads, tiles, _ = work
+        team, _, heads, tiles, _, _, _ = work
         rank = int32(remainder(cuda.blockIdx.x, team))
         n = ((tiles + 1) >> 1) - 1 - turn * team - (team - 1 - rank if turn & 1 else rank)
         return int32(n if n >= 0 and head < heads else -1)
@@ -195,9 +195,9 @@ def backward_kernel(HS: int):
         """(head, turn, n, g, m): the first tile of queries that this block works on; n is -1 if there is none.
 
         head: of the keys; n: block of keys, this team's turn; g: query head in the group; m: tile of queries.
-        work: (blocks per team, teams, heads of keys, tiles of queries, query heads of a group)
+        work: (blocks per team, teams, B*NKV, tiles of queries, NH / NKV, NH, NKV)
         """
-        team, teams, heads, _, _ = work
+        team, teams, heads, _, _, _, _ = work
         first = int32(divide(cuda.blockIdx.x, team))
         head = first if first < teams else heads
         n = block_of_keys(head, 0, work)
@@ -206,7 +206,7 @@ def backward_kernel(HS: int):
     @inlined
     def next_tile(head, turn, n, g, m, work):
         """The next one: the tiles of a query head that see a block of keys, for each query head of the group."""
-        _, teams, _, tiles, group = work
+        _, teams, _, tiles, group, _, _ = work
         m += int32(1)
         if m == tiles:
             g += int32(1)
@@ -223,7 +223,7 @@ def backward_kernel(HS: int):
     @inlined
     def tile_of(head, g, m, work):
         """(query head of B*NH, index of its tile m of B*NH*tiles)."""
-        _, _, _, tiles, group = work
+        _, _, _, tiles, group, _, _ = work
         h = uint32(head * group + g)
         return h, uint32(h * tiles + m)
 
@@ -234,10 +234,10 @@ def backward_kernel(HS: int):
             mbarrier_arrive(barrier)
 
     @inlined
-    def load_keys(shared, kv_map, work, num_heads, num_kv_heads):
+    def load_keys(shared, kv_map, work):
         """One thread: blocks of keys and values to shared memory."""
         stage, parity = uint32(0), uint32(0)
-        _, _, _, tiles, group = work
+        _, _, _, tiles, group, num_heads, num_kv_heads = work
         tensor_map_acquire(kv_map)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
@@ -252,7 +252,7 @@ def backward_kernel(HS: int):
             head, turn, n, g, m = next_tile(head, turn, n, group - 1, tiles - 1, work)
 
     @inlined
-    def load_queries(shared, qkv_map, dout_map, statistics, work, num_heads):
+    def load_queries(shared, qkv_map, dout_map, statistics, work):
         """One thread: tiles of q, dout, lse and delta to shared memory."""
         stage, parity = uint32(0), uint32(0)
         tensor_map_acquire(qkv_map)
@@ -263,7 +263,7 @@ def backward_kernel(HS: int):
             mbarrier_wait(shared + EMPTY + 8 * stage, parity ^ 1)
             mbarrier_arrive_expect_tx(full, 2 * TILE + STATISTICS)
             h, tile = tile_of(head, g, m, work)
-            b, channel = int32(divide(h, num_heads)), int32(remainder(h, num_heads)) * HS
+            b, channel = int32(divide(h, work[5])), int32(remainder(h, work[5])) * HS
             for box in range(BOXES):
                 tma_load_3d(to + box * CHUNK, qkv_map, full, channel + box * 64, m * QUERIES, b)
                 tma_load_3d(to + TILE + box * CHUNK, dout_map, full, channel + box * 64, m * QUERIES, b)
@@ -323,7 +323,7 @@ def backward_kernel(HS: int):
             clear(dq, SCORES)
 
     @inlined
-    def end_dq(shared, dqkv_map, dq, pairs, place, warpgroup, staging, sums_at, h, box, n, m, num_heads, scale, count):
+    def end_dq(shared, dqkv_map, dq, pairs, place, warpgroup, staging, sums_at, h, box, n, m, work, scale, count):
         """Add a product to 64 channels of a tile of dq in its turn. The first stores, the last leaves as bf16."""
         if n == 0:
             if m < 2:
@@ -337,7 +337,7 @@ def backward_kernel(HS: int):
             fence_proxy_async()
             named_barrier(warpgroup + 1, 128)
             if elected:
-                b, channel = divide(h, num_heads), remainder(h, num_heads) * HS + box * 64
+                b, channel = divide(h, work[5]), remainder(h, work[5]) * HS + box * 64
                 tma_store_3d_hint(dqkv_map, staging, channel, m * QUERIES, b, EVICT_FIRST)
                 tma_commit()
         else:
@@ -352,7 +352,7 @@ def backward_kernel(HS: int):
         release(barrier + ADDED_FULL)
 
     @inlined
-    def add_up_dq(shared, dqkv_map, dq_sums, work, num_heads, scale):
+    def add_up_dq(shared, dqkv_map, dq_sums, work, scale):
         """Warpgroup 3 for heads of 64: dq."""
         dq, pairs = cuda.local.array(SCORES, float32), cuda.local.array(PAIRS, uint32)
         kv_stage, kv_parity, ds_stage, ds_parity = uint32(0), uint32(0), uint32(0), uint32(0)
@@ -374,7 +374,7 @@ def backward_kernel(HS: int):
             settle(dq, SCORES)
             release(shared + DS_EMPTY + 8 * ds_stage)
             ds_stage, ds_parity = next_stage(ds_stage, ds_parity, DS_RING)
-            end_dq(shared, dqkv_map, dq, pairs, place, 2, shared + DQ_AT, sums_at, h, 0, n, m, num_heads, scale, count)
+            end_dq(shared, dqkv_map, dq, pairs, place, 2, shared + DQ_AT, sums_at, h, 0, n, m, work, scale, count)
             count = uint32(count + 1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -383,7 +383,7 @@ def backward_kernel(HS: int):
                 kv_stage, kv_parity = next_stage(kv_stage, kv_parity, KV_RING)
 
     @inlined
-    def store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head, n, num_heads, num_kv_heads, scale):
+    def store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head, n, work, scale):
         """A warpgroup's 64 rows of dk and dv, once the previous block's have been read from shared memory."""
         elected, staging = cuda.threadIdx.x & 127 == 0, shared + DKV_AT + warpgroup * (2 * TILE)
         if elected:
@@ -396,6 +396,7 @@ def backward_kernel(HS: int):
         fence_proxy_async()
         named_barrier(warpgroup + 1, 128)
         if elected:
+            num_heads, num_kv_heads = work[5], work[6]
             b, kv_head = divide(head, num_kv_heads), remainder(head, num_kv_heads)
             row = n * KEYS + int32(warpgroup * 64)
             for box in range(2 * BOXES):
@@ -404,7 +405,7 @@ def backward_kernel(HS: int):
             tma_commit()
 
     @inlined
-    def own_keys(shared, dqkv_map, work, num_heads, num_kv_heads, scale):
+    def own_keys(shared, dqkv_map, work, scale):
         """Warpgroup 1 or 2 for heads of 64: dk and dv of 64 keys of each block, and ds for dq.
 
         One loop over the tiles of all blocks of keys. The last part of a tile (ds to shared memory, dk) comes after the
@@ -461,20 +462,7 @@ def backward_kernel(HS: int):
                 settle(dk, SUMS)
                 settle(dv, SUMS)
                 release(shared + KV_EMPTY + 8 * (kv_stage ^ 1))
-                store_dkv(
-                    shared,
-                    dqkv_map,
-                    warpgroup,
-                    dk,
-                    dv,
-                    pairs,
-                    place,
-                    head_before,
-                    n_before,
-                    num_heads,
-                    num_kv_heads,
-                    scale,
-                )
+                store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head_before, n_before, work, scale)
             numbers, here = statistics + stage * STATISTICS, uint32(shared + EMPTY + 8 * stage)
             stage, parity = next_stage(stage, parity, RING)
 
@@ -504,11 +492,9 @@ def backward_kernel(HS: int):
                 if n >= 0:
                     mbarrier_wait(shared + KV_FULL + 8 * kv_stage, kv_parity)
         wgmma_wait(0)
-        if cuda.threadIdx.x & 127 == 0:
-            tma_store_wait_read(0)
 
     @inlined
-    def own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
+    def own_wide_keys(shared, dqkv_map, dq_sums, work, scale):
         """Warpgroup 1 or 2 for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
         warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
         diagonal = first_column(thread) - first_row(thread) - int32(warpgroup * 64)
@@ -582,7 +568,7 @@ def backward_kernel(HS: int):
                 warpgroup,
                 n,
                 m,
-                num_heads,
+                work,
                 scale,
                 count,
             )
@@ -592,61 +578,33 @@ def backward_kernel(HS: int):
             if head != head_before or n != n_before:
                 release(shared + KV_EMPTY)
                 kv_parity = uint32(kv_parity ^ 1)
-                store_dkv(
-                    shared,
-                    dqkv_map,
-                    warpgroup,
-                    dk,
-                    dv,
-                    pairs,
-                    place,
-                    head_before,
-                    n_before,
-                    num_heads,
-                    num_kv_heads,
-                    scale,
-                )
+                store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head_before, n_before, work, scale)
 
     @inlined
-    def consume_64(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
+    def consume_64(shared, dqkv_map, dq_sums, work, scale):
         if uniform(cuda.threadIdx.x >> 7) == 3:
             setmaxnreg_dec(80)
-            add_up_dq(shared, dqkv_map, dq_sums, work, num_heads, scale)
+            add_up_dq(shared, dqkv_map, dq_sums, work, scale)
         else:
             setmaxnreg_inc(200)
-            own_keys(shared, dqkv_map, work, num_heads, num_kv_heads, scale)
+            own_keys(shared, dqkv_map, work, scale)
 
     @inlined
-    def consume_128(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
+    def consume_128(shared, dqkv_map, dq_sums, work, scale):
         setmaxnreg_inc(240)
-        own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale)
+        own_wide_keys(shared, dqkv_map, dq_sums, work, scale)
 
     consume = {64: consume_64, 128: consume_128}[HS]
 
     @kernel(launch_bounds=(THREADS[HS], 1))
     def attention_backward_kernel(
-        qkv_map,
-        kv_map,
-        dout_map,
-        dqkv_map,
-        statistics,
-        dq_sums,
-        flags,
-        num_heads,
-        num_kv_heads,
-        group,
-        team,
-        teams,
-        heads,
-        tiles,
-        scale,
+        qkv_map, kv_map, dout_map, dqkv_map, statistics, dq_sums, flags, team, teams, heads, tiles, NH, NKV, scale
     ):
         """dqkv = <- qkv, dout through tensor maps, and statistics (B*NH, tiles, 2, 64).
 
-        kv_map: qkv in boxes of 128 rows; the other maps have boxes of 64
-
-        dq_sums: B*NH*tiles tiles (64, HS) float32 in the order of the registers, of which nothing is assumed; flags
-        (B*NH, tiles): 0; group: NH / NKV; heads: B*NKV. `team` blocks share a head of keys; there are `teams`.
+        kv_map: qkv in boxes of 128 rows; the other maps have boxes of 64. dq_sums: B*NH*tiles tiles (64, HS) float32 in
+        the order of the registers, of which nothing is assumed. flags (B*NH, tiles): 0. heads: B*NKV. `team` blocks
+        share a head of keys; there are `teams` of them.
         Grid: one block per SM, or fewer; block: THREADS.
         """
         shared, thread = dynamic_shared(), cuda.threadIdx.x
@@ -668,13 +626,14 @@ def backward_kernel(HS: int):
             fence_mbarrier_init()
             fence_proxy_async()
         cuda.syncthreads()
-        work = int32(team), int32(teams), int32(heads), int32(tiles), int32(group)
+        group = int32(divide(NH, NKV))
+        work = int32(team), int32(teams), int32(heads), int32(tiles), group, int32(NH), int32(NKV)
         if uniform(thread >> 7) == 0:
             setmaxnreg_dec(PRODUCER_REGISTERS)
             if thread == 0:
-                load_keys(shared, kv_map, work, num_heads, num_kv_heads)
+                load_keys(shared, kv_map, work)
             elif thread == 32:
-                load_queries(shared, qkv_map, dout_map, statistics, work, num_heads)
+                load_queries(shared, qkv_map, dout_map, statistics, work)
             elif thread == 64:
                 await_turns(shared, flags, work)
             elif thread == 96:
@@ -682,7 +641,7 @@ def backward_kernel(HS: int):
         else:
             if thread & 127 == 0:
                 tensor_map_acquire(dqkv_map)
-            consume(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale)
+            consume(shared, dqkv_map, dq_sums, work, scale)
             tma_store_wait_read(0)
 
     return attention_backward_kernel
