@@ -84,6 +84,7 @@ from llm_numba.cuda.wgmma_registers import (
     exp2_columns,
     first_column,
     first_row,
+    load_columns,
     load_sums,
     mask_rows,
     next_stage,
@@ -174,7 +175,7 @@ def backward_kernel(HS: int):
     """The kernel of `backward` for heads of HS channels."""
     BOXES, RING, KV_RING, DS_RING = HS // 64, STAGES[HS], KV_STAGES[HS], DS_STAGES[HS]
     TILE, KV = BOXES * CHUNK, 2 * BOXES * CHUNK  # bytes of 64 queries, of 128 keys
-    SCORES, PAIRS, SUMS, SUM_PAIRS = 32, 16, HS // 2, HS // 4
+    SCORES, PAIRS, COLUMNS, SUMS, SUM_PAIRS = 32, 16, 16, HS // 2, HS // 4  # registers
     at = layout(HS)
     QUERIES_AT, DS_AT, DKV_AT, DQ_AT, STATISTICS_AT = (at[x] for x in ("queries", "ds", "dkv", "dq", "statistics"))
     FULL, EMPTY, KV_FULL, KV_EMPTY = at["full"], at["empty"], at["kv_full"], at["kv_empty"]
@@ -417,7 +418,7 @@ def backward_kernel(HS: int):
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32)
         weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
-        pairs = cuda.local.array(SUM_PAIRS, uint32)
+        pairs, columns = cuda.local.array(SUM_PAIRS, uint32), cuda.local.array(COLUMNS, float32)
         stage, parity, kv_stage, kv_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         ds_stage, ds_parity = uint32(0), uint32(0)
         first_k = keep(descriptor(shared + warpgroup * CHUNK, 0))
@@ -466,20 +467,22 @@ def backward_kernel(HS: int):
             numbers, here = statistics + stage * STATISTICS, uint32(shared + EMPTY + 8 * stage)
             stage, parity = next_stage(stage, parity, RING)
 
+            load_columns(columns, numbers)  # lse; while the products run
             wgmma_wait(1)
             settle(scores, SCORES)
             past = int32(m - 2 * n)  # tiles from the first that sees these keys
             if past < 2:
                 mask_rows(scores, int32(past * QUERIES + diagonal))
-            exp2_columns(scores, scale * LOG2_E, numbers)
+            exp2_columns(scores, scale * LOG2_E, columns)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, q + (TILE >> 4), accumulate, 64, QUERIES, 1)
+            load_columns(columns, numbers + 256)  # delta
             wgmma_wait(1)
             settle(dscores, SCORES)
             if before > 0:
                 release(before)
             before, q_before = here, q
-            score_gradients(dscores, scores, numbers + 256)
+            score_gradients(dscores, scores, columns)
             pack_pairs(ds, dscores)
             settle(ds, PAIRS)
 
@@ -501,7 +504,7 @@ def backward_kernel(HS: int):
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv, dq = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32), cuda.local.array(SCORES, float32)
         weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
-        pairs = cuda.local.array(SUM_PAIRS, uint32)
+        pairs, columns = cuda.local.array(SUM_PAIRS, uint32), cuda.local.array(COLUMNS, float32)
         count, kv_parity = uint32(0), uint32(0)
         k, k_columns = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + warpgroup * (2 * CHUNK), 0)
         v = k + (KV >> 4)
@@ -529,12 +532,14 @@ def backward_kernel(HS: int):
             if past < 2:
                 mask_rows(scores, int32(past * QUERIES + diagonal))
             numbers = shared + STATISTICS_AT + stage * STATISTICS + uint32(first_column(thread)) * 4
-            exp2_columns(scores, scale * LOG2_E, numbers)
+            load_columns(columns, numbers)
+            exp2_columns(scores, scale * LOG2_E, columns)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, dout, accumulate, HS, QUERIES, 1)
             wgmma_wait(1)
             settle(dscores, SCORES)
-            score_gradients(dscores, scores, numbers + 256)
+            load_columns(columns, numbers + 256)
+            score_gradients(dscores, scores, columns)
             pack_pairs(ds, dscores)
             settle(ds, PAIRS)
             forget(scores, SCORES)
