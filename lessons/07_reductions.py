@@ -418,11 +418,12 @@ exercise.check("embedding_gradient")
 pictures.source(reductions_cuda.encoder_kernel_v1, reductions_cuda.encoder_kernel_v2, reductions_cuda.dwte_kernel_v3)
 
 # %% [markdown]
-# The model's kernel turns this around: one block per *position* of the batch. It searches the earlier positions; if its
-# token occurs there, the block of that position is the owner, and this block exits. Otherwise it is the owner: it lists
-# all later positions with its token, in order, and adds up their rows. Tokens that do not occur have no block, and
-# every token that occurs has exactly one. The kernel is in `llm_numba/cuda/encoder.py` and worth reading. (In the
-# simulator its blocks have only four threads, to keep it fast. That is why its accesses look scattered in the picture;
+# The model's version first *sorts* the positions of the batch by their token, with a radix sort that keeps the order of
+# equal tokens. The rows of a token are then neighbours in the list. The list is cut into pieces of 32, and one warp
+# adds up each piece: every piece has one owner, all pieces are equally long, and the order of all additions is fixed by
+# the tokens alone. A token that occurs more than 32 times, or lies on the border of two pieces, leaves partial sums,
+# which a last kernel adds. It is all in `llm_numba/cuda/encoder.py`, and worth reading. (In the
+# simulator its blocks have only a few threads, to keep it fast. That is why its accesses look scattered in the picture;
 # on a GPU whole warps read consecutive elements.)
 #
 # In the times below, atomics (v1) are the fastest, because there are many queues. v2 and v3 are much slower, for the

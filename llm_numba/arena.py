@@ -10,7 +10,7 @@ memory, so that a debugger can look at a whole step afterwards. The code that ru
 
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
@@ -48,6 +48,14 @@ class Place(NamedTuple):
     stacked: bool
     offset: int  # bytes
     nbytes: int
+
+
+class Block(NamedTuple):
+    """Neighbours in the arena that are copied to or from the host together."""
+
+    device: Any  # their memory, as bytes
+    host: np.ndarray  # as many bytes on the host
+    tensors: dict[str, np.ndarray]  # views of `host`
 
 
 Groups = dict[str, list[TensorSpec]]
@@ -126,6 +134,21 @@ class Arena:
         places = [p for p in self.places if p.group == group]
         size = (count([p.spec for p in places], self.model.num_layers),)
         return self._view(places[0].offset, size, places[0].spec.dtype) if places else None
+
+    def block(self, group: str, first: str, last: str) -> Block:
+        """The tensors of a group from `first` to `last`."""
+        places = [p for p in self.places if p.group == group]
+        names = [p.spec.name for p in places]
+        places = places[names.index(first) : names.index(last) + 1]
+        start, nbytes = places[0].offset, sum(p.nbytes for p in places)
+        host = np.zeros(nbytes, np.uint8)
+
+        def view(p):
+            begin = p.offset - start
+            return host[begin : begin + math.prod(p.shape) * np.dtype(p.spec.dtype).itemsize]
+
+        tensors = {p.spec.name: view(p).view(p.spec.dtype).reshape(p.shape) for p in places}
+        return Block(self._view(start, (nbytes,), "uint8"), host, tensors)
 
     def namespace(self, *groups: str) -> SimpleNamespace:
         """The tensors of these groups by name, wired by the model; beside them `layers`, a namespace per layer with the

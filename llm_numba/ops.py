@@ -21,7 +21,11 @@ from llm_numba.util.host import usable_cpus
 # file of the device -> its ops -> the arguments that an op writes or adds to
 CONTRACT = {
     "memory": {"zero": ("tensor",), "copy": ("out",), "to_device": ("tensor",)},
-    "encoder": {"encoder_forward": ("out",), "encoder_backward": ("dwte", "dwpe")},
+    "encoder": {
+        "encoder_forward": ("out",),
+        "encoder_forward_at": ("out",),
+        "encoder_backward": ("dwte", "dwpe"),
+    },
     "layernorm": {"layernorm_forward": ("out", "mean", "rstd"), "layernorm_backward": ("dinp", "dweight", "dbias")},
     "matmul": {
         "matmul_forward": ("out",),
@@ -40,12 +44,15 @@ CONTRACT = {
     "classifier": {"fused_classifier": ("logits", "losses"), "add_mean": ("loss",)},
     "global_norm": {"global_norm_squared": ("out",), "clip": ("grad_scale",)},
     "adamw": {"adamw_update": ("params", "master", "m", "v")},
+    "sampler": {"sample_token": ("token", "position")},
 }
 WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
 # what a device offers beside its ops: in jit.py, memory.py and peak.py
 BACKEND = {
     "jit": ("is_compiled", "nothing_compiled"),
-    "memory": tuple("allocate available_memory view storage_dtype to_host set_threads capture describe_device".split()),
+    "memory": tuple(
+        "allocate available_memory view storage_dtype to_host reader set_threads capture describe_device".split()
+    ),
     "peak": ("peak_flops", "peak_bandwidth", "timed"),
 }
 
@@ -108,9 +115,10 @@ def get_ops(
     Errors: UserError if the device, or this dtype on it, is not available.
     """
     if device == "cuda":
-        from llm_numba.cuda.gpu import check_gpu
+        from llm_numba.cuda.gpu import begin_context, check_gpu
 
         check_gpu(dtype)
+        begin_context()
     if device == "cpu" and dtype != "fp32":
         raise UserError(f"--dtype {dtype}: the CPU computes in float32 only; use --dtype fp32, or --device cuda")
     if device == "cudasim":

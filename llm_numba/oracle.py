@@ -13,6 +13,7 @@ import numpy as np
 
 from llm_numba.arena import RUN, Groups
 from llm_numba.cpu.memory import allocate, available_memory, copy, storage_dtype, to_device, to_host, view, zero  # noqa: F401
+from llm_numba.cpu.sampler import sample_token  # noqa: F401
 
 
 def in_float64(groups: Groups) -> Groups:
@@ -25,7 +26,11 @@ def encoder_forward(out, tokens, wte, wpe):
     out[...] = wte[tokens] + wpe[: tokens.shape[1]]
 
 
-def encoder_backward(dwte, dwpe, dout, tokens):
+def encoder_forward_at(out, tokens, wte, wpe, position):
+    encoder_forward(out, np.maximum(tokens, 0), wte, wpe[position[0] :])
+
+
+def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     np.add.at(dwte, tokens, dout)  # a token may occur many times
     dwpe[: tokens.shape[1]] += dout.sum(axis=0)
 

@@ -7,7 +7,7 @@ import numpy as np
 from llm_numba.arena import Arena
 from llm_numba.ops import choose_device, device_flags, get_ops
 from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
-from llm_numba.training.generate import Choice, encode_prompt, generate, generation_groups, generation_step, text_of
+from llm_numba.training.generate import Choice, encode_prompt, generation_groups, generation_step, generator, text_of
 from llm_numba.training.memory_plan import complete
 from llm_numba.training.precompile import precompile_generation
 from llm_numba.util.cli import Parser, UserError, exit_with
@@ -44,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
     arena = load(stored, ops)
     if ops.is_compiled():
         precompile_generation(ops, stored.model, "float32")
+    generate, prompt = generator(ops, arena), encode_prompt(encoding, args.prompt)
     choice = Choice(args.temperature, args.top_k, args.top_p)
     for i in range(args.number):
         if args.number > 1:
             print(f"--- {i + 1} of {args.number}")
         print(args.prompt, end="", flush=True)
         rng = np.random.default_rng([args.seed, i])
-        tokens = generate(ops, arena, encode_prompt(encoding, args.prompt), choice, rng)
-        for piece in text_of(tokens, encoding, args.length):
+        for piece in text_of(generate(prompt, args.length, choice, rng), encoding):
             print(piece, end="", flush=True)
         print()
 

@@ -13,7 +13,6 @@ from llm_numba.arena import DTYPES, Arena
 from llm_numba.data import hellaswag
 from llm_numba.data.loader import Loader
 from llm_numba.data.shards import fingerprint
-from llm_numba.models import Model
 from llm_numba.ops import Ops, choose_device, get_ops
 from llm_numba.training import checkpoint, settings, trackers
 from llm_numba.training.checkpoint import Checkpoint
@@ -23,10 +22,12 @@ from llm_numba.training.override import override
 from llm_numba.training.precompile import precompile
 from llm_numba.training.run_data import absolute, check_same, locate, read_data
 from llm_numba.training.settings import Settings
-from llm_numba.training.step import initialise
 from llm_numba.training.trainer import State, Trainer, finish_step_on_signals, restore, steps_of
-from llm_numba.training.weights import Weights, open_weights, set_parameters, weights_of
+from llm_numba.training.weights import Weights, open_weights, random_weights, set_parameters, weights_of
+from llm_numba.util.ahead import ahead
 from llm_numba.util.cli import UserError, exit_with, note
+
+AHEAD = 6  # tensors of the weights that are read or drawn before they are needed
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -35,16 +36,18 @@ def main(argv: list[str] | None = None) -> int | None:
     s, stored = resume(s, explicit) if s.resume else (absolute(s), None)
     settings.check(s)
     trackers.check(s.track)
-    weights = weights_of(stored) if stored else open_weights(s.init) if s.init else None
-    model = weights.model if weights else settings.preset_model(s)
+    weights = weights_of(stored) if stored else open_weights(s.init) if s.init else random_weights(s)
+    model = weights.model
     settings.check_lengths(s, model.max_seq_len)
+    if not (stored or s.plan_memory):  # read or draw them while Numba is loaded and the GPU gets ready
+        weights = weights._replace(parameters=ahead(weights.parameters, AHEAD))
     device = "cpu" if s.no_jit or s.interpret else choose_device(s.device)
     ops = get_ops(device, s.dtype, s.interpret, s.no_jit, s.variant)
     ops.set_threads(s.threads)
     if s.plan_memory:
         return print_plan(s, model, ops)
     folder = stored.path.parent.parent if stored else Path(s.out) if s.out else next_folder(s.preset or "init")
-    return train(replace(s, out=str(folder.absolute())), folder, ops, model, weights, stored, started)
+    return train(replace(s, out=str(folder.absolute())), folder, ops, weights, stored, started)
 
 
 def resume(given: Settings, explicit: set[str]) -> tuple[Settings, Checkpoint]:
@@ -72,18 +75,15 @@ def note_changes(path: Path, recorded: dict, checkpoint_path: Path) -> None:
         note(f"note: {path} {problem}; the settings in {checkpoint_path} are used")
 
 
-def train(
-    s: Settings, folder: Path, ops: Ops, model: Model, weights: Weights | None, stored: Checkpoint | None,
-    started: float,
-) -> int:  # fmt: skip
+def train(s: Settings, folder: Path, ops: Ops, weights: Weights, stored: Checkpoint | None, started: float) -> int:
     """Run the whole training, from data to the last checkpoint in `folder`.
 
-    weights: those to start from, or None for random ones; stored: the checkpoint to continue from, or None.
+    weights: those to start from; stored: the checkpoint to continue from, or None.
     Returns the exit status: 0, or 128 + the number of the signal that ended the run early.
     """
-    production, ops = ops, override(ops, s.use, s.interpret)
+    model, production, ops = weights.model, ops, override(ops, s.use, s.interpret)
     T = s.sequence_length or model.max_seq_len
-    corpus = read_data(s, model, weights and weights.tokenizer)
+    corpus = read_data(s, model, weights.tokenizer)
     train_loader = Loader(corpus.train, s.batch_size, T, s.seed, s.shuffle)
     val_loader = Loader(corpus.val, s.batch_size, T, s.seed, s.shuffle, "--val-data or --val-fraction")
     steps = steps_of(s, T, train_loader.windows_per_epoch)
@@ -101,10 +101,8 @@ def train(
     if stored:
         restore(ops, arena, state, stored.tensors, stored.record)
         train_loader.restore(stored.record["loader"])
-    elif weights:
-        set_parameters(ops, arena, weights.parameters)
     else:
-        initialise(ops, arena, s.seed)
+        set_parameters(ops, arena, weights.parameters)
 
     seconds = precompile(ops, model, s) if ops.is_compiled() and not s.interpret else 0.0
     peak = None if s.interpret else ops.peak_flops(DTYPES[s.dtype])

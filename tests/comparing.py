@@ -9,8 +9,9 @@ from llm_numba import oracle
 from llm_numba.ops import WRITES
 from llm_numba.training.override import parameters_of
 
-# (B, T, C): the smallest sizes, odd sizes, primes, one above a power of two; no multiples of a vector's length
+# (B, T, C): the smallest sizes, odd sizes, primes, one above a power of two; then whole vectors of 8 and of 4
 SHAPES = [(1, 1, 1), (1, 1, 3), (2, 3, 5), (3, 2, 17), (1, 5, 257), (5, 1, 97), (1, 97, 2), (2, 17, 97), (1, 257, 3)]
+SHAPES += [(2, 3, 40), (1, 5, 12)]
 
 UNIT = 2.0**-24  # the largest relative error of one float32 operation
 TINY = 1e-35  # below this float32 ops may return zero: exp is clamped at e**-87 = 1.6e-38

@@ -74,8 +74,9 @@ def test_sizes_of_every_tensor(ops):
     }  # fmt: skip
     runs = sum(-(-math.prod(shape) // 64) for shape in parameters.values())
     inputs = {
-        "batches": (1, 2, 3, 17), "tokens": (3, 17), "targets": (3, 17), "decays": (runs,), "learning_rate": (1,),
-        "step": (1,), "seed": (1,), "limits": (2,), "grad_scale": (1,), "loss": (1,), "grad_norm_squared": (1,),
+        "batches": (1, 2, 3, 17), "learning_rate": (1,), "step": (1,), "limits": (2,), "loss": (1,),
+        "grad_norm_squared": (1,), "grad_scale": (1,), "tokens": (3, 17), "targets": (3, 17), "decays": (runs,),
+        "seed": (1,),
     }  # fmt: skip
     expected = {
         "parameters": parameters,

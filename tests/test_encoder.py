@@ -27,12 +27,26 @@ def test_forward(ops, rng, place, shape):
     check_forward(ops, place, tokens, wte, wpe)
 
 
-def check_backward(ops, rng, place, tokens, wte, wpe, dout, dtype="float32"):
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
+def test_forward_at(ops, rng, place, shape, dtype):
+    """From a position on; a token below 0 counts as 0."""
+    tokens, wte, wpe, _ = make(rng, *shape, V=7)
+    tokens[0, 0] = -1
+    before = rng.standard_normal((5, shape[2])).astype(np.float32)  # not read
+    out = place(np.full((*tokens.shape, wte.shape[1]), np.nan), dtype)
+    tables = place(wte, dtype), place(np.concatenate([before, wpe]), dtype)
+    arguments = out, place(tokens, np.int32), *tables, place([5], np.int32)
+    expected = by_oracle("encoder_forward_at", *arguments)
+    ops.encoder_forward_at(*arguments)
+    assert_close("out", out, expected, stored(dtype, expected, UNIT * np.abs(expected)))
+
+
+def check_backward(ops, rng, place, garbage, tokens, wte, wpe, dout, dtype="float32"):
     before = [rng.standard_normal(x.shape).astype(np.float32) for x in (wte, wpe)]
     arguments = place(before[0]), place(before[1]), place(dout, dtype), place(tokens, np.int32)
-    expected = by_oracle("encoder_backward", *arguments)
-    magnitudes = by_oracle("encoder_backward", *map(np.abs, before), np.abs(dout), tokens)
-    ops.encoder_backward(*arguments)
+    expected = by_oracle("encoder_backward", *arguments, None)
+    magnitudes = by_oracle("encoder_backward", *map(np.abs, before), np.abs(dout), tokens, None)
+    ops.encoder_backward(*arguments, garbage(ops.encoder_backward_scratch(*arguments)))
     B, T = tokens.shape
     for i, (name, terms) in enumerate((("dwte", B * T), ("dwpe", B))):
         assert_close(name, arguments[i], expected[i], sum_error(magnitudes[i], terms))
@@ -41,9 +55,9 @@ def check_backward(ops, rng, place, tokens, wte, wpe, dout, dtype="float32"):
 
 @pytest.mark.parametrize("V", [1, 7, 300], ids="V{}".format)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
-def test_backward(ops, rng, place, shape, V):
+def test_backward(ops, rng, place, garbage, shape, V):
     tokens, wte, wpe, dout = make(rng, *shape, V)
-    dwte, dwpe, before = check_backward(ops, rng, place, tokens, wte, wpe, dout)
+    dwte, dwpe, before = check_backward(ops, rng, place, garbage, tokens, wte, wpe, dout)
     # rows of tokens and positions that do not occur keep their bits
     absent = np.setdiff1d(np.arange(V), tokens)
     assert np.array_equal(dwte[absent], before[0][absent])
@@ -51,12 +65,12 @@ def test_backward(ops, rng, place, shape, V):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (3, 1031, 3)])
-def test_bf16(ops, rng, place, shape):
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (3, 1031, 3), (2, 3, 40)])
+def test_bf16(ops, rng, place, garbage, shape):
     tokens, *arrays = make(rng, *shape, V=7)
     wte, wpe, dout = (x.astype("bfloat16").astype(np.float32) for x in arrays)
     check_forward(ops, place, tokens, wte, wpe, "bfloat16")
-    check_backward(ops, rng, place, tokens, wte, wpe, dout, "bfloat16")
+    check_backward(ops, rng, place, garbage, tokens, wte, wpe, dout, "bfloat16")
 
 
 @pytest.mark.compiled
@@ -68,7 +82,8 @@ def test_threads_do_not_change_the_bits(ops, rng, place, garbage, assert_same_bi
     def run():
         out, dwte, dwpe = garbage(B, T, C), place(wte), place(wpe)
         ops.encoder_forward(out, tokens, wte, wpe)
-        ops.encoder_backward(dwte, dwpe, dout, tokens)
+        arguments = dwte, dwpe, dout, tokens
+        ops.encoder_backward(*arguments, garbage(ops.encoder_backward_scratch(*arguments)))
         return out, dwte, dwpe
 
     assert_same_bits(run)

@@ -74,7 +74,7 @@ def test_backward(ops, rng, place, garbage, shape, centre):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 97), (2, 17, 97), (1, 3, 1025)])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 97), (2, 17, 97), (1, 3, 1025), (2, 3, 40), (1, 5, 12)])
 def test_bf16(ops, rng, place, garbage, shape):
     inp, weight, bias, dout = (x.astype("bfloat16").astype(np.float32) for x in make(rng, *shape, centre=3.0))
     check_forward(ops, place, garbage, inp, weight, bias, "bfloat16")

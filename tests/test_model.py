@@ -7,7 +7,6 @@ that off. Measured are at most 4e-7 for the golden model, and 1.2e-6 for the wid
 
 import json
 import math
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +30,9 @@ from training import (
 from llm_numba.arena import Arena
 from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
-from llm_numba.training.generate import Choice, generate, generation_groups, generation_step, stepper
+from llm_numba.training.generate import Choice, generation_groups, generation_step, generator, stepper
 from llm_numba.training.memory_plan import complete
+from llm_numba.training.nan_check import without_graphs
 from llm_numba.training.step import initialise
 
 pytestmark = pytest.mark.compiled
@@ -361,27 +361,30 @@ GREEDY = Choice(temperature=0, top_p=1.0)
 @pytest.mark.parametrize(
     "maxT, length", [(40, n) for n in (1, 15, 16, 17, 33, 40, 41, 90)] + [(33, 32), (5, 3), (1, 1), (1, 4)]
 )
-def test_generation_sees_what_the_forward_sees(ops, monkeypatch, plan, maxT, length):
+def test_generation_sees_what_the_forward_sees(ops, plan, maxT, length):
     """For more than twice the context: the logits that a token is chosen from are those of a whole forward pass."""
     run, _ = fresh_run(ops, GPT2(maxT, 97, 3, 5, 35), 1, maxT)
-    rng, seen = np.random.default_rng(length), []
+    rng, seen = np.random.default_rng(length), {}  # the logits of the last step that ended at a position
 
-    def any_token(logits, settings, _):
-        seen.append(logits.copy())
-        return int(rng.integers(97))
+    def any_token(token, position, logits, uniforms, choice, vocab_size, scratch):
+        before, T = int(ops.to_host(position)[0]), logits.shape[1]
+        ops.to_device(position, before + T)
+        ops.to_device(token, rng.integers(97))
+        seen[before + T] = np.array(ops.to_host(logits))[0, -1, :97]
 
-    monkeypatch.setattr("llm_numba.training.generate.choose", any_token)
     prompt = rng.integers(0, 97, length).tolist()
-    generated = list(islice(generate(ops, sampling_arena(run, plan), prompt, GREEDY, None), 2 * maxT + 10))
-    for context, logits in zip(contexts(prompt, generated, maxT), seen, strict=True):
-        assert error(logits, last_logits(run, context)) < 2e-6
+    any_ops = without_graphs(ops.replace(sample_token=any_token))
+    tokens = generator(any_ops, sampling_arena(run, plan))(prompt, 2 * maxT + 10, GREEDY, rng)
+    for context in contexts(prompt, tokens, maxT):
+        assert error(seen[len(context)], last_logits(run, context)) < 2e-6
 
 
 def test_greedy_generation(ops):
     """Each token is the likeliest after its context. Strong positions keep the model from repeating itself."""
     run, _ = fresh_run(ops, GPT2(40, 97, 3, 5, 35), 1, 40)
     ops.to_device(run.m.wpe, 3 * ops.to_host(run.m.wpe))
-    generated = list(islice(generate(ops, sampling_arena(run, "reuse"), [1, 2, 3], GREEDY, None), 90))
+    generate = generator(ops, sampling_arena(run, "reuse"))
+    generated = list(generate([1, 2, 3], 90, GREEDY, np.random.default_rng(0)))
     assert len(set(generated)) > 5
     for context, token in zip(contexts([1, 2, 3], generated, 40), generated, strict=True):
         assert token == last_logits(run, context).argmax()
@@ -392,10 +395,11 @@ def test_every_row_of_a_chunk(ops):
     run, (tokens, _) = fresh_run(ops, MIDDLING, 1, 33)
     expected = logits_of(run, (tokens, tokens))[0]
     arena = sampling_arena(run, "reuse")
-    chunk, token = (stepper(ops, arena, group) for group in ("chunk", "token"))
-    for step, start, stop in ((chunk, 0, 16), (token, 16, 17), (chunk, 17, 33)):
-        logits = step(tokens[0, start:stop].tolist(), start)
-        got = ops.to_host(logits)[0, :, : MIDDLING.vocab_size]
+    for group, start, stop in (("chunk", 0, 16), ("token", 16, 17), ("chunk", 17, 33)):
+        ops.to_device(arena.tensors[group, "tokens"], tokens[:, start:stop])
+        assert ops.to_host(arena.tensors["sampler", "position"]) == start
+        stepper(ops, arena, group)()
+        got = ops.to_host(arena.tensors[group, "logits"])[0, :, : MIDDLING.vocab_size]
         assert_near(dict(enumerate(got)), dict(enumerate(expected[start:stop])), 2e-6)
 
 
@@ -407,7 +411,7 @@ def test_sampling_leaves_training_alone(ops):
         losses = [train_step(run, batch)]
         if sampling:
             choice = Choice(temperature=1.0, top_p=1.0)
-            list(islice(generate(ops, run.arena, [1, 2, 3], choice, np.random.default_rng(0)), 40))
+            list(generator(ops, run.arena)([1, 2, 3], 40, choice, np.random.default_rng(0)))
         losses.append(train_step(run, batch))
         results.append((losses, bits_of(run, "parameters", "gradients", "m", "v")))
     assert results[0] == results[1]

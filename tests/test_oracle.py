@@ -99,7 +99,7 @@ def test_encoder(normal, rng):
     wte, wpe, dout = normal(7, C), normal(T + 2, C), normal(B, T, C)
     tokens = rng.integers(0, 3, (B, T), dtype=np.int32)
     dwte, dwpe = np.ones((7, C)), np.ones((T + 2, C))
-    oracle.encoder_backward(dwte, dwpe, dout, tokens)
+    oracle.encoder_backward(dwte, dwpe, dout, tokens, None)
     assert_gradient(dwte - 1, lambda x: first_of("encoder_forward", dout.shape, tokens, x, wpe), wte, dout)
     assert_gradient(dwpe - 1, lambda x: first_of("encoder_forward", dout.shape, tokens, wte, x), wpe, dout)
 

@@ -51,7 +51,7 @@ def test_backward_in_place(ops, rng, place, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97)])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 17), (2, 17, 97), (2, 3, 40)])
 def test_bf16(ops, rng, place, garbage, shape):
     """The sum of two bf16 is computed in float32 and rounded to the nearest bf16; a gradient keeps its bits."""
     inp1, inp2 = (place(rng.standard_normal(shape), "bfloat16") for _ in range(2))

@@ -25,10 +25,12 @@ from programs import (
 from llm_numba.data import corpus as data
 from llm_numba.training import checkpoint
 from llm_numba.training.outliers import WINDOW
+from llm_numba.training.trainer import Trainer
 
 pytestmark = pytest.mark.compiled
 ROW = {"step", "loss", "loss_z", "norm", "norm_z", "learning_rate", *TIMES, "skipped"}
 STEPS = 24
+COPIES = "to_device", "to_host"
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,22 @@ def test_the_same_bits_on_one_thread_and_on_two(base, text, tmp_path, capsys):
         run_here(*QUICK, "--data", text, "--steps", STEPS, "--threads", threads, "--out", tmp_path / str(threads))
         assert losses_of(tmp_path / str(threads)) == losses_of(base.folder)
         assert content_of(tmp_path / str(threads))[0] == content_of(base.folder)[0]
+
+
+def test_a_step_copies_once_to_the_device_and_waits_once(text, tmp_path, monkeypatch, capsys):
+    counts, step = [], Trainer.step
+
+    def counted(self):
+        before, calls = self.ops, []
+        watch = {name: lambda *a, name=name: calls.append(name) or getattr(before, name)(*a) for name in COPIES}
+        self.ops = before.replace(**watch)
+        step(self)
+        self.ops = before
+        counts.append(calls)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    run_here(*QUICK, "--data", text, "--steps", 3, "--out", tmp_path / "run")
+    assert counts == [["to_device", "to_host"]] * 3
 
 
 def test_overfitting_one_batch(text, tmp_path, capsys):

@@ -21,6 +21,7 @@ class Toy:
 
     name: ClassVar[str] = "toy"
     PRESETS: ClassVar[dict[str, "Toy"]] = {}
+    vocab_parameters: ClassVar[set[str]] = set()  # no padding of the vocabulary
 
     update = GPT2.update
 
@@ -84,7 +85,7 @@ class Toy:
         for l in reversed(m.layers):
             ops.gelu_backward(l.dhidden, l.hidden, l.dactive)
             ops.matmul_backward(l.dinp, l.dw, None, l.dhidden, l.inp, l.w, m.scratch, accumulate)
-        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens, m.scratch)
 
     def generation_cache(self):
         return []
@@ -93,14 +94,13 @@ class Toy:
         return [
             *(s._replace(shares=f"{s.name} of {T}" if s.per_layer else "") for s in self.activations(1, T)),
             TensorSpec("tokens", (1, T), "int32"),
-            TensorSpec("wpe", (T, self.channels)),
         ]
 
-    def seek(self, ops, m, parameters, position):
-        ops.copy(m.wpe, parameters["wpe"][position : position + m.tokens.shape[1]])
-
     def next_logits(self, ops, m):
-        self.forward(ops, m)
+        def encoder(out, tokens, wte, wpe):
+            ops.encoder_forward_at(out, tokens, wte, wpe, m.position)
+
+        self.forward(ops.replace(encoder_forward=encoder), m)
         ops.matmul_forward(m.logits, m.layers[-1].active, m.head, None, m.scratch)
 
     def flops_per_token(self, T):

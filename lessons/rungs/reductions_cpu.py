@@ -56,7 +56,7 @@ def global_norm_squared_v3(out, grads, scratch):
 
 
 @njit
-def encoder_backward_v1(dwte, dwpe, dout, tokens):
+def encoder_backward_v1(dwte, dwpe, dout, tokens, scratch):
     """Row by row."""
     B, T, C = dout.shape
     for b in range(B):
@@ -67,7 +67,7 @@ def encoder_backward_v1(dwte, dwpe, dout, tokens):
 
 
 @njit(parallel=True)
-def encoder_backward_racing(dwte, dwpe, dout, tokens):
+def encoder_backward_racing(dwte, dwpe, dout, tokens, scratch):
     """Not a rung but a mistake: the loop over positions is parallel, but a token can occur at several."""
     B, T, C = dout.shape
     for t in prange(T):
@@ -78,7 +78,7 @@ def encoder_backward_racing(dwte, dwpe, dout, tokens):
 
 
 @njit(parallel=True)
-def encoder_backward_v2(dwte, dwpe, dout, tokens):
+def encoder_backward_v2(dwte, dwpe, dout, tokens, scratch):
     """Each channel of all tokens and positions has one owner, which processes the rows in order."""
     B, T, C = dout.shape
     for c in prange(C):
@@ -97,7 +97,7 @@ def encoder_inputs(rng, B, T, C, Vp):
     """Low token ids are frequent, as in a tokenizer's vocabulary."""
     return dict(
         dwte=normal(rng, Vp, C), dwpe=normal(rng, T, C), dout=normal(rng, B, T, C),
-        tokens=(Vp * rng.random((B, T)) ** 3).astype(np.int32),
+        tokens=(Vp * rng.random((B, T)) ** 3).astype(np.int32), scratch=garbage(0),
     )  # fmt: skip
 
 

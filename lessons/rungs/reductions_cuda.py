@@ -4,7 +4,7 @@ import numpy as np
 from numba import cuda
 
 from llm_numba import oracle
-from llm_numba.cuda.encoder import encoder_backward
+from llm_numba.cuda.encoder import encoder_backward, encoder_backward_scratch
 from llm_numba.cuda.global_norm import global_norm_squared, global_norm_squared_scratch
 from llm_numba.cuda.jit import blocks_for, float32, sized, stream
 from llm_numba.lessons.ladder import Ladder
@@ -147,7 +147,7 @@ def encoder_kernel_v1(dwte, dwpe, dout, tokens):
         cuda.atomic.add(dwpe, (t, c), dout[b, t, c])
 
 
-def encoder_backward_v1(dwte, dwpe, dout, tokens):
+def encoder_backward_v1(dwte, dwpe, dout, tokens, scratch):
     B, T, C = dout.shape
     encoder_kernel_v1[(B, T, blocks_for(C, CHANNELS)), CHANNELS, stream()](dwte, dwpe, dout, tokens)
 
@@ -164,7 +164,7 @@ def encoder_kernel_v2(dwte, dwpe, dout, tokens):
                 dwpe[t, c] += number
 
 
-def encoder_backward_v2(dwte, dwpe, dout, tokens):
+def encoder_backward_v2(dwte, dwpe, dout, tokens, scratch):
     encoder_kernel_v2[blocks_for(dout.shape[2], CHANNELS), CHANNELS, stream()](dwte, dwpe, dout, tokens)
 
 
@@ -194,7 +194,7 @@ def dwpe_kernel_v3(dwpe, dout):
         dwpe[t, c] += total
 
 
-def encoder_backward_v3(dwte, dwpe, dout, tokens):
+def encoder_backward_v3(dwte, dwpe, dout, tokens, scratch):
     B, T, C = dout.shape
     blocks = blocks_for(C, CHANNELS)
     dwte_kernel_v3[(dwte.shape[0], blocks), CHANNELS, stream()](dwte, dout, tokens)
@@ -208,10 +208,11 @@ def norm_inputs(rng, n):
 
 def encoder_inputs(rng, B, T, C, Vp):
     """Low token ids are frequent, as in a tokenizer's vocabulary."""
-    return dict(
+    given = dict(
         dwte=normal(rng, Vp, C), dwpe=normal(rng, T, C), dout=normal(rng, B, T, C),
         tokens=(Vp * rng.random((B, T)) ** 3).astype(np.int32),
     )  # fmt: skip
+    return given | dict(scratch=garbage(encoder_backward_scratch(**given)))
 
 
 NORM = Ladder(

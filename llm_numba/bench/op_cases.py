@@ -379,7 +379,7 @@ def encoder_backward(ops, B, T, C, Vp):
 
     touched = len(np.unique(drawn)) + T  # rows that are read and written
     return Case(
-        lambda: ops.encoder_backward(dwte, dwpe, dout, tokens),
+        lambda: ops.encoder_backward(dwte, dwpe, dout, tokens, ops.scratch),
         expect, nbytes=ops.itemsize * B * T * C + 8 * touched * C, pattern="update",
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The encoder: token embedding plus position embedding."""
 
+import numpy as np
 from numba import njit, prange
 
 from llm_numba.cpu.jit import PARALLEL
@@ -27,8 +28,19 @@ def encoder_forward(out, tokens, wte, wpe):
                 row[c] = token[c] + position[c]
 
 
+@njit(cache=True)
+def encoder_forward_at(out, tokens, wte, wpe, position):
+    """The same for tokens in the middle of a sequence.
+
+    out (B, T, C) <- tokens (B, T) int32, wte (Vp, C), wpe (at least position + T, C), position (1,) int32
+    Writes:   out[b, t] = wte[tokens[b, t]] + wpe[position + t]; a token below 0 counts as 0
+    Expects:  tokens < Vp, unchecked
+    """
+    encoder_forward(out, np.maximum(tokens, 0), wte, wpe[position[0] :])
+
+
 @njit(**PARALLEL)
-def encoder_backward(dwte, dwpe, dout, tokens):
+def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     """Add each row of dout to the gradients of its token's and its position's embedding.
 
     dwte (Vp, C), dwpe (at least T, C) <- dout (B, T, C), tokens (B, T) int32
@@ -36,6 +48,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     Parallel: over blocks of BLOCK channels. A token may occur many times, but one thread owns a block of channels and
               adds in the order of (b, t), so nothing races and the order of each sum is fixed
     Moves:    5*B*T*C floats
+    Scratch:  none
     Expects:  0 <= tokens < Vp, unchecked
     """
     B, T, C = dout.shape
@@ -48,3 +61,8 @@ def encoder_backward(dwte, dwpe, dout, tokens):
                 for c in range(row.shape[0]):
                     token[c] += row[c]
                     position[c] += row[c]
+
+
+def encoder_backward_scratch(dwte, dwpe, dout, tokens):
+    """Floats of scratch that `encoder_backward` needs; on a GPU it sorts there."""
+    return 0

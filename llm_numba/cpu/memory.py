@@ -95,6 +95,17 @@ def to_host(tensor: np.ndarray) -> np.ndarray:
     return tensor
 
 
+def reader(tensor: np.ndarray) -> Callable[[], Callable[[], np.ndarray]]:
+    """A function that starts to copy tensor to the host, and returns a function that waits for the copy and returns it.
+    On the CPU it copies at once."""
+
+    def start():
+        values = tensor.copy()
+        return lambda: values
+
+    return start
+
+
 def capture(function: Callable[[], None]) -> Callable[[], None]:
     """A replayable version of `function`, which must use the same arrays each time; on the CPU, `function` itself."""
     return function

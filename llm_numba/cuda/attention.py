@@ -4,6 +4,7 @@ variants.py chooses the kernels for training: attention_wgmma.py (bf16 on Hopper
 cores) or attention_simt.py (any GPU). The kernels for sampling from a KV cache and for debugging are here.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -11,89 +12,158 @@ from numba import cuda
 
 from llm_numba.cuda.attention_common import WIDEST
 from llm_numba.cuda.jit import (
+    ALL_LANES,
     THREADS,
-    block_max,
-    block_sum,
+    WARP,
     blocks_for,
+    device,
     float32,
     kernel,
     sized,
     stream,
     to_float,
     to_storage,
+    uint32,
 )
+from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
 from llm_numba.cuda.variants import choose
+from llm_numba.cuda.vectors import load_vector, vector_size
 from llm_numba.util.cli import UserError
 
 ZERO, ONE = float32(0), float32(1)
-MASKED = float32(-np.inf)  # the score of a key after its query
-CHUNK = sized(256, 4)  # threads of a block of attend_kernel, and the cached tokens that it takes at a time
-MIN_LANES = min(16, CHUNK // 2)
-SUMS = CHUNK // MIN_LANES * WIDEST  # floats of shared memory in which the threads sum values
+LOWEST, MASKED = np.finfo(float32).min, float32(-np.inf)  # before the first score; the score of a key after its query
+ATTENDING = sized(512, 4)  # threads of a block of attend_kernel
+AT_ONCE = sized(4, 2)  # tokens that a team loads at once
+ONE_WARP = sized(WARP, 1)
 
 
-@kernel
-def append_kernel(cache, qkv, position):
-    """cache (B, maxT, 2, NKV*HS) = the keys and values of qkv (B, T, (NH + 2*NKV)*HS), at the rows from position[0].
+@functools.cache
+def attend_kernel(HS: int, group: int):
+    """The kernel of `attention_cached_forward` for heads of HS channels, `group` query heads for each kv head."""
+    size = vector_size(HS)
+    lanes = min(ONE_WARP, 1 << (blocks_for(HS, size) - 1).bit_length())  # threads of a team
+    each = blocks_for(HS, lanes * size) * size  # channels of a thread
+    stride, loaded = lanes * size, AT_ONCE * each
+    warps, teams = ATTENDING // ONE_WARP, ATTENDING // lanes
 
-    Grid: (groups of CHUNK channels, T, B); block: CHUNK; a thread owns a channel of the key and of the value.
-    """
-    c, t, b = cuda.blockIdx.x * CHUNK + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    width = cache.shape[3]
-    if c < width:
-        row, first = position[0] + t, qkv.shape[2] - 2 * width
-        cache[b, row, 0, c] = qkv[b, t, first + c]
-        cache[b, row, 1, c] = qkv[b, t, first + width + c]
+    @device
+    def over_threads(x, first, end):
+        """The sum of x over the threads of a warp that are `first`, 2 * `first`, ... below `end` apart."""
+        distance = first
+        while distance < end:
+            x += cuda.shfl_xor_sync(ALL_LANES, x, distance)
+            distance *= 2
+        return x
 
+    @device
+    def load_channels(x, first, tensor, row, head, lane):
+        """x[first : first + each] = this lane's channels of a head, whose first column is `head`; 0 past the last."""
+        for k in range(0, each, size):
+            c = lane * size + k // size * stride
+            if c < HS:
+                load_vector(x, first + k, tensor, row, head + c, size)
+            else:
+                for i in range(size):
+                    x[first + k + i] = ZERO
 
-@kernel
-def attend_kernel(out, cache, qkv, position, group, lanes, HS, scale):
-    """out (B, T, NH*HS) = attention of the queries of qkv; query t sees the cache up to row position[0] + t.
+    @kernel(launch_bounds=(ATTENDING, 1))
+    def attend_kernel(out, cache, qkv, position, T, maxT, scale):
+        """out (B*T, NH*HS) = attention of the queries of qkv (B*T, (NH + 2*NKV)*HS); query t sees the tokens up to
+        position[0] + t: earlier ones in cache (B*maxT*2, NKV*HS), those of this call in qkv. cache = their keys and
+        values.
 
-    group: query heads per kv head; lanes: threads that share the channels of a value
-    Grid: (T, NH, B); block: CHUNK. For each chunk of the cache a thread first owns a token, whose score it computes,
-    then some channels of every (CHUNK / lanes)th value of the chunk. Moves the head's part of the cache once per block.
-    """
-    q = cuda.shared.array(WIDEST, float32)
-    scratch = cuda.shared.array(CHUNK, float32)
-    weights = cuda.shared.array(CHUNK, float32)
-    sums = cuda.shared.array(SUMS, float32)
-    thread, t, h, b = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    part, parts, first = thread // lanes, CHUNK // lanes, h // group * HS
-    end = position[0] + t + 1
-    for c in range(thread, HS, CHUNK):
-        q[c] = to_float(qkv[b, t, h * HS + c])
-    for i in range(thread, SUMS, CHUNK):
-        sums[i] = ZERO
-    top, total = MASKED, ZERO
-    cuda.syncthreads()
-    for s0 in range(0, end, CHUNK):
-        # a score per thread; each thread keeps its share of the sum of the weights
-        score, s = MASKED, s0 + thread
-        if s < end:
-            score = ZERO
-            for c in range(HS):
-                score += q[c] * to_float(cache[b, s, 0, first + c])
-            score *= scale
-        before, top = top, max(top, block_max(score, scratch))
-        shrink, weight = math.exp(before - top), math.exp(score - top)
-        total = total * shrink + weight
-        weights[thread] = weight
+        Grid: (T, NH, B); block: ATTENDING, in teams of `lanes` threads. A team owns every teams-th token, AT_ONCE at a
+        time, a thread `each` channels of them; it keeps the sum of the values, each times e**(score - top), where top
+        is the largest score so far. At the end the teams' sums are added, in a fixed order.
+        Moves: the head's part of the cache, once per block
+        """
+        thread, t, h, b = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x), cuda.blockIdx.y, uint32(cuda.blockIdx.z)
+        team, lane = thread // uint32(lanes), thread % uint32(lanes)
+        width = cache.shape[1]
+        head, key = h // group * HS, qkv.shape[1] - 2 * width + h // group * HS
+        q = cuda.local.array(each, float32)
+        keys = cuda.local.array(loaded, float32)
+        values = cuda.local.array(loaded, float32)
+        sums = cuda.local.array(each, float32)
+        scores = cuda.local.array(AT_ONCE, float32)
+        tops = cuda.shared.array(warps, float32)
+        totals = cuda.shared.array(warps, float32)
+        of_warps = cuda.shared.array((warps, HS), float32)
+        let_next_start()
+        wait_for_previous()
+
+        start, row = uint32(position[0]), uint32(b * uint32(T) + t)
+        if h % group == 0:
+            for c in range(thread, HS, ATTENDING):
+                to = uint32(2) * (b * uint32(maxT) + start + t)
+                cache[to, head + c] = qkv[row, key + c]
+                cache[to + 1, head + c] = qkv[row, key + width + c]
+        load_channels(q, 0, qkv, row, h * HS, lane)
+        for k in range(each):
+            sums[k] = ZERO
+        top, total = LOWEST, ZERO
+        end = uint32(start + t + uint32(1))
+        first = uint32(0)
+        while first < end:
+            for i in range(AT_ONCE):
+                s = uint32(first + team + uint32(i * teams))
+                if s < start:
+                    at = uint32(2) * (b * uint32(maxT) + s)
+                    load_channels(keys, i * each, cache, at, head, lane)
+                    load_channels(values, i * each, cache, at + 1, head, lane)
+                elif s < end:
+                    at = uint32(b * uint32(T) + s - start)
+                    load_channels(keys, i * each, qkv, at, key, lane)
+                    load_channels(values, i * each, qkv, at, key + width, lane)
+            before = top
+            for i in range(AT_ONCE):
+                score = ZERO
+                for k in range(each):
+                    score += q[k] * keys[i * each + k]
+                score = over_threads(score, 1, lanes) * scale
+                scores[i] = score if first + team + uint32(i * teams) < end else MASKED
+                top = max(top, scores[i])
+            shrink = math.exp(before - top)
+            total *= shrink
+            for k in range(each):
+                sums[k] *= shrink
+            for i in range(AT_ONCE):
+                if first + team + uint32(i * teams) < end:
+                    weight = math.exp(scores[i] - top)
+                    total += weight
+                    for k in range(each):
+                        sums[k] += weight * values[i * each + k]
+            first = uint32(first + uint32(AT_ONCE * teams))
+
+        # add the teams of a warp, then the warps
+        highest = top
+        distance = lanes
+        while distance < ONE_WARP:
+            highest = max(highest, cuda.shfl_xor_sync(ALL_LANES, highest, distance))
+            distance *= 2
+        shrink = math.exp(top - highest)
+        total = over_threads(total * shrink, lanes, ONE_WARP)
+        warp, of_team = thread // uint32(ONE_WARP), thread % uint32(ONE_WARP) < lanes
+        if of_team and lane == 0:
+            tops[warp], totals[warp] = highest, total
+        for k in range(each):
+            c = lane * size + k // size * stride + k % size
+            of_warp = over_threads(sums[k] * shrink, lanes, ONE_WARP)
+            if of_team and c < HS:
+                of_warps[warp, c] = of_warp
         cuda.syncthreads()
+        for c in range(thread, HS, ATTENDING):
+            highest = tops[0]
+            for warp in range(1, warps):
+                highest = max(highest, tops[warp])
+            value, total = ZERO, ZERO
+            for warp in range(warps):
+                shrink = math.exp(tops[warp] - highest)
+                value += shrink * of_warps[warp, c]
+                total += shrink * totals[warp]
+            out[row, h * HS + c] = to_storage(value / total, out)
 
-        # values, some channels per thread
-        for c in range(thread % lanes, HS, lanes):
-            value = sums[part * WIDEST + c] * shrink
-            for i in range(part, min(CHUNK, end - s0), parts):
-                value += weights[i] * to_float(cache[b, s0 + i, 1, first + c])
-            sums[part * WIDEST + c] = value
-        cuda.syncthreads()
-    inverse = ONE / block_sum(total, scratch)
-    for c in range(thread, HS, CHUNK):
-        value = ZERO
-        for i in range(parts):
-            value += sums[i * WIDEST + c]
-        out[b, t, h * HS + c] = to_storage(value * inverse, out)
+    return attend_kernel
 
 
 @kernel
@@ -160,8 +230,8 @@ def attention_backward_scratch(dqkv, dout, out, lse, qkv, num_heads, num_kv_head
 def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads):
     """Attention for sampling: T new tokens at position, position + 1, ... of their sequence.
 
-    Their keys and values are written to the cache; then each query attends to the cache up to its own token. The
-    softmax takes one pass: when the maximum score grows, the sums so far shrink.
+    Their keys and values are written to the cache, and each query attends to the tokens up to its own. The softmax
+    takes one pass: when the maximum score grows, the sums so far shrink.
 
     out (B, T, NH*HS), cache (B, maxT, 2, NKV*HS) <- qkv (B, T, (NH + 2*NKV)*HS), position (1,) int32, the index of the
         first new token
@@ -171,13 +241,11 @@ def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads)
     Errors:   UserError for heads of more than WIDEST channels
     Source:   Milakov and Gimelshein 2018, arXiv:1805.02867
     """
-    B, T, _ = out.shape
-    HS, width = head_size(out, num_heads), cache.shape[3]
-    append_kernel[(blocks_for(width, CHUNK), T, B), CHUNK, stream()](cache, qkv, position)
-    lanes = min(max(MIN_LANES, 1 << (HS - 1).bit_length()), CHUNK // 2)  # HS rounded up to a power of two
-    attend_kernel[(T, num_heads, B), CHUNK, stream()](
-        out, cache, qkv, position, num_heads // num_kv_heads, lanes, HS, ONE / float32(math.sqrt(HS))
-    )
+    (B, T, C), HS, (maxT, _, width) = out.shape, head_size(out, num_heads), cache.shape[1:]
+    overlapping(attend_kernel(HS, num_heads // num_kv_heads), (T, num_heads, B), ATTENDING)(
+        out.reshape(B * T, C), cache.reshape(-1, width), qkv.reshape(B * T, -1), position, T, maxT,
+        ONE / float32(math.sqrt(HS)),
+    )  # fmt: skip
 
 
 def attention_weights(weights, lse, qkv, num_heads, num_kv_heads):

@@ -1,23 +1,24 @@
 """Softmax and cross-entropy in one op, so that the probabilities are never stored.
 
 A block owns a row of logits and reads it twice: first for the maximum and the sum of e**(x - maximum), then, while the
-row is still in cache, for the gradient. A thread loads CHUNK logits at a time, THREADS apart: accesses are coalesced
-and CHUNK loads are in flight at once. The index is unsigned, which saves the check for negative indices.
+row is still in cache, for the gradient. A thread owns every THREADS-th vector of the row (vectors.py) and loads CHUNK
+logits at once, so accesses are coalesced and many bytes are in flight.
 
 Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (the maximum and the sum in one pass).
 """
 
+import functools
 import math
 
 import numpy as np
 from numba import cuda
 
 from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kernel, sized, stream, to_float, to_storage
+from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
-float64, uint64 = np.float64, np.uint64
-THREADS = sized(1024, 8)
-CHUNK = sized(8, 2)  # logits that a thread loads at once
-STRIDE = CHUNK * THREADS
+float64, uint32 = np.float64, np.uint32
+THREADS, RESIDENT = sized(640, 8), 2  # of a block; blocks per SM
+CHUNK = sized(8, 2)  # logits that a thread loads at once, at least
 ZERO, LOWEST, LOG2E = float32(0), np.finfo(float32).min, float32(1.4426950408889634)
 
 
@@ -26,57 +27,69 @@ def exp(x):
     return exp2(x * LOG2E)
 
 
-@kernel(launch_bounds=(THREADS, 2))
-def classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
-    """losses[i] = -log(softmax(logits[i, :V])[target]); if write_dlogits: logits = the gradient of dloss * losses.
+@functools.cache
+def classifier_kernel(size: int):
+    """The kernel of `fused_classifier` for vectors of `size` logits."""
+    chunk = max(CHUNK, size)  # logits that a thread loads at once
+    stride = chunk * THREADS
 
-    Grid: one block per row; block: THREADS; a thread owns every THREADS-th column.
-    Moves: the row from memory, the row again from cache, and its gradient to memory.
-    """
-    i, thread = cuda.blockIdx.x, cuda.threadIdx.x
-    row, target = logits[i], targets[i]
-    x = cuda.local.array(CHUNK, float32)
-    chunks_end = V // STRIDE * STRIDE  # the columns from here on are processed one by one
+    @kernel(launch_bounds=(THREADS, RESIDENT))
+    def fused_classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
+        """losses[i] = -log(softmax(logits[i, :V])[target]); if write_dlogits: logits = the gradient of dloss * losses.
 
-    # per thread: the maximum, and the sum of e**(x - top). The maximum may ignore a NaN, the sum does not
-    top, total = LOWEST, ZERO
-    for first in range(thread, chunks_end, STRIDE):
-        for k in range(CHUNK):
-            x[k] = to_float(row[uint64(first + k * THREADS)])
-        old_top = top
-        for k in range(CHUNK):
-            top = max(top, x[k])
-        total *= exp(old_top - top)
-        for k in range(CHUNK):
-            total += exp(x[k] - top)
-    for c in range(chunks_end + thread, V, THREADS):
-        logit, old_top = to_float(row[c]), top
-        top = max(top, logit)
-        total = total * exp(old_top - top) + exp(logit - top)
+        Grid: one block per row; block: THREADS. The first V // stride * stride columns are processed in vectors, the
+        rest one by one, every THREADS-th by a thread.
+        Moves: the row from memory, the row again from cache, and its gradient to memory.
+        """
+        i, thread = cuda.blockIdx.x, uint32(cuda.threadIdx.x)
+        row, target = logits[i], targets[i]
+        x = cuda.local.array(chunk, float32)
+        vectors_end = V // stride * stride
 
-    # per block: the same for the whole row
-    shared = cuda.shared.array(THREADS, float32)
-    row_top = block_max(top, shared)
-    row_total = block_sum(total * exp(top - row_top), shared)
-    at_target = to_float(row[target])
-    if thread == 0:
-        losses[i] = math.log(row_total) + (row_top - at_target)
-    if not write_dlogits:
-        return
-    cuda.syncthreads()  # every thread has read the logit of the target
+        # per thread: the maximum, and the sum of e**(x - top). The maximum may ignore a NaN, the sum does not
+        top, total = LOWEST, ZERO
+        for start in range(thread * size, vectors_end, stride):
+            for k in range(0, chunk, size):
+                load_vector(x, k, logits, i, uint32(start + k * THREADS), size)
+            old_top = top
+            for k in range(chunk):
+                top = max(top, x[k])
+            total *= exp(old_top - top)
+            for k in range(chunk):
+                total += exp(x[k] - top)
+        for c in range(vectors_end + thread, V, THREADS):
+            logit, old_top = to_float(row[c]), top
+            top = max(top, logit)
+            total = total * exp(old_top - top) + exp(logit - top)
 
-    scale = dloss / row_total
-    for first in range(thread, chunks_end, STRIDE):
-        for k in range(CHUNK):
-            x[k] = to_float(row[uint64(first + k * THREADS)])
-        for k in range(CHUNK):
-            row[uint64(first + k * THREADS)] = to_storage(exp(x[k] - row_top) * scale, row)
-    for c in range(chunks_end + thread, V, THREADS):
-        row[c] = to_storage(exp(to_float(row[c]) - row_top) * scale, row)
-    for c in range(V + thread, row.shape[0], THREADS):
-        row[c] = to_storage(ZERO, row)
-    if thread == target % THREADS:  # the thread that has written this column
-        row[target] = to_storage(exp(at_target - row_top) * scale - dloss, row)
+        # per block: the same for the whole row
+        shared = cuda.shared.array(THREADS, float32)
+        row_top = block_max(top, shared)
+        row_total = block_sum(total * exp(top - row_top), shared)
+        at_target = to_float(row[target])
+        if thread == 0:
+            losses[i] = math.log(row_total) + (row_top - at_target)
+        if not write_dlogits:
+            return
+        cuda.syncthreads()  # every thread has read the logit of the target
+
+        scale = dloss / row_total
+        for start in range(thread * size, vectors_end, stride):
+            for k in range(0, chunk, size):
+                load_vector(x, k, logits, i, uint32(start + k * THREADS), size)
+            for k in range(chunk):
+                x[k] = exp(x[k] - row_top) * scale
+            for k in range(0, chunk, size):
+                store_vector(logits, i, uint32(start + k * THREADS), x, k, size)
+        for c in range(vectors_end + thread, V, THREADS):
+            row[c] = to_storage(exp(to_float(row[c]) - row_top) * scale, row)
+        for c in range(V + thread, row.shape[0], THREADS):
+            row[c] = to_storage(ZERO, row)
+        cuda.syncthreads()  # the gradient of the target has been written by another thread, without the -1
+        if thread == 0:
+            row[target] = to_storage(exp(at_target - row_top) * scale - dloss, row)
+
+    return fused_classifier_kernel
 
 
 @kernel
@@ -105,7 +118,7 @@ def fused_classifier(logits, losses, targets, dloss, vocab_size, write_dlogits):
     Expects:  0 <= targets < vocab_size, unchecked; a NaN in a row of logits makes its loss NaN
     """
     B, T, Vp = logits.shape
-    classifier_kernel[B * T, THREADS, stream()](
+    classifier_kernel(vector_size(Vp))[B * T, THREADS, stream()](
         logits.reshape(B * T, Vp), losses.reshape(B * T), targets.reshape(B * T),
         float32(dloss), vocab_size, write_dlogits,
     )  # fmt: skip

@@ -4,6 +4,7 @@ Nothing here loads Numba, which reads NUMBA_ENABLE_CUDASIM when it is loaded.
 """
 
 import os
+import threading
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -42,6 +43,12 @@ def check_gpu(dtype: str) -> None:
             f"--dtype bf16: {gpu} does not support bf16, which needs compute capability {_dotted(OLDEST_WITH_BF16)}; "
             "use --dtype fp32"
         )
+
+
+def begin_context() -> None:
+    """Create the context of the first GPU in a thread, a few tenths of a second of work that Numba then finds done."""
+    driver = load_driver()
+    threading.Thread(target=driver.cuDevicePrimaryCtxRetain, args=(0,), daemon=True).start()
 
 
 def available() -> bool:

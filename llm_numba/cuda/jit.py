@@ -9,6 +9,7 @@ end of this file replaces what that simulator does not support; `sized` shrinks 
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -83,9 +84,15 @@ def _allow_shared(kernel, types: tuple, nbytes: int) -> None:
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     function = driver.CUkernel(int(compiled._codelibrary.get_cufunc().handle))
     gpu = driver.CUdevice(cuda.get_current_device().id)
-    (error,) = driver.cuKernelSetAttribute(limit, nbytes, function, gpu)
+    driver_result(driver.cuKernelSetAttribute(limit, nbytes, function, gpu), f"{nbytes} bytes of shared memory")
+
+
+def driver_result(answer: tuple, what: str):
+    """The value that a function of cuda.bindings.driver returned after its error code. Errors: RuntimeError."""
+    error, *values = answer
     if error:
-        raise RuntimeError(f"a block on this GPU cannot have {nbytes} bytes of shared memory: {error!r}")
+        raise RuntimeError(f"{what}: the CUDA driver returned {error.name}")
+    return values[0] if values else None
 
 
 def is_compiled() -> bool:
@@ -196,6 +203,32 @@ if not SIMULATED:
         return x
 
     @device
+    def row_sum(x, shared):
+        """The sum of x over the threads with the same threadIdx.y, in each of them, added as by `block_sum`.
+
+        blockDim.x is WARP, or blockDim.y is 1.
+        """
+        return warp_sum(x) if cuda.blockDim.x == WARP else block_sum(x, shared)
+
+    @device
+    def block_scan(x, shared):
+        """(the sum of x over the threads before this one, the sum over the block); see `block_sum`."""
+        warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
+        upto = x
+        for i in range(5):
+            other = cuda.shfl_up_sync(ALL_LANES, upto, 1 << i)
+            if lane >= 1 << i:
+                upto += other
+        if lane == WARP - 1:
+            shared[warp] = upto
+        cuda.syncthreads()
+        of_warp = shared[lane] if lane < cuda.blockDim.x // WARP else shared.dtype.type(0)
+        before = warp_sum(of_warp if lane < warp else shared.dtype.type(0))
+        total = warp_sum(of_warp)
+        cuda.syncthreads()
+        return before + upto - x, total
+
+    @device
     def block_max(x, shared):
         """The maximum of x over the block, in every thread; see `block_sum`."""
         warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
@@ -242,19 +275,31 @@ else:
 
     kernelapi.FakeCUDAShared.array = _shared_array
 
+    def warp_sum(x):
+        """A warp has one thread."""
+        return x
+
     @device
-    def _over_block(x, shared, combine):
-        """Instead of warp shuffles, every thread combines the values of the whole block."""
-        shared[cuda.threadIdx.x] = x
+    def _values_of_row(x, shared):
+        """Instead of warp shuffles, every thread gets the values of all with the same threadIdx.y."""
+        first = cuda.threadIdx.y * cuda.blockDim.x
+        shared[first + cuda.threadIdx.x] = x
         cuda.syncthreads()
-        values = [shared[i] for i in range(cuda.blockDim.x)]
+        values = [shared[first + i] for i in range(cuda.blockDim.x)]
         cuda.syncthreads()
-        return functools.reduce(combine, values)
+        return values
 
     @device
     def block_sum(x, shared):
-        return _over_block(x, shared, lambda a, b: a + b)
+        return functools.reduce(operator.add, _values_of_row(x, shared))
+
+    row_sum = block_sum
+
+    @device
+    def block_scan(x, shared):
+        values = _values_of_row(x, shared)
+        return sum(values[: cuda.threadIdx.x]), sum(values)
 
     @device
     def block_max(x, shared):
-        return _over_block(x, shared, max)
+        return functools.reduce(max, _values_of_row(x, shared))

@@ -1,8 +1,8 @@
 """Layer normalisation over the channels.
 
-In both kernels a block owns a row and keeps it in registers: thread i owns the channels i, i + threads,
-i + 2 * threads, ..., so the loads of a warp are coalesced. The number of registers must be known at compile time, so a
-kernel is compiled for each number of channels.
+In both kernels the threads of a block with the same threadIdx.y own a row and keep it in registers: thread x owns the
+vectors of channels x, x + threads, x + 2 * threads, ... (vectors.py), so the accesses of a warp are coalesced. The
+number of registers must be known at compile time, so a kernel is compiled for each number of channels.
 """
 
 import functools
@@ -10,7 +10,9 @@ import math
 
 from numba import cuda
 
-from llm_numba.cuda.jit import WARP, block_sum, blocks_for, float32, kernel, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.jit import WARP, blocks_for, float32, kernel, row_sum, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
+from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 EPSILON = float32(1e-5)
 ZERO, ONE = float32(0), float32(1)
@@ -18,66 +20,82 @@ FORWARD_EACH = sized(64, 4)  # channels per thread, at most
 RESIDENT = 384  # threads of the backward per SM; 168 registers each
 BACKWARD_EACH = sized(25, 4)  # channels per thread, at most; each takes five registers
 BACKWARD_THREADS = sized(132 * RESIDENT, 16)  # on the 132 SMs of an H100
-SHARED = sized(WARP, 1024)  # floats of shared memory for block_sum
-COLUMNS, SLICES = 8, sized(128, 2)  # a block of add_shares_kernel
+ROWS = sized(4, 2)  # rows of a block at a time, if a warp is enough for a row
+SHARED = sized(WARP, 1024)  # floats of shared memory for row_sum
+COLUMNS, SLICES = 8, sized(32, 2)  # a block of add_shares_kernel
 
 
-def row_threads(C: int, each: int) -> int:
-    """Threads of a block that owns a row of C channels, at most `each` per thread.
+def block_of(C: int, most: int) -> tuple[int, int, int]:
+    """(threads of a row of C channels, rows of a block, channels of a thread: at most `most`, in whole vectors).
 
-    At least a warp, and a power of two, from which the compiler derives the bounds of an index.
+    A row has at least a warp, and a power of two, from which the compiler derives the bounds of an index.
     """
-    return max(sized(WARP, 1), 1 << (blocks_for(C, each) - 1).bit_length())
+    size, threads = vector_size(C), sized(WARP, 1)
+    while (each := blocks_for(C, threads * size) * size) > max(most, size):
+        threads *= 2
+    return threads, ROWS if threads <= sized(WARP, 2) else 1, each
 
 
 @functools.cache
 def forward_kernel(C: int, adds: bool):
     """The kernel of `layernorm_forward` for C channels, or of `residual_layernorm_forward` if `adds`."""
-    threads = row_threads(C, FORWARD_EACH)
-    each = blocks_for(C, threads)
+    threads, rows, each = block_of(C, FORWARD_EACH)
+    size = vector_size(C)
 
     @kernel
     def layernorm_forward_kernel(residual, out, mean, rstd, inp, more, weight, bias):
-        """out (n, C), mean (n,), rstd (n,) <- inp (n, C), weight (C,), bias (C,).
+        """out (n, C), mean (n,), rstd (n,) <- inp (n, C), weight (1, C), bias (1, C).
 
         If `adds`, residual (n, C) = inp + more (n, C), and the stored sum is normalised; else both are ignored.
-        Grid: n; block: threads; a block owns a row, a thread every threads-th of its channels. Moves: 2*n*C elements,
+        Grid: n / rows; block: (threads, rows); a thread owns every threads-th vector of its row. Moves: 2*n*C elements,
         or 4*n*C if `adds`.
         """
-        row, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x) % threads  # the compiler derives a bound from %
+        row = uint32(cuda.blockIdx.x) * rows + uint32(cuda.threadIdx.y)
+        thread = uint32(cuda.threadIdx.x) % threads  # the compiler derives a bound from %
         shared = cuda.shared.array(SHARED, float32)
         x = cuda.local.array(each, float32)
+        y = cuda.local.array(each, float32)
+        w = cuda.local.array(each, float32)
+        b = cuda.local.array(each, float32)
+        let_next_start()
+        if row >= inp.shape[0]:
+            return
+        wait_for_previous()
 
         # load
+        for k in range(0, each, size):
+            c = thread * size + k * threads
+            if c < C:
+                load_vector(x, k, inp, row, c, size)
+                if adds:
+                    load_vector(y, k, more, row, c, size)
+                load_vector(w, k, weight, 0, c, size)
+                load_vector(b, k, bias, 0, c, size)
         total = ZERO
-        for k in range(each):
-            c = thread + k * threads
-            x[k] = to_float(inp[row, c]) if c < C else ZERO
-            if adds and c < C:
-                x[k] += to_float(more[row, c])
-        for k in range(each):
-            c = thread + k * threads
-            if adds and c < C:
-                rounded = to_storage(x[k], residual)
-                residual[row, c] = rounded
-                x[k] = to_float(rounded)
-            total += x[k]
+        for k in range(0, each, size):
+            c = thread * size + k * threads
+            if c < C:
+                for i in range(k, k + size):
+                    if adds:
+                        x[i] = to_float(to_storage(x[i] + y[i], residual))
+                    total += x[i]
+                if adds:
+                    store_vector(residual, row, c, x, k, size)
         # reduce: the variance is the mean of (x - m)**2; mean(x**2) - m**2 would lose precision
-        m = block_sum(total, shared) / float32(C)
+        m = row_sum(total, shared) / float32(C)
         total = ZERO
-        for k in range(each):
-            if thread + k * threads < C:
-                total += (x[k] - m) * (x[k] - m)
-        r = ONE / math.sqrt(block_sum(total, shared) / float32(C) + EPSILON)
-        # scale and shift, then store: the compiler does not move a load before an earlier store
-        for k in range(each):
-            c = thread + k * threads
+        for k in range(0, each, size):
+            if thread * size + k * threads < C:
+                for i in range(k, k + size):
+                    total += (x[i] - m) * (x[i] - m)
+        r = ONE / math.sqrt(row_sum(total, shared) / float32(C) + EPSILON)
+        # scale, shift and store
+        for k in range(0, each, size):
+            c = thread * size + k * threads
             if c < C:
-                x[k] = (x[k] - m) * r * to_float(weight[c]) + to_float(bias[c])
-        for k in range(each):
-            c = thread + k * threads
-            if c < C:
-                out[row, c] = to_storage(x[k], out)
+                for i in range(k, k + size):
+                    x[i] = (x[i] - m) * r * w[i] + b[i]
+                store_vector(out, row, c, x, k, size)
         if thread == 0:
             mean[row] = m
             rstd[row] = r
@@ -88,60 +106,81 @@ def forward_kernel(C: int, adds: bool):
 @functools.cache
 def backward_kernel(C: int):
     """The kernel of `layernorm_backward` for C channels."""
-    threads = row_threads(C, BACKWARD_EACH)
-    each = blocks_for(C, threads)
+    threads, rows, each = block_of(C, BACKWARD_EACH)
+    size, shared_sums = vector_size(C), each * threads if rows > 1 else 1
 
-    @kernel(launch_bounds=(threads, max(1, RESIDENT // threads)))
+    @kernel(launch_bounds=(threads * rows, max(1, RESIDENT // (threads * rows))))
     def layernorm_backward_kernel(dinp, shares, dout, inp, weight, mean, rstd):
         """dinp (n, C) +=, shares (pieces, 2*C) = dweight, then dbias, of each piece
-            <- dout (n, C), inp (n, C), weight (C,), mean (n,), rstd (n,).
+            <- dout (n, C), inp (n, C), weight (1, C), mean (n,), rstd (n,).
 
-        Grid: pieces; block: threads; a block owns every pieces-th row, a thread every threads-th channel of them, whose
-        sums over the rows stay in registers. Moves: 4*n*C elements.
+        Grid: pieces; block: (threads, rows); a block takes `rows` rows at a time, pieces * rows apart. A thread owns
+        every threads-th vector of its rows, whose sums over the rows stay in registers; at the end the block adds up
+        those of its threads, in the order of threadIdx.y. Moves: 4*n*C elements.
         """
-        piece, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x) % threads
+        y, thread = uint32(cuda.threadIdx.y), uint32(cuda.threadIdx.x) % threads
         shared = cuda.shared.array(SHARED, float32)
+        sums = cuda.shared.array((2, shared_sums), float32)
         norm = cuda.local.array(each, float32)
         dnorm = cuda.local.array(each, float32)
         dx = cuda.local.array(each, float32)
         dweight = cuda.local.array(each, float32)
         dbias = cuda.local.array(each, float32)
+        w = cuda.local.array(size, float32)
         for k in range(each):
             dweight[k] = ZERO
             dbias[k] = ZERO
 
-        for row in range(piece, inp.shape[0], cuda.gridDim.x):
+        for first in range(uint32(cuda.blockIdx.x) * rows, inp.shape[0], cuda.gridDim.x * rows):
+            row = uint32(min(first + y, inp.shape[0] - 1))
+            is_own = row == first + y  # past the last row, a row of another thread is loaded, but not used
             m, r = mean[row], rstd[row]
             # load: norm holds inp at first, dnorm holds dout
-            for k in range(each):
-                c = thread + k * threads
+            for k in range(0, each, size):
+                c = thread * size + k * threads
                 if c < C:
-                    norm[k], dnorm[k], dx[k] = to_float(inp[row, c]), to_float(dout[row, c]), to_float(dinp[row, c])
-            # reduce: over the rows in registers, over the channels of the row with block_sum
-            dnorm_total, dnorm_norm_total = ZERO, ZERO
-            for k in range(each):
-                c = thread + k * threads
-                if c < C:
-                    norm[k] = (norm[k] - m) * r
-                    dweight[k] += dnorm[k] * norm[k]
+                    load_vector(norm, k, inp, row, c, size)
+                    load_vector(dnorm, k, dout, row, c, size)
+                    load_vector(dx, k, dinp, row, c, size)
+            # reduce: over the rows in registers, over the channels of the row with row_sum
+            if is_own:
+                for k in range(each):
+                    dweight[k] += dnorm[k] * ((norm[k] - m) * r)
                     dbias[k] += dnorm[k]
-                    dnorm[k] *= to_float(weight[c])
-                    dnorm_total += dnorm[k]
-                    dnorm_norm_total += dnorm[k] * norm[k]
-            dnorm_average = block_sum(dnorm_total, shared) / float32(C)
-            dnorm_norm_average = block_sum(dnorm_norm_total, shared) / float32(C)
-            # store
-            for k in range(each):
-                c = thread + k * threads
+            dnorm_total, dnorm_norm_total = ZERO, ZERO
+            for k in range(0, each, size):
+                c = thread * size + k * threads
                 if c < C:
-                    dx[k] += r * (dnorm[k] - dnorm_average - norm[k] * dnorm_norm_average)
-                    dinp[row, c] = to_storage(dx[k], dinp)
+                    load_vector(w, 0, weight, 0, c, size)
+                    for i in range(k, k + size):
+                        norm[i] = (norm[i] - m) * r
+                        dnorm[i] *= w[i - k]
+                        dnorm_total += dnorm[i]
+                        dnorm_norm_total += dnorm[i] * norm[i]
+            dnorm_average = row_sum(dnorm_total, shared) / float32(C)
+            dnorm_norm_average = row_sum(dnorm_norm_total, shared) / float32(C)
+            # store
+            for k in range(0, each, size):
+                c = thread * size + k * threads
+                if c < C and is_own:
+                    for i in range(k, k + size):
+                        dx[i] += r * (dnorm[i] - dnorm_average - norm[i] * dnorm_norm_average)
+                    store_vector(dinp, row, c, dx, k, size)
 
-        for k in range(each):
-            c = thread + k * threads
-            if c < C:
-                shares[piece, c] = dweight[k]
-                shares[piece, C + c] = dbias[k]
+        for turn in range(rows):
+            if y == turn:
+                for k in range(each):
+                    c = thread * size + k // size * size * threads + k % size
+                    if c < C:
+                        place = k * threads + thread
+                        if turn > 0:
+                            dweight[k] += sums[0, place]
+                            dbias[k] += sums[1, place]
+                        if turn < rows - 1:
+                            sums[0, place], sums[1, place] = dweight[k], dbias[k]
+                        else:
+                            shares[cuda.blockIdx.x, c], shares[cuda.blockIdx.x, C + c] = dweight[k], dbias[k]
+            cuda.syncthreads()
 
     return layernorm_backward_kernel
 
@@ -183,8 +222,16 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """
     C = weight.size
     y, x = out.reshape(-1, C), inp.reshape(-1, C)
-    launch = forward_kernel(C, False)[mean.size, row_threads(C, FORWARD_EACH), stream()]
-    launch(x, y, mean.reshape(-1), rstd.reshape(-1), x, x, weight, bias)
+    launch_forward(False, x, y, mean, rstd, x, x, weight, bias)
+
+
+def launch_forward(adds, residual, out, mean, rstd, inp, more, weight, bias):
+    """Launch forward_kernel; residual, out, inp and more are (n, C)."""
+    n, C = inp.shape
+    threads, rows, _ = block_of(C, FORWARD_EACH)
+    overlapping(forward_kernel(C, adds), blocks_for(n, rows), (threads, rows))(
+        residual, out, mean.reshape(-1), rstd.reshape(-1), inp, more, weight.reshape(1, C), bias.reshape(1, C)
+    )
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, accumulate):
@@ -201,20 +248,21 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scra
     Scratch:  layernorm_backward_scratch
     """
     C = weight.size
-    pieces = min(max_pieces(C), mean.size)
+    pieces = pieces_of(mean.size, C)
     shares = scratch[: pieces * 2 * C].reshape(pieces, 2 * C)
-    backward_kernel(C)[pieces, row_threads(C, BACKWARD_EACH), stream()](
-        dinp.reshape(-1, C), shares, dout.reshape(-1, C), inp.reshape(-1, C), weight, mean.reshape(-1), rstd.reshape(-1)
-    )
+    launch = backward_kernel(C)[pieces, block_of(C, BACKWARD_EACH)[:2], stream()]
+    rows = [x.reshape(-1, C) for x in (dinp, dout, inp)]
+    launch(rows[0], shares, *rows[1:], weight.reshape(1, C), mean.reshape(-1), rstd.reshape(-1))
     add_shares_kernel[blocks_for(2 * C, COLUMNS), (COLUMNS, SLICES), stream()](dweight, dbias, shares, accumulate)
 
 
 def layernorm_backward_scratch(dinp, dweight, dbias, dout, inp, weight, mean, rstd, accumulate) -> int:
     """Floats of scratch that `layernorm_backward` needs."""
     C = weight.shape[0]
-    return min(max_pieces(C), math.prod(mean.shape)) * 2 * C
+    return pieces_of(math.prod(mean.shape), C) * 2 * C
 
 
-def max_pieces(C: int) -> int:
-    """Into how many pieces the backward cuts many rows: as many as blocks that an H100 runs at once."""
-    return max(1, BACKWARD_THREADS // row_threads(C, BACKWARD_EACH))
+def pieces_of(n: int, C: int) -> int:
+    """Into how many pieces the backward cuts n rows: at most as many as blocks that an H100 runs at once."""
+    threads, rows, _ = block_of(C, BACKWARD_EACH)
+    return min(max(1, BACKWARD_THREADS // (threads * rows)), blocks_for(n, rows))

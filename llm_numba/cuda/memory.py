@@ -1,12 +1,14 @@
 """GPU memory for the arena: allocation, views, copies; and CUDA graphs, which replay the launches of a step."""
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, kernel, sized, stream
+from llm_numba.cuda.jit import SIMULATED, THREADS, blocks_for, driver_result, kernel, sized, stream
 from llm_numba.util import host
 
 DRIVER_RESERVE = 512 * 2**20  # bytes; the driver loads kernels there
@@ -60,11 +62,13 @@ def copy(out, inp) -> None:
 
 
 def to_device(tensor, host) -> None:
-    """tensor = host, an array or a number of any precision."""
+    """tensor = host, an array or a number of any precision.
+
+    CUDA has read `host` when this returns, as it is not page-locked; the tensor gets it in the order of the stream.
+    """
     values = np.broadcast_to(np.asarray(host), tensor.shape)
     values = values.astype(bfloat16).view(np.uint16) if tensor.dtype == np.uint16 else values.astype(tensor.dtype)
     tensor.copy_to_device(np.ascontiguousarray(values), stream=stream())
-    synchronise()
 
 
 def to_host(tensor) -> np.ndarray:
@@ -72,6 +76,27 @@ def to_host(tensor) -> np.ndarray:
     values = tensor.copy_to_host(stream=stream())
     synchronise()
     return values.view(bfloat16).astype(np.float32) if values.dtype == np.uint16 else values
+
+
+def reader(tensor) -> Callable[[], Callable[[], np.ndarray]]:
+    """A function that starts to copy tensor to the host, and returns a function that waits for the copy and returns it.
+    Of the copies, the last two exist at a time."""
+    if SIMULATED:
+        return lambda: functools.partial(np.copy, tensor.copy_to_host())
+    buffers = itertools.cycle([cuda.pinned_array(tensor.shape, tensor.dtype) for _ in range(2)])
+
+    def start():
+        values, copied = next(buffers), cuda.event()
+        tensor.copy_to_host(values, stream=stream())
+        copied.record(stream())
+
+        def wait():
+            copied.synchronize()
+            return values
+
+        return wait
+
+    return start
 
 
 def synchronise() -> None:
@@ -90,11 +115,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
         return function
     from cuda.bindings import driver
 
-    def check(result):
-        error, *values = result
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"capturing the CUDA graph failed: {error.name}")
-        return values[0] if values else None
+    check = functools.partial(driver_result, what="capturing a CUDA graph")
 
     def captured():
         handle = stream().handle

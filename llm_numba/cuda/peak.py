@@ -1,13 +1,14 @@
 """The measured peak of this GPU, which is the 100% of a "share of peak", and the timing of ops."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, THREADS, block_sum, float32, int32, kernel, sized, stream
+from llm_numba.cuda.jit import SIMULATED, THREADS, block_sum, driver_result, float32, int32, kernel, sized, stream
 from llm_numba.cuda.memory import allocate, available_memory, view, zero
 
 BLOCKS = 4  # of THREADS threads per SM: resident on every GPU
@@ -189,6 +190,29 @@ def timed(run: Callable) -> float:
     for _ in range(4):
         zero(_other_memory())
     return elapsed(run)
+
+
+def timeline() -> tuple[Callable[[int], None], Callable[[], list[float]]]:
+    """(mark, seconds): mark(i), for i = 0, 1, ..., marks the end of what was launched before, also in a graph;
+    seconds() returns the seconds from each mark to the next, in the last run."""
+    from cuda.bindings import driver
+
+    events = []
+
+    def mark(i):
+        if i == len(events):
+            events.append(cuda.event())
+        capturing = driver_result(driver.cuStreamIsCapturing(stream().handle), "asking a stream")
+        flags = driver.CUevent_record_flags
+        flag = flags.CU_EVENT_RECORD_EXTERNAL if capturing else flags.CU_EVENT_RECORD_DEFAULT
+        event = driver.CUevent(int(events[i].handle))
+        driver_result(driver.cuEventRecordWithFlags(event, stream().handle, flag), "recording an event")
+
+    def seconds():
+        events[-1].synchronize()
+        return [1e-3 * first.elapsed_time(second) for first, second in itertools.pairwise(events)]
+
+    return mark, seconds
 
 
 @functools.cache

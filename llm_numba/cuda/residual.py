@@ -1,7 +1,6 @@
 """The residual stream: the output of a block is added to its input, and the sum is normalised for the next block."""
 
-from llm_numba.cuda.jit import stream
-from llm_numba.cuda.layernorm import FORWARD_EACH, forward_kernel, row_threads
+from llm_numba.cuda.layernorm import launch_forward
 from llm_numba.cuda.memory import copy
 
 
@@ -16,9 +15,8 @@ def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bi
     Source:   He et al. 2015, arXiv:1512.03385; Ba et al. 2016, arXiv:1607.06450
     """
     C = weight.size
-    rows = [x.reshape(-1, C) for x in (residual, out, inp1, inp2)]
-    launch = forward_kernel(C, True)[mean.size, row_threads(C, FORWARD_EACH), stream()]
-    launch(rows[0], rows[1], mean.reshape(-1), rstd.reshape(-1), rows[2], rows[3], weight, bias)
+    residual, out, inp1, inp2 = (x.reshape(-1, C) for x in (residual, out, inp1, inp2))
+    launch_forward(True, residual, out, mean, rstd, inp1, inp2, weight, bias)
 
 
 def residual_backward(dinp, dout):

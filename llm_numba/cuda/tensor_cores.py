@@ -113,6 +113,17 @@ mma = instruction(
     SUMS,
     pure=True,
 )
+# the same for float32 operands, of which TF32 keeps 10 bits of the mantissa. a is 16 x 8, b 8 x 8: a register holds one
+# element, of column (of b row) q instead of 2q and 2q + 1
+mma_tf32 = instruction(
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};",
+    "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
+    (SUMS, FRAGMENT, PAIR, PAIR),
+    SUMS,
+    pure=True,
+)
+# a float32 -> rounded to TF32 (to nearest, ties away from zero); as bits
+round_to_tf32 = instruction("cvt.rna.tf32.f32 $0, $1;", "=r,r", (PAIR,), PAIR, pure=True)
 
 # two float32 -> two bf16 in a register, the first in the lower half
 pack = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", (FLOAT, FLOAT), PAIR, pure=True)
@@ -122,6 +133,7 @@ load_bf16x2 = instruction(
     "=f,=f,l", (ADDRESS,), types.UniTuple(FLOAT, 2),
 )  # fmt: skip
 
+load_shared = instruction("ld.shared.b32 $0, [$1];", "=r,r", (SHARED,), PAIR)
 store_shared = instruction("st.shared.b32 [$0], $1;", "r,r", (SHARED, PAIR))
 # copy 16 bytes from shared to global memory: (to, from)
 store_16_bytes = instruction(

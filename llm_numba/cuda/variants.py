@@ -13,9 +13,9 @@ from types import ModuleType
 
 from llm_numba.util.cli import UserError
 
-# family -> its variants, fastest first
-FAMILIES = {"matmul": ("wgmma", "mma", "simt"), "attention": ("wgmma", "mma", "simt")}
-NOT_SIMULATED = ("mma",)  # variants made of PTX instructions that Numba's simulator does not have
+# family -> its variants, fastest first; simt supports everything, so those after it run only if forced
+FAMILIES = {"matmul": ("few_rows", "wgmma", "mma", "simt", "tf32", "cublas"), "attention": ("wgmma", "mma", "simt")}
+NOT_SIMULATED = ("mma", "tf32", "cublas")  # they need instructions or a library that the simulator does not have
 ONLY_FORCED_SIMULATED = ("wgmma",)  # variants whose PTX is emulated: too slow for a whole model
 EXAMPLES = {"matmul": (4096, 768, 2304), "attention": (64,)}  # what `explain` asks about: the shapes of GPT-2 124M
 _forced: dict[str, str] = {}

@@ -16,7 +16,7 @@ from llm_numba.training.memory_plan import check_memory, micro_batches, run_grou
 from llm_numba.training.nan_check import bad_step_path, checked
 from llm_numba.training.override import override
 from llm_numba.training.step import training_step
-from llm_numba.training.trainer import State, restore, set_inputs
+from llm_numba.training.trainer import State, restore
 from llm_numba.util.cli import Parser, UserError, exit_with
 
 
@@ -43,7 +43,8 @@ def replay(path: Path, device: str, dtype: str | None, no_jit: bool) -> tuple[fl
     m = arena.training(s.recompute)
     restore(ops, arena, state, stored.tensors, stored.record)
     ops.to_device(m.seed, s.seed % 2**31)
-    set_inputs(ops, m, inputs)
+    for name, value in inputs.items():
+        ops.to_device(getattr(m, name), value)
     training_step(checked(ops, production, m, arena, state), model, m, s)
     return float(ops.to_host(m.loss)[0]), math.sqrt(ops.to_host(m.grad_norm_squared)[0])
 

@@ -61,13 +61,11 @@ class Model(Protocol):
         """What generating text keeps of earlier tokens, such as keys and values."""
 
     def generation_activations(self, T: int) -> list[TensorSpec]:
-        """What `next_logits` needs for T new tokens, beside parameters and cache."""
-
-    def seek(self, ops, m, parameters: dict, position: int) -> None:
-        """Set the position of the first of the new tokens in m.tokens."""
+        """What `next_logits` needs for T new tokens, beside parameters and cache: `tokens`, `logits`, ..."""
 
     def next_logits(self, ops, m) -> None:
-        """m.logits (1, T, Vp) = the logits after each new token; the cache is extended."""
+        """m.logits (1, T, Vp) = the logits after each new token in m.tokens, of which the first stands at m.position
+        (1,); the cache is extended."""
 
     def flops_per_token(self, T: int) -> float:
         """Floating-point operations of forward and backward, for each token of sequences of length T."""

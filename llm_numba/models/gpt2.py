@@ -17,6 +17,7 @@ import numpy as np
 
 from llm_numba.arena import TensorSpec, padded
 from llm_numba.util.cli import UserError
+from llm_numba.util.normal import standard_normal
 
 
 def logits_rows(rows: int) -> int:
@@ -153,8 +154,8 @@ class GPT2:
         for spec in self.parameters():
             values = np.array(spec.fill, np.float32)
             if spec.std:
-                shape = (self.num_layers, *spec.shape) if spec.per_layer else spec.shape
-                values = rng.standard_normal(shape, np.float32) * np.float32(spec.std)
+                values = standard_normal(rng, (self.num_layers, *spec.shape) if spec.per_layer else spec.shape)
+                values *= np.float32(spec.std)
             if spec.name == "wte":
                 values[self.vocab_size :] = 0
             yield spec.name, values
@@ -227,7 +228,7 @@ class GPT2:
             ops.residual_backward(l.dinp, l.dresidual2)
             ops.layernorm_backward(l.dinp, l.dln1w, l.dln1b, l.dln1, l.inp, l.ln1w, l.ln1_mean, l.ln1_rstd,
                                    scratch, add)  # fmt: skip
-        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens)
+        ops.encoder_backward(m.dwte, m.dwpe, m.dencoded, m.tokens, scratch)
 
     def update(self, ops, m, s) -> None:
         """One step of AdamW on every parameter, with the settings s, m.learning_rate, m.step and m.seed.
@@ -253,25 +254,23 @@ class GPT2:
         return [
             *(s._replace(shares=f"{s.name} of {T}" if s.per_layer else "") for s in activations if s.name != "lse"),
             TensorSpec("tokens", (1, T), "int32"),
-            TensorSpec("position", (1,), "int32"),
-            TensorSpec("wpe", (T, self.channels)),  # the rows of the parameter at these positions
         ]
 
-    def seek(self, ops, m, parameters: dict, position: int) -> None:
-        """The tokens in m.tokens stand at `position` and after it."""
-        ops.to_device(m.position, position)
-        ops.copy(m.wpe, parameters["wpe"][position : position + m.tokens.shape[1]])
-
     def next_logits(self, ops, m) -> None:
-        """m.logits (1, T, Vp) = the logits after each token of m.tokens; the cache gets their keys and values.
+        """m.logits (1, T, Vp) = the logits after each token of m.tokens, which stand at m.position and after it; the
+        cache gets their keys and values.
 
-        This is `forward` with attention that reads the keys and values of earlier tokens from the cache.
+        This is `forward` from a position on, with attention that reads the keys and values of earlier tokens from the
+        cache.
         """
+
+        def encoder(out, tokens, wte, wpe):
+            ops.encoder_forward_at(out, tokens, wte, wpe, m.position)
 
         def attention(out, cache, qkv, num_heads, num_kv_heads, scratch):
             ops.attention_cached_forward(out, cache, qkv, m.position, num_heads, num_kv_heads)
 
-        self.forward(ops.replace(attention_forward=attention), m)
+        self.forward(ops.replace(encoder_forward=encoder, attention_forward=attention), m)
         self.logits(ops, m, m)
 
 

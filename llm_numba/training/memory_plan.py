@@ -27,14 +27,18 @@ def training_groups(
     parameters = model.parameters()
     exact = [spec._replace(dtype="float32") for spec in parameters]
     inputs = [
+        # from the host in each step
         TensorSpec("batches", (micro_batches, 2, B, T), "int32"),  # tokens and targets
+        TensorSpec("learning_rate", (1,), "float32"),
+        TensorSpec("step", (1,), "int32"),
+        TensorSpec("limits", (2,), "float64"),  # no update above this loss and this gradient norm
+        # to the host in each step
+        *(TensorSpec(name, (1,), "float64") for name in ("loss", "grad_norm_squared")),
+        TensorSpec("grad_scale", (1,), "float32"),
+        # neither
         *(TensorSpec(name, (B, T), "int32") for name in ("tokens", "targets")),
         TensorSpec("decays", (count(parameters, model.num_layers) // RUN,), "uint8"),
-        TensorSpec("learning_rate", (1,), "float32"),
-        *(TensorSpec(name, (1,), "int32") for name in ("step", "seed")),
-        TensorSpec("limits", (2,), "float64"),  # no update above this loss and this gradient norm
-        TensorSpec("grad_scale", (1,), "float32"),
-        *(TensorSpec(name, (1,), "float64") for name in ("loss", "grad_norm_squared")),
+        TensorSpec("seed", (1,), "int32"),
     ]
     return {
         "parameters": parameters,

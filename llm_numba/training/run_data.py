@@ -18,13 +18,13 @@ from llm_numba.util.cli import UserError
 Tokenizer = Callable[[], tiktoken.Encoding | None]
 
 
-def read_data(s: Settings, model: Model, own_tokenizer: Tokenizer | None) -> data.Corpus:
+def read_data(s: Settings, model: Model, own_tokenizer: Tokenizer) -> data.Corpus:
     """The data, as tokens of the model. own_tokenizer: that of the weights that the run starts or continues from.
     Errors: UserError for a tokenizer, or token shards, of another vocabulary than the model's."""
     tokenizer = settings.tokenizer_kind(s)
     if tokenizer == "init":
         known = "gpt2" if model.vocab_size == settings.FIXED_VOCABULARIES["gpt2"] else "none"
-        tokenizer = (own_tokenizer and own_tokenizer()) or known
+        tokenizer = own_tokenizer() or known
     if isinstance(tokenizer, tiktoken.Encoding):
         V, owner = tokenizer.n_vocab, "its tokenizer's"
     else:

@@ -21,7 +21,7 @@ from llm_numba.models import Model
 from llm_numba.ops import Ops
 from llm_numba.training import checkpoint, outliers, override, settings
 from llm_numba.training.expected_curve import Reference
-from llm_numba.training.generate import Choice, encode_prompt, generate, text_of
+from llm_numba.training.generate import Choice, encode_prompt, generator, text_of
 from llm_numba.training.log import RunLog, share_of_peak
 from llm_numba.training.memory_plan import micro_batches
 from llm_numba.training.nan_check import NotFinite, checked, save_bad_step, without_graphs
@@ -75,8 +75,11 @@ class Trainer:
         elif not s.graph:
             self.ops = without_graphs(self.ops)
         self.device_step = self.ops.capture(lambda: training_step(self.ops, self.model, self.m, s))
+        self.generate = generator(self.ops, self.arena)
         self.losses = scorer(self.ops, self.model, self.m)
-        self.batches: np.ndarray = np.empty(self.m.batches.shape, np.int32)
+        self.inputs = self.arena.block("inputs", "batches", "limits")
+        self.results = self.arena.block("inputs", "loss", "grad_scale")
+        self.batches = self.inputs.tensors["batches"]
         self.flops_per_token = self.model.flops_per_token(self.batches.shape[-1])
         self.fingerprint = fingerprint(self.corpus.train)
         self.expected = Reference(s, self.log)
@@ -119,7 +122,7 @@ class Trainer:
 
     def step(self) -> None:
         """Forward and backward over the micro-batches, then the update; one line in the log."""
-        s, ops, m, state = self.settings, self.ops, self.m, self.state
+        s, ops, state = self.settings, self.ops, self.state
         start = time.perf_counter()
         if s.overfit:
             self.train_loader.restore(START)
@@ -127,13 +130,16 @@ class Trainer:
         rate = learning_rate(state.step, self.steps, s.learning_rate, s.schedule, s.warmup, s.final_fraction)
         limits = [outliers.limit(state.loss_history, s.skip_loss_z), outliers.limit(state.norm_history, s.skip_norm_z)]
         inputs = dict(batches=self.batches, learning_rate=rate, step=state.step + 1, limits=limits)
-        set_inputs(ops, m, inputs)
+        for name, value in inputs.items():
+            self.inputs.tensors[name][...] = value
+        ops.to_device(self.inputs.device, self.inputs.host)
         if s.check_finite:
             self.checked_step(inputs)
         else:
             self.device_step()
-        loss, norm = float(ops.to_host(m.loss)[0]), math.sqrt(ops.to_host(m.grad_norm_squared)[0])
-        skipped = bool(ops.to_host(m.grad_scale)[0] < 0)
+        self.results.host[...] = ops.to_host(self.results.device)  # waits
+        loss, norm_squared, scale = (float(x[0]) for x in self.results.tensors.values())
+        norm, skipped = math.sqrt(norm_squared), scale < 0
 
         loss_z = outliers.z_score(state.loss_history, loss)
         norm_z = outliers.z_score(state.norm_history, norm)
@@ -196,7 +202,8 @@ class Trainer:
         ops.zero(m.loss)
         for _ in range(batches):
             self.val_loader.next_batch(tokens, targets)
-            set_inputs(ops, m, dict(tokens=tokens, targets=targets))
+            ops.to_device(m.tokens, tokens)
+            ops.to_device(m.targets, targets)
             model.forward(ops, m)
             model.loss(ops, m, 1.0 / batches, write_dlogits=False)
         loss, step = float(ops.to_host(m.loss)[0]), self.state.step
@@ -216,8 +223,8 @@ class Trainer:
         if encoding := self.corpus.encoding:
             step = self.state.step
             rng = np.random.default_rng([self.settings.seed, step])
-            tokens = generate(self.ops, self.arena, encode_prompt(encoding, ""), Choice(), rng)
-            text = "".join(text_of(tokens, encoding, self.settings.sample_tokens))
+            tokens = self.generate(encode_prompt(encoding, ""), self.settings.sample_tokens, Choice(), rng)
+            text = "".join(text_of(tokens, encoding))
             self.log.event(f"--- sample at step {step} ---\n{text}\n---", step=step, sample=text)
 
     def contents(self) -> tuple[dict, dict]:
@@ -283,12 +290,6 @@ def finish_step_on_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def set_inputs(ops: Ops, m, inputs: dict) -> None:
-    """What a step gets from the host: batches, learning rate, number of the step, limits of outliers."""
-    for name, value in inputs.items():
-        ops.to_device(getattr(m, name), value)
 
 
 def restore(ops: Ops, arena: Arena, state: State, tensors: dict, record: dict) -> None:

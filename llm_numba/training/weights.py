@@ -12,7 +12,9 @@ from llm_numba.arena import Arena
 from llm_numba.formats import huggingface, llmc
 from llm_numba.models import Model
 from llm_numba.ops import Ops
+from llm_numba.training import settings
 from llm_numba.training.checkpoint import Checkpoint, open_checkpoint
+from llm_numba.training.settings import Settings
 from llm_numba.training.step import set_parameter
 from llm_numba.util.cli import UserError
 
@@ -46,6 +48,12 @@ def open_weights(source: str) -> Weights:
         return weights_of(open_checkpoint(path))
     known = f"{', '.join(huggingface.PUBLISHED)}, a folder with a {huggingface.CONFIG}"
     raise UserError(f"{source}: expected one of {known}, an llm.c .bin, a run folder or a checkpoint")
+
+
+def random_weights(s: Settings) -> Weights:
+    """The random start of a model of a preset's sizes."""
+    model = settings.preset_model(s)
+    return Weights(model, lambda: None, model.initial_parameters(s.seed))
 
 
 def weights_of(stored: Checkpoint) -> Weights:

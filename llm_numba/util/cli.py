@@ -17,6 +17,7 @@ BROKEN_PIPE = 128 + 13  # SIGPIPE; the exit status of a program whose reader has
 FAILED = 2
 
 EXTRAS = {  # extra of pyproject.toml -> the modules that it installs; "": those that the package itself depends on
+    "cublas": ("nvmath",),
     "cuda": ("cuda", "numba_cuda", "numba.cuda"),
     "download": ("huggingface_hub", "pooch", "requests"),
     "lessons": ("IPython", "ipykernel", "jupytext", "nbclient", "numba_cuda"),
@@ -24,7 +25,9 @@ EXTRAS = {  # extra of pyproject.toml -> the modules that it installs; "": those
     "": ("filelock", "llvmlite", "matplotlib", "ml_dtypes", "numba", "numpy", "platformdirs", "psutil", "rustbpe",
          "safetensors", "tiktoken", "tqdm"),
 }  # fmt: skip
-DISTRIBUTIONS = {"cuda": "cuda-bindings", "numba_cuda": "numba-cuda", "numba.cuda": "numba-cuda"}  # other names
+DISTRIBUTIONS = {  # other names
+    "cuda": "cuda-bindings", "numba_cuda": "numba-cuda", "numba.cuda": "numba-cuda", "nvmath": "nvmath-python",
+}  # fmt: skip
 
 
 class UserError(Exception):

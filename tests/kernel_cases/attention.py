@@ -3,17 +3,15 @@
 from assembling import array
 from numba.cuda.types import float32, int64
 
-from llm_numba.cuda.attention import append_kernel, attend_kernel, weights_kernel
+from llm_numba.cuda.attention import attend_kernel, weights_kernel
 
 
 def cases():
     found, position = [], array("i1")
     for x in "fh":
-        x3, cache = array(x + "3"), array(x + "4")
-        kernels = [
-            (append_kernel, (cache, x3, position)),
-            (attend_kernel, (x3, cache, x3, position, int64, int64, int64, float32)),
-            (weights_kernel, (array("f4"), array("f3"), x3, int64, int64, int64, float32)),
-        ]
+        x2, x3 = array(x + "2"), array(x + "3")
+        attend = x2, x2, x2, position, int64, int64, float32
+        kernels = [(attend_kernel(HS, group), attend) for HS, group in ((64, 1), (97, 1), (128, 4))]
+        kernels += [(weights_kernel, (array("f4"), array("f3"), x3, int64, int64, int64, float32))]
         found += [dict(kernel=kernel, signature=signature, bf16=x == "h") for kernel, signature in kernels]
     return found

@@ -11,7 +11,9 @@ from llm_numba.cuda.hopper import (
     add_float2,
     add_float4,
     bulk_load,
+    bulk_prefetch,
     clear,
+    clear_flag,
     descriptor,
     divide,
     dynamic_shared,
@@ -96,6 +98,7 @@ def every_instruction(out, tensor_map, memory):
             tma_load_3d(shared, tensor_map, shared, 1, 2, 3)
             tma_load_3d_hint(shared, tensor_map, shared, 1, 2, 3, EVICT_FIRST)
             bulk_load(shared, memory, 128, shared)
+            bulk_prefetch(memory, 128)
             tma_prefetch_2d(tensor_map, 1, 2)
     else:
         setmaxnreg_inc(240)
@@ -134,6 +137,7 @@ def every_instruction(out, tensor_map, memory):
         add_float(memory, sums[0])
         add_float2(memory, sums[0], sums[1])
         add_float4(memory, load_float4(memory))
+        clear_flag(memory)
         store_flag(memory, 1)
         wait_flag(memory, 1)
         low, high = unpack(load_constant_pair(memory) ^ load_constant_16_bytes(memory)[0])

@@ -10,11 +10,15 @@ def cases():
     return [
         dict(
             kernel=kernel,
-            signature=(array(out), array("h2"), array("h2"), array("h1"), boolean, boolean, int64),
+            signature=(array(out), array(x + "2"), array(x + "2"), array(x + "1"), boolean, boolean, int64),
             bf16=True,
-            contains=("HMMA", "LDSM", "LDGSTS"),
+            contains=(word, "LDGSTS"),
         )
         for layout, kernel in KERNELS.items()
-        for out in ("h3", "f3")
+        for x, out, word in (
+            ("h", "h3", "HMMA.16816.F32.BF16"),
+            ("h", "f3", "HMMA.16816.F32.BF16"),
+            ("f", "f3", "HMMA.1688.F32.TF32"),
+        )
         if (layout, out) != ((True, True), "h3")
     ]
