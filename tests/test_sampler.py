@@ -68,6 +68,12 @@ def test_equal_tokens_in_their_order(draw, u, token):
     assert draw(logits, u) == token
 
 
+@pytest.mark.parametrize("top_k, top_p, last", [(3, 1, 2), (0, 0.5, 3), (0, 0.51, 4), (6, 0.5, 2), (8, 1, 7)])
+def test_the_last_that_may_be_drawn(draw, top_k, top_p, last):
+    """Of eight equal tokens."""
+    assert draw([1] * 8, 1 - 2**-53, 1, top_k, top_p) == last
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite(draw, bad, temperature):
