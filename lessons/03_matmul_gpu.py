@@ -482,9 +482,9 @@ for rung in PRODUCT.rungs[:-1]:
 # has tiles in shared memory as above, 128 x 128 results for each block of four warps, and in addition:
 #
 # - **Asynchronous copies** (`cp.async`): 16 bytes at a time go from global to shared memory without passing through
-#   registers, while the warps multiply. There are three buffers for the tiles of each operand: one is in use, the others
-#   are being loaded.
-# - **Two sets of fragments.** While `mma` multiplies one, the warp loads the other, so that neither waits for the other.
+#   registers, while the warps multiply. There are three buffers for the tiles of each operand: one is in use, the
+#   others are being loaded.
+# - **Two sets of fragments.** While `mma` multiplies one, the warp loads the other, so that neither waits.
 # - **`ldmatrix`**: one instruction reads four 8 x 8 matrices from shared memory and distributes them to the threads as
 #   `mma` needs them. It replaces the eight 2-byte reads with which v1 assembles a fragment.
 # - **Swizzled offsets.** Instead of adding columns of padding, the kernel permutes the 16-byte chunks within a row, by

@@ -18,7 +18,7 @@ from training import random_parameters, set_parameters
 
 from llm_numba import bench
 from llm_numba.arena import Arena
-from llm_numba.bench import curves, machine, measuring, op_cases, races, tables, worker
+from llm_numba.bench import breakdown, curves, datasheets, machine, measuring, op_cases, races, tables, worker
 from llm_numba.cpu import peak
 from llm_numba.models import preset
 from llm_numba.ops import WRITES, get_ops
@@ -126,15 +126,24 @@ def test_report():
 
 
 def test_report_of_a_gpu():
-    step = row("step", "4 x 64", [0.5], flops=25e12, no_graph=[1.0], tf32_eager=[0.25])
-    made = results(step, builds=["tf32"], device="cuda", dtype="bf16") | {"peak_flops": 1e14, "wrong": ["gelu differs"]}
+    step = row("step", "4 x 64", [0.5], flops=25e12, no_graph=[1.0])
+    step["times"] |= {"bf16 eager": [0.4], "bf16+cudnn compiled": [0.25]}
+    builds = ["bf16", "bf16+cudnn"]
+    made = results(step, builds=builds, device="cuda", dtype="bf16") | {"peak_flops": 1e14, "wrong": ["gelu differs"]}
+    made["datasheet"] = 2e14
     lines = [" ".join(line.split()) for line in tables.report(made).splitlines()]
-    assert "| | ours, ms | rate | share of | no graph, ms | tf32 eager, ms | ours / tf32 |" in lines
     assert (
-        "| step 4 x 64 | 500 (500-500) | 50.0 TFLOP/s | 50% peak | 1000 (1000-1000) | 250 (250-250) | 2.000 |" in lines
+        "| | ours, ms | rate | share of | of data sheet | no graph, ms | bf16 eager, ms | ours / bf16 | "
+        "bf16+cudnn compiled, ms | fastest PyTorch |" in lines
+    )
+    assert (
+        "| step 4 x 64 | 500 (500-500) | 50.0 TFLOP/s | 50% peak | 25.0% | 1000 (1000-1000) | 400 (400-400) | 2.000 | "
+        "250 (250-250) | bf16+cudnn compiled |" in lines
     )
     assert "wrong result, not timed: gelu differs" in lines and "d12, bf16: a machine" in lines[0]
-    assert "measured peak 100.0 TFLOP/s" in lines[0] and any("GPU memory" in line for line in lines)
+    assert "measured peak 100.0 TFLOP/s (data sheet 200.0 TFLOP/s)" in lines[0] and any(
+        "GPU memory" in line for line in lines
+    )
 
 
 def test_report_of_the_simulator_has_no_shares():
@@ -349,6 +358,39 @@ def test_bandwidth_of_a_gpu(device):
         assert gpu.timed(lambda: time.sleep(0.01)) >= 0.01
 
 
+# --- the ops of a step
+
+
+def test_the_ops_of_a_step(device):
+    """Every call of an op is in the table, with its work."""
+    if device == "cudasim":
+        pytest.skip("the simulator takes minutes; a GPU counts its launches in a graph")
+    ops = get_ops(device)
+    found = {
+        (r["name"], r["shape"]): r
+        for r in breakdown.break_down(ops, NANO, races.new_training(ops, NANO, 2, 16), device, 2)
+    }
+    assert found["matmul_forward", "R=32 C=16 OC=48"]["calls"] == NANO.num_layers
+    assert found["matmul_forward", "R=32 C=16 OC=48"]["flops"] == NANO.num_layers * 2 * 32 * 16 * 48
+    assert found["attention_backward", "B=2 T=16 C=16"]["flops"] == NANO.num_layers * 4 * 2 * 16 * 16 * 16
+    assert found["adamw_update", ""]["calls"] == 1
+    assert found["encoder_forward", ""]["bytes"] == 4 * (2 * 32 * 16 + 32 + 32 * 16)  # wpe has 32 rows
+    assert {name for name, _ in found} <= set(WRITES) and min(r["seconds"] for r in found.values()) >= 0
+    made = results() | {"breakdown": {"2 x 16": list(found.values())}}
+    assert "| step 2 x 16, by op " in tables.report(made)
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+     ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165.2),
+     ("NVIDIA GeForce RTX 4090 Laptop GPU", 0), ("NVIDIA A1000", 0)],
+)  # fmt: skip
+def test_peaks_of_data_sheets(name, tflops):
+    assert datasheets.datasheet_peak(name, "bf16") == pytest.approx(1e12 * tflops)
+    assert datasheets.datasheet_peak(name, "fp32") == 0
+
+
 # --- ops are checked before they are timed
 
 
@@ -449,6 +491,7 @@ def test_large_inputs_are_periodic(monkeypatch):
 
 def test_a_step_on_a_gpu_is_timed_with_and_without_a_graph(monkeypatch):
     monkeypatch.setattr(races, "STEP_SECONDS", 0.001)
+    monkeypatch.setattr(races, "break_down", lambda *_: [])
     ops, captured, available = get_ops("cpu"), [], iter([5000, 2000])
     ops.capture = lambda function: lambda: captured.append("replayed") or function()
     ops.available_memory = lambda: next(available)
@@ -496,10 +539,14 @@ def test_the_gpu_in_one_line(monkeypatch, tmp_path, script, text):
 
 
 @pytest.mark.parametrize(
-    "dtype, precisions",
-    [("fp32", {"torch": "fp32", "tf32": "tf32"}), ("bf16", {"autocast": "autocast", "bf16": "bf16"})],
-)
-def test_builds_on_a_gpu(monkeypatch, dtype, precisions):
+    "dtype, expected",
+    [
+        ("fp32", {"torch": ("fp32", ""), "tf32": ("tf32", "")}),
+        ("bf16", {"autocast": ("autocast", ""), "autocast+cudnn": ("autocast", "cudnn"),
+                  "bf16": ("bf16", ""), "bf16+cudnn": ("bf16", "cudnn")}),
+    ],
+)  # fmt: skip
+def test_builds_on_a_gpu(monkeypatch, dtype, expected):
     asked = []
 
     @contextmanager
@@ -509,7 +556,7 @@ def test_builds_on_a_gpu(monkeypatch, dtype, precisions):
     monkeypatch.setattr(bench, "torch_worker", torch_worker)
     made = results(device="cuda", dtype=dtype)
     with bench.torch_builds(True, made) as builds:
-        assert {name: build.precision for name, build in builds.items()} == precisions
+        assert {name: (build.precision, build.attention) for name, build in builds.items()} == expected
         assert {build.device for build in builds.values()} == {"cuda"} and made["builds"] == list(builds)
     assert asked == [("cuda", "start", {"threads": 2, "device": "cuda", "precision": "fp32"})]
     assert made["versions"].endswith(", torch 9") and set(builds) <= set(tables.BUILDS)

@@ -3,6 +3,7 @@
 In the simulator, each part of the kernels that orders accesses is left out once: its checks must find every one.
 """
 
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from numba import cuda
 
 from llm_numba.cuda import matmul_wgmma, memory, wgmma_product
 from llm_numba.cuda.jit import SIMULATED, float32, uint16
-from llm_numba.cuda.matmul_wgmma import Split, split
+from llm_numba.cuda.matmul_wgmma import Schedule, schedule
 
 pytestmark = pytest.mark.gpu
 
@@ -72,11 +73,13 @@ def test_gelu(bf16):
     assert_close("out", memory.to_host(out), expected, stored("bfloat16", expected, 2**-20 * np.abs(expected) + 1e-14))
 
 
+# the last one is split along K
 @pytest.mark.parametrize("with_gelu", [False, True], ids=["plain", "gelu"])
-@pytest.mark.parametrize("R, C, OC", [(264, 200, 136), (1, 8, 8)])
+@pytest.mark.parametrize("R, C, OC", [(264, 200, 136), (1, 8, 8), (8, 72, 328)])
 def test_input_gradient(bf16, R, C, OC, with_gelu):
     (dy, dout), (w, weight), (u, pre), dinp = bf16(R, OC), bf16(OC, C), bf16(R, C), poisoned(R, C)
-    matmul_wgmma.input_gradient(dinp, dout, weight, None, pre if with_gelu else None)
+    scratch = poisoned(max(1, matmul_wgmma.backward_scratch(R, C, OC, False)), dtype=np.float32)
+    matmul_wgmma.input_gradient(dinp, dout, weight, scratch, pre if with_gelu else None)
     expected, error = dy @ w, sum_error(abs(dy) @ abs(w), OC)
     if with_gelu:
         ones = by_oracle("gelu_backward", np.empty((R, C)), u, np.ones((R, C)))
@@ -85,17 +88,17 @@ def test_input_gradient(bf16, R, C, OC, with_gelu):
 
 
 GRADIENTS = [
-    (200, 264, 200, Split(2, 4)),  # R, C, OC and how they are split
-    (600, 200, 8, Split(2, 2)),
-    (648, 8, 264, Split(2, 2, 1, 1, 6)),
-    (1, 8, 8, Split(1, 1)),
+    (200, 264, 200, Schedule(2, 4)),  # R, C, OC and how they are split
+    (600, 200, 8, Schedule(2, 2)),
+    (648, 8, 264, Schedule(2, 2, 1, 1, 6)),
+    (1, 8, 8, Schedule(1, 1)),
 ]
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
 @pytest.mark.parametrize("R, C, OC, plan", GRADIENTS)
 def test_weight_gradient(rng, bf16, R, C, OC, plan, accumulate):
-    assert split(OC, C, R, 2) == plan
+    assert schedule(OC, C, R, 2) == plan
     (dy, dout), (x, inp), with_bias = bf16(R, OC), bf16(R, C), accumulate
     before = [rng.standard_normal(size, np.float32) for size in ((OC, C), OC)]
     gradients = [cuda.to_device(x) if accumulate else poisoned(*x.shape, dtype=np.float32) for x in before]
@@ -115,12 +118,12 @@ def test_every_step_along_K_is_dealt_once():
         (50304, 768, 8192, 132),
         (1600, 6400, 9, 7),
     ]:
-        plan = split(M, N, K, blocks)
+        plan = schedule(M, N, K, blocks)
         tiles, steps = -(-M // 128) * -(-N // 192), -(-K // 64)
         assert plan.whole + plan.splits == tiles and plan.helpers + plan.splits <= blocks
         if plan.helpers:
-            assert plan.whole % blocks == 0 and 0 < plan.first < steps
-            assert plan.splits * (steps - plan.first) >= plan.helpers
+            assert plan.whole % blocks == 0 and 0 < plan.owned < steps
+            assert plan.splits * (steps - plan.owned) >= plan.helpers
 
 
 # (the function, the line that is left out, which of several, the product that shows it, what the simulator says)
@@ -137,37 +140,40 @@ MUTATIONS = [
     ("store_columns", "named_barrier", 0, "forward", "race"),
     ("store_columns", "fence_proxy_async", 0, "forward", "without fence_proxy_async"),
     ("store_columns", "named_barrier", 1, "forward", "race"),
-    ("activation", "tma_store_wait_read(0)", 0, "input_gradient", "race"),
-    ("store_gelu_gradient", "mbarrier_wait", 0, "input_gradient", "race"),
-    ("store_gelu_gradient", "fence_proxy_async", 0, "input_gradient", "without fence_proxy_async"),
-    ("store_gelu_gradient", "named_barrier", 0, "input_gradient", "race"),
-    ("store_gelu_gradient", "tma_store_wait_read(1)", 0, "input_gradient", "race"),
-    ("gradient", "fence_proxy_async()", 0, "weight_gradient", "without fence_proxy_async"),
+    ("product", "tma_store_wait_read(0)", 0, "input_gradient", "race"),
+    ("store_times_slope", "mbarrier_wait", 0, "input_gradient", "race"),
+    ("store_times_slope", "fence_proxy_async", 0, "input_gradient", "without fence_proxy_async"),
+    ("store_times_slope", "named_barrier", 0, "input_gradient", "race"),
+    ("store_times_slope", "tma_store_wait_read(1)", 0, "input_gradient", "race"),
+    ("product", "fence_proxy_async()", 0, "weight_gradient", "without fence_proxy_async"),
     ("add_piece", "mbarrier_wait", 0, "weight_gradient", "race"),
     ("add_piece", "named_barrier", 0, "weight_gradient", "race"),
     ("add_piece", "mbarrier_arrive", 0, "weight_gradient", "deadlock"),
-    ("gradient", "store_flag(flags + int64(slot) * 4, 1)", 0, "weight_gradient", "deadlock: a flag"),
+    ("publish_part", "store_flag(flag, 1)", 0, "weight_gradient", "deadlock: .*a flag"),
 ]
 
 
 def without_line(function, text, number):
-    """wgmma_product.py without the number-th line of a function that contains text."""
-    lines = Path(wgmma_product.__file__).read_text().splitlines()
+    """The function without its number-th line that contains text."""
+    file = wgmma_product if function == "product" else sys.modules[getattr(wgmma_product, function).__module__]
+    lines = Path(file.__file__).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if f"def {function}(" in line)
     at = [i for i in range(start, len(lines)) if text in lines[i]][number]
     lines[at] = lines[at][: len(lines[at]) - len(lines[at].lstrip())] + "pass"
     module = ModuleType("mutated")
     exec(compile("\n".join(lines), f"without {text}", "exec"), module.__dict__)
-    return module
+    return getattr(module, "product_kernel" if function == "product" else function)
 
 
 @pytest.mark.parametrize("function, text, number, way, message", MUTATIONS)
 def test_simulator_finds_what_is_left_out(bf16, monkeypatch, function, text, number, way, message):
     if not SIMULATED:
         pytest.skip("a GPU computes something wrong, or nothing")
-    module = without_line(function, text, number)
-    monkeypatch.setattr(matmul_wgmma, "activation_kernel", module.activation_kernel)
-    monkeypatch.setattr(matmul_wgmma, "gradient_kernel", module.gradient_kernel)
+    changed = without_line(function, text, number)
+    if function == "product":
+        monkeypatch.setattr(matmul_wgmma, "product_kernel", changed)
+    else:
+        monkeypatch.setattr(wgmma_product, function, changed)
     monkeypatch.setattr(matmul_wgmma, "multiprocessors", lambda: 3 if way == "weight_gradient" else 1)
     with pytest.raises(Exception, match=message):
         if way == "forward":

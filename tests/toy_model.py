@@ -21,6 +21,7 @@ class Toy:
 
     name: ClassVar[str] = "toy"
     PRESETS: ClassVar[dict[str, "Toy"]] = {}
+    vocab_parameters: ClassVar[set[str]] = set()  # no padding of the vocabulary
 
     update = GPT2.update
 

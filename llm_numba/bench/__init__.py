@@ -14,8 +14,10 @@ import llvmlite.binding as llvm
 
 from llm_numba.arena import DTYPES, layout
 from llm_numba.bench import op_cases, races, tables
+from llm_numba.bench.datasheets import datasheet_peak
 from llm_numba.bench.machine import describe_machine, describe_versions
 from llm_numba.bench.worker import Build, WorkerFailed, build_shim, require_torch, torch_worker
+from llm_numba.cuda.gpu import gpus
 from llm_numba.models import preset
 from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import DEVICES, choose_device, get_ops
@@ -27,8 +29,17 @@ from llm_numba.util.files import format_bytes, write_whole
 ROUNDS, QUICK_ROUNDS = 5, 2
 SAMPLED_TOKENS = 64
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-# on a GPU, the PyTorch precisions compared with each --dtype: column -> precision
-PRECISIONS = {"fp32": {"torch": "fp32", "tf32": "tf32"}, "bf16": {"autocast": "autocast", "bf16": "bf16"}}
+# on a GPU, the PyTorch builds compared with each --dtype: column -> Build
+CUDNN = dict(attention="cudnn", modes=("compiled",))
+GPU_BUILDS = {
+    "fp32": {"torch": Build("cuda", "fp32"), "tf32": Build("cuda", "tf32")},
+    "bf16": {
+        "autocast": Build("cuda", "autocast"),
+        "autocast+cudnn": Build("cuda", "autocast", **CUDNN),
+        "bf16": Build("cuda", "bf16"),
+        "bf16+cudnn": Build("cuda", "bf16", **CUDNN),
+    },
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -97,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     results = new_results(args.preset, get_num_threads(), device, args.dtype)
     races.measure_machine(ops, results)
     results["machine"] = describe_machine(device, results["threads"], ops)
+    if device == "cuda":
+        results["datasheet"] = datasheet_peak(gpus()[0].name, args.dtype)
     print(f"{results['machine']}; ops ready in {seconds:.1f} s", file=sys.stderr)
     with torch_builds(bool(args.against), results) as builds:
         if not args.skip_ops:
@@ -162,10 +175,12 @@ def new_results(name: str, threads: int, device: str, dtype: str) -> dict:
         "machine": "",
         "versions": describe_versions(device),
         "peak_flops": 0.0,
+        "datasheet": 0.0,
         "bandwidth": {},
         "builds": [],
         "no_build": {},
         "rows": [],
+        "breakdown": {},
         "wrong": [],
         "scaling": [],
     }
@@ -185,7 +200,7 @@ def torch_builds(wanted: bool, results: dict) -> Iterator[dict[str, Build]]:
         raise UserError(f"--against torch: PyTorch does not start ({error}); run: pip install torch") from error
     results["versions"] += f", torch {about['version']}"
     if results["device"] != "cpu":
-        builds = {name: Build(device, precision) for name, precision in PRECISIONS[results["dtype"]].items()}
+        builds = {name: build._replace(device=device) for name, build in GPU_BUILDS[results["dtype"]].items()}
         results["builds"] = list(builds)
         yield builds
         return

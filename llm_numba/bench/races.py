@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from llm_numba.arena import DTYPES, Arena, Groups
 from llm_numba.bench import op_cases, tables
+from llm_numba.bench.breakdown import break_down
 from llm_numba.bench.measuring import measure, peak_memory, resident_memory, wall_time
 from llm_numba.bench.worker import Build, WorkerFailed, torch_worker
 from llm_numba.models.gpt2 import GPT2
@@ -29,7 +30,7 @@ def run_ops(ops, model: GPT2, cases, rounds: int, builds: dict[str, Build], resu
     """Add a row for each (op, sizes) in `cases`. Ops with wrong results go into results["wrong"] and are not timed."""
     # autocast casts the inputs and then runs the bf16 op
     builds = {name: build for name, build in builds.items() if build.precision != "autocast"}
-    with start_workers(builds, results) as asks:
+    with start_workers(builds, results, ["eager"]) as workers:
         for op, sizes in cases:
             try:
                 case = op_cases.build(ops, op, sizes, DTYPES[results["dtype"]])
@@ -41,7 +42,7 @@ def run_ops(ops, model: GPT2, cases, rounds: int, builds: dict[str, Build], resu
             row["vocabulary"] = sizes.get("OC") == model.padded_vocab_size
             prepare = "prepare_op", dict(op=op, sizes=sizes)
             new_run = partial(lambda run: {"ours": ops.capture(run)}, case.run)
-            fill_row(row, new_run, ops, results, asks, prepare, ["eager"], rounds, OP_SECONDS, True)
+            fill_row(row, new_run, ops, results, workers, prepare, rounds, OP_SECONDS, True)
             add_row(row, ops, results)
             del case, new_run  # frees their memory before the next case allocates
 
@@ -51,12 +52,15 @@ def run_step(ops, model: GPT2, B: int, T: int, rounds: int, builds: dict[str, Bu
     row = new_row("step", f"{B} x {T}", flops=model.flops_per_token(T) * B * T)
     prepare = "prepare_step", dict(config=sizes_of(model), B=B, T=T)
     new_runs = partial(new_steps, ops, model, B, T, results["dtype"], results["device"] == "cuda")
-    with start_workers(builds, results) as asks:
+    with start_workers(builds, results, tables.MODES) as workers:
         try:
-            fill_row(row, new_runs, ops, results, asks, prepare, tables.MODES, rounds, STEP_SECONDS)
+            fill_row(row, new_runs, ops, results, workers, prepare, rounds, STEP_SECONDS)
         except AssertionError as error:
             return report_wrong(error, results)
     add_row(row, ops, results)
+    results["breakdown"][f"{B} x {T}"] = break_down(
+        ops, model, new_training(ops, model, B, T, results["dtype"]), results["device"], rounds
+    )
 
 
 def run_sampling(ops, model: GPT2, tokens: int, rounds: int, builds: dict[str, Build], results: dict) -> None:
@@ -66,9 +70,10 @@ def run_sampling(ops, model: GPT2, tokens: int, rounds: int, builds: dict[str, B
     nbytes = np.dtype(dtype).itemsize * weights * tokens
     row = new_row("sampling", f"{tokens} tokens", nbytes=nbytes, pattern="read")
     prepare = "prepare_sampling", dict(config=sizes_of(model), tokens=tokens)
-    with start_workers(builds, results) as asks:
+    builds = {name: build for name, build in builds.items() if not build.attention}  # a query has one token
+    with start_workers(builds, results, tables.MODES) as workers:
         new_runs = lambda: {"ours": new_sampling(ops, model, tokens, dtype)}  # noqa: E731
-        fill_row(row, new_runs, ops, results, asks, prepare, tables.MODES, rounds, STEP_SECONDS)
+        fill_row(row, new_runs, ops, results, workers, prepare, rounds, STEP_SECONDS)
     add_row(row, ops, results)
 
 
@@ -123,23 +128,28 @@ def add_row(row: dict, ops, results: dict) -> None:
 
 
 @contextmanager
-def start_workers(builds: dict[str, Build], results: dict) -> Iterator[dict[str, Callable]]:
-    """Start a process per PyTorch build; yields build -> its `ask`."""
+def start_workers(builds: dict[str, Build], results: dict, modes) -> Iterator[dict[str, tuple[Callable, list[str]]]]:
+    """Start a process per PyTorch build that has some of these modes; yields build -> (its `ask`, those modes)."""
+    workers = {}
     with ExitStack() as stack:
-        asks = {name: stack.enter_context(torch_worker(build)) for name, build in builds.items()}
-        for name, ask in asks.items():
-            ask("start", threads=results["threads"], device=builds[name].device, precision=builds[name].precision)
-        yield asks
+        for name, build in builds.items():
+            if own := [mode for mode in modes if mode in (build.modes or modes)]:
+                ask = stack.enter_context(torch_worker(build))
+                about = dict(device=build.device, precision=build.precision, attention=build.attention)
+                ask("start", threads=results["threads"], **about)
+                workers[name] = ask, own
+        yield workers
 
 
 def fill_row(
-    row: dict, new_runs: Callable, ops, results: dict, asks: dict, prepare: tuple[str, dict], modes, rounds: int,
+    row: dict, new_runs: Callable, ops, results: dict, workers: dict, prepare: tuple[str, dict], rounds: int,
     seconds: float, launches_only: bool = False,
 ) -> None:  # fmt: skip
     """Fill in row's times, absent and memory.
 
     new_runs() -> column -> function to time. prepare: the function of torch_side that builds the same work there, and
-    its arguments; it is timed in each of `modes`. launches_only: the work is asynchronous, so GPU events time it.
+    its arguments; it is timed in each mode of the workers. launches_only: the work is asynchronous, so GPU events time
+    it.
     """
     gc.collect()  # a captured graph and its tensors form a reference cycle
     before = ops.available_memory() if results["device"] == "cuda" else resident_memory()
@@ -152,7 +162,7 @@ def fill_row(
         row["memory"]["ours"] = peak_memory(runs["ours"], before)
     timed = ops.timed if launches_only else wall_time
     turns: dict[str, Callable] = {column: partial(measure, run, timed=timed) for column, run in runs.items()}
-    for build, ask in asks.items():
+    for build, (ask, modes) in workers.items():
         for mode in modes:
             column = f"{build} {mode}"
             try:

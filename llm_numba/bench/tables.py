@@ -2,7 +2,7 @@
 
 A row is a dict: name; shape; flops, or bytes and their access pattern; times (column -> seconds of every run); absent
 (column -> why it has no times); memory (column -> peak bytes). Columns: "ours", on a GPU "no graph", and
-"<build> eager" and "<build> compiled" for each PyTorch build in BUILDS.
+"<build> eager" and "<build> compiled" for each PyTorch build in BUILDS. A build "x+y" is a variant of the build "x".
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,9 @@ BUILDS = {
     "avx512": "PyTorch with MKL's AVX-512 path",
     "tf32": "PyTorch in float32 with TF32 matmuls",
     "autocast": "PyTorch with float32 parameters and bf16 autocast",
+    "autocast+cudnn": "the same, with cuDNN's attention, where PyTorch would choose another",
     "bf16": "PyTorch entirely in bf16, AdamW included",
+    "bf16+cudnn": "the same, with cuDNN's attention",
 }
 MEMORY = {
     "cpu": "Memory is the peak increase of the process's resident memory during a step.",
@@ -51,9 +53,20 @@ def ours(row: dict) -> float:
     return median(row["times"]["ours"])
 
 
+def columns_of(build: str, row: dict, measured: str) -> list[str]:
+    """The columns of a build and of its variants that have times, or memory."""
+    return [c for c, x in row[measured].items() if x and c.partition(" ")[0].partition("+")[0] == build]
+
+
 def torch_seconds(row: dict, build: str) -> float | None:
-    """The faster of eager and compiled; None if neither ran."""
-    return min((median(row["times"][c]) for m in MODES if (c := f"{build} {m}") in row["times"]), default=None)
+    """The fastest of a build's columns; None if none ran."""
+    return min((median(row["times"][c]) for c in columns_of(build, row, "times")), default=None)
+
+
+def fastest_torch(row: dict) -> str:
+    """The column of PyTorch's fastest time; "" if there is none."""
+    columns = [c for c in row["times"] if c.partition(" ")[0] in BUILDS]
+    return min(columns, key=lambda c: median(row["times"][c]), default="")
 
 
 def ratio(row: dict, build: str) -> float | None:
@@ -62,8 +75,8 @@ def ratio(row: dict, build: str) -> float | None:
 
 
 def memory_ratio(row: dict, build: str) -> float | None:
-    """Our peak memory over the smaller of PyTorch's, eager and compiled."""
-    other = min((b for m in MODES if (b := row["memory"].get(f"{build} {m}"))), default=None)
+    """Our peak memory over the smallest of PyTorch's."""
+    other = min((row["memory"][c] for c in columns_of(build, row, "memory")), default=None)
     return row["memory"]["ours"] / other if other and row["memory"].get("ours") else None
 
 
@@ -73,6 +86,11 @@ def share(row: dict, results: dict) -> float | None:
     if not row["flops"]:
         limit = results["bandwidth"].get(row["pattern"])
     return work / ours(row) / limit if limit else None
+
+
+def datasheet_share(row: dict, results: dict) -> str:
+    """Share of the data sheet's peak (the "model FLOPs utilisation", MFU, of a step)."""
+    return f"{row['flops'] / ours(row) / results['datasheet']:.1%}" if row["flops"] and results["datasheet"] else ""
 
 
 def verdicts(results: dict) -> list[Verdict]:
@@ -107,13 +125,15 @@ def verdicts(results: dict) -> list[Verdict]:
 def report(results: dict) -> str:
     """All results as Markdown, aligned to be readable on a terminal too."""
     bandwidth = ", ".join(f"{name} {1e-9 * rate:.1f}" for name, rate in results["bandwidth"].items())
+    datasheet = f" (data sheet {flops_rate(results['datasheet'])})" if results["datasheet"] else ""
     lines = [
         f"{results['date']}, {results['preset']}, {results['dtype']}: {results['machine']}; "
-        f"measured peak {flops_rate(results['peak_flops'], 0)}, memory GB/s {bandwidth}; {results['versions']}.",
+        f"measured peak {flops_rate(results['peak_flops'], 0)}{datasheet}, memory GB/s {bandwidth}; "
+        f"{results['versions']}.",
         "",
         "Times are medians in milliseconds, with the minimum and maximum in parentheses; the columns were timed in "
         "turn, round after round. Rates use the FLOPs or bytes in the ops' docstrings. A ratio is our time over "
-        f"PyTorch's, eager or compiled, whichever is faster. {MEMORY[results['device']]}",
+        f"PyTorch's fastest column of the same precision. {MEMORY[results['device']]}",
     ]
     lines += [f"{build}: {BUILDS[build]}." for build in results["builds"]]
     lines += [f"{build}, {BUILDS[build]}: absent, {why}." for build, why in results["no_build"].items()]
@@ -122,6 +142,8 @@ def report(results: dict) -> str:
     for rows in (steps, ops):
         lines += ["", *speed_table(rows, results)] if rows else []
     lines += ["", *memory_table(steps)] if steps else []
+    for shape, found in results["breakdown"].items():
+        lines += ["", *breakdown_table(shape, found, results)]
     if results["scaling"]:
         lines += ["", *scaling_table(results["scaling"])]
     lines += [line for what in results["wrong"] for line in ("", f"wrong result, not timed: {what}")]
@@ -137,12 +159,16 @@ def speed_table(rows: list[dict], results: dict) -> list[str]:
         "ours, ms": lambda row: milliseconds(row, "ours"),
         "rate": rate,
         "share of": lambda row: share_text(row, results),
+        "of data sheet": lambda row: datasheet_share(row, results),
         "no graph, ms": lambda row: milliseconds(row, "no graph"),
     }
     for build in results["builds"]:
         for mode in MODES:
             columns[f"{build} {mode}, ms"] = lambda row, c=f"{build} {mode}": milliseconds(row, c)
-        columns[f"ours / {build}"] = lambda row, b=build: number(ratio(row, b))
+        if "+" not in build:
+            columns[f"ours / {build}"] = lambda row, b=build: number(ratio(row, b))
+    if len(results["builds"]) > 1:
+        columns["fastest PyTorch"] = fastest_torch
     cells = {header: [cell(row) for row in rows] for header, cell in columns.items()}
     kept = {header: column for header, column in cells.items() if any(column)}
     return table(list(kept), zip(*kept.values(), strict=True))
@@ -152,6 +178,18 @@ def memory_table(rows: list[dict]) -> list[str]:
     columns = dict.fromkeys(column for row in rows for column in row["memory"])
     lines = [[f"{row['name']} {row['shape']}", *(size(row["memory"].get(c)) for c in columns)] for row in rows]
     return table(["memory", *columns], lines)
+
+
+def breakdown_table(shape: str, rows: list[dict], results: dict) -> list[str]:
+    """rows: the ops of a step, see breakdown.break_down."""
+    total, lines = sum(row["seconds"] for row in rows), []
+    for row in rows:
+        timed = row | {"times": {"ours": [row["seconds"]]}, "pattern": "copy"}
+        cells = rate(timed), share_text(timed, results), datasheet_share(timed, results)
+        ms = f"{1e3 * row['seconds']:.3f}"
+        lines.append([f"{row['name']} {row['shape']}", str(row["calls"]), ms, f"{row['seconds'] / total:.1%}", *cells])
+    lines.append(["all", str(sum(row["calls"] for row in rows)), f"{1e3 * total:.3f}", "", "", "", ""])
+    return table([f"step {shape}, by op", "calls", "ms", "of the step", "rate", "share of", "of data sheet"], lines)
 
 
 def scaling_table(rows: list[dict]) -> list[str]:

@@ -64,12 +64,17 @@ class GPT2(nn.Module):
         return F.linear(self.lnf(x), self.wte.weight)
 
 
-def start(threads: int, device: str = "cpu", precision: str = "fp32") -> dict:
-    """Configure PyTorch. device: cpu or cuda; precision: a key of DTYPES."""
+def start(threads: int, device: str = "cpu", precision: str = "fp32", attention: str = "") -> dict:
+    """Configure PyTorch. device: cpu or cuda; precision: a key of DTYPES; attention: "cudnn" forces cuDNN's, on which
+    PyTorch then fails if it cannot be used."""
     globals().update(device=device, precision=precision)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if attention == "cudnn":
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_math_sdp(False)
     if device == "cuda":
         torch.zeros(1, device=device)  # raises if PyTorch finds no GPU
     return {"version": torch.__version__, "mkl": torch.backends.mkl.is_available()}

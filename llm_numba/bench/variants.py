@@ -71,8 +71,9 @@ def step_products(model: GPT2, R: int) -> list[Product]:
     products = []
     for label, way, rows_, in_, out, gelu in todo:
         with_bias = not label.startswith("head")
+        again = not with_bias and label in weights  # the head's gradient is summed over pieces of the rows
         tensors = SimpleNamespace(inp=None, weight=None, bias=None, out=None, pre=None, dweight=None, dbias=None)
-        if with_bias or label not in weights:
+        if not again:
             tensors.inp, tensors.out = random_tensor((rows_, in_)), random_tensor((rows_, out))
             if way == "dweight":
                 tensors.dweight = float32_tensor(out, in_)
@@ -83,11 +84,11 @@ def step_products(model: GPT2, R: int) -> list[Product]:
                 if gelu:
                     tensors.pre = random_tensor((rows_, out if way == "forward" else in_))
             weights[label] = tensors
-        products.append(Product(label=label, way=way, R=rows_, C=in_, OC=out, t=weights[label]))
+        products.append(Product(label=label, way=way, R=rows_, C=in_, OC=out, t=weights[label], accumulate=again))
     return products
 
 
-def run_product(variant, p, scratch, accumulate=True):
+def run_product(variant, p, scratch):
     """The product by a variant, with everything fused that belongs to it."""
     t = p.t
     if p.way == "forward":
@@ -95,7 +96,7 @@ def run_product(variant, p, scratch, accumulate=True):
     elif p.way == "dinp":
         variant.input_gradient(t.inp, t.out, t.weight, scratch, t.pre)
     else:
-        variant.weight_gradient(t.dweight, t.dbias, t.out, t.inp, scratch, accumulate)
+        variant.weight_gradient(t.dweight, t.dbias, t.out, t.inp, scratch, p.accumulate)
 
 
 def scratch_for(variant, products):

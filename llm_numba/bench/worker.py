@@ -24,11 +24,14 @@ class WorkerFailed(Exception):
 
 
 class Build(NamedTuple):
-    """How to run PyTorch: device (cpu or cuda), precision (a key of torch_side.DTYPES), library to preload."""
+    """How to run PyTorch: device (cpu or cuda), precision (a key of torch_side.DTYPES), library to preload, and the
+    only attention to use ("cudnn"; "": PyTorch chooses)."""
 
     device: str = "cpu"
     precision: str = "fp32"
     preload: Path | None = None
+    attention: str = ""
+    modes: tuple[str, ...] = ()  # of `tables.MODES`; (): all
 
 
 def require_torch(what: str) -> None:

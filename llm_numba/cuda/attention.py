@@ -1,8 +1,7 @@
 """Causal multi-head attention that never stores the (T, T) matrix of scores; kv heads may serve groups of query heads.
 
 variants.py chooses the kernels for training: attention_wgmma.py (bf16 on Hopper), attention_mma.py (bf16 on tensor
-cores) or attention_simt.py (any GPU).
-The kernels for sampling from a KV cache and for debugging are here.
+cores) or attention_simt.py (any GPU). The kernels for sampling from a KV cache and for debugging are here.
 """
 
 import functools
@@ -212,9 +211,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scrat
     dqkv (B, T, (NH + 2*NKV)*HS) <- dout, out (B, T, NH*HS), lse (B, NH, T) of the forward, qkv (B, T, (NH + 2*NKV)*HS)
     Writes:   dqkv =; dk and dv are sums over the query heads of a group, in order
     Scratch:  attention_backward_scratch
-    Parallel: over tiles of keys of the B*NKV kv heads, then over tiles of queries of the B*NH heads. A block owns its
-              keys or queries, so nothing races; the scores are computed twice
-    Flops:    7*B*T*T*NH*HS
+    Parallel: over tiles of keys of the B*NKV kv heads, and for dq over tiles of queries of the B*NH heads. A block owns
+              its keys or queries and computes the scores once more for dq; or, with wgmma, blocks add to dq in turn
+    Flops:    7*B*T*T*NH*HS; with wgmma 5
     Errors:   UserError for heads of more than WIDEST channels
     Source:   with p a row of the weights and dp that of dout vT, the gradient of softmax is p * (dp - sum(p * dp)), and
               sum(p * dp) = sum(dout * out) (Dao et al. 2022, arXiv:2205.14135, appendix B)

@@ -17,7 +17,7 @@ from llm_numba.cuda.jit import block_max, block_sum, device, exp2, float32, kern
 from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
 float64, uint32 = np.float64, np.uint32
-THREADS = sized(640, 8)
+THREADS, RESIDENT = sized(640, 8), 2  # of a block; blocks per SM
 CHUNK = sized(8, 2)  # logits that a thread loads at once, at least
 ZERO, LOWEST, LOG2E = float32(0), np.finfo(float32).min, float32(1.4426950408889634)
 
@@ -33,7 +33,7 @@ def classifier_kernel(size: int):
     chunk = max(CHUNK, size)  # logits that a thread loads at once
     stride = chunk * THREADS
 
-    @kernel(launch_bounds=(THREADS, 2))
+    @kernel(launch_bounds=(THREADS, RESIDENT))
     def fused_classifier_kernel(logits, losses, targets, dloss, V, write_dlogits):
         """losses[i] = -log(softmax(logits[i, :V])[target]); if write_dlogits: logits = the gradient of dloss * losses.
 

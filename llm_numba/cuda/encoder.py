@@ -39,7 +39,7 @@ DIGIT = sized(6, 3)  # bits that a pass sorts by: then all blocks of sort_kernel
 SORT_BLOCK, SORT_EACH = sized(1024, 4), sized(8, 2)  # threads, and adjacent keys of each
 PIECE = sized(32, 3)  # positions
 LANES = sized(32, 2)  # threads of a row, each with a vector
-ROWS = sized(4, 2)  # rows that a thread loads at once
+ROWS, HEADS = sized(4, 2), sized(16, 2)  # rows of dout and of heads that a thread loads at once
 
 
 @functools.cache
@@ -77,41 +77,51 @@ def digit_of(key, shift):
     return uint32(uint32(uint32(key) >> uint32(shift)) & uint32((1 << DIGIT) - 1))
 
 
-@kernel
-def sort_kernel(sorted_keys, sorted_positions, keys, positions, shift, first):
-    """sorted_keys, sorted_positions (n,) <- keys, positions (n,), sorted by DIGIT bits of the keys, `shift` and up;
-    equal digits keep their order. If `first`, the positions are 0, 1, 2, ...
+@functools.cache
+def sort_kernel(size: int):
+    """The kernel of a pass of the sort, for vectors of `size` keys."""
 
-    Grid: 2**DIGIT; block: SORT_BLOCK; a block owns a digit: it counts the smaller digits, which come before its own,
-    then appends its keys. A thread owns SORT_EACH adjacent keys at a time. Moves: 2**(DIGIT + 1) * n keys, from cache.
-    """
-    digit, thread, n = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x), uint32(keys.shape[0])
-    shared = cuda.shared.array(SORT_BLOCK, int32)
-    smaller = int32(0)
-    for start in range(0, keys.shape[0], SORT_BLOCK * SORT_EACH):
-        for k in range(SORT_EACH):
-            i = uint32(start + k * SORT_BLOCK + thread)
-            if i < n and digit_of(keys[i], shift) < digit:
-                smaller = int32(smaller + 1)
-    end = block_sum(smaller, shared)
+    @kernel
+    def sort_digits_kernel(sorted_keys, sorted_positions, keys, positions, shift, first):
+        """sorted_keys, sorted_positions (n,) <- keys (1, n), positions (n,), sorted by DIGIT bits of the keys, `shift`
+        and up; equal digits keep their order. If `first`, the positions are 0, 1, 2, ...
 
-    mine = cuda.local.array(SORT_EACH, int32)
-    for start in range(0, keys.shape[0], SORT_BLOCK * SORT_EACH):
-        count = int32(0)
-        for k in range(SORT_EACH):
-            i = uint32(start + thread * SORT_EACH + k)
-            mine[k] = i < n and digit_of(keys[i], shift) == digit
-            count = int32(count + mine[k])
-        before, total = block_scan(count, shared)
-        if count > 0:
-            place = uint32(end + before)
-            for k in range(SORT_EACH):
-                i = uint32(start + thread * SORT_EACH + k)
-                if mine[k]:
-                    sorted_keys[place] = keys[i]
-                    sorted_positions[place] = i if first else positions[i]
-                    place = uint32(place + 1)
-        end = int32(end + total)
+        Grid: 2**DIGIT; block: SORT_BLOCK; a block owns a digit: it counts the smaller digits, which come before its
+        own, then appends its keys. A thread owns SORT_EACH adjacent keys at a time.
+        Moves: 2**(DIGIT + 1) * n keys, from cache.
+        """
+        digit, n = uint32(cuda.blockIdx.x), uint32(keys.shape[1])
+        own = uint32(cuda.threadIdx.x) * SORT_EACH
+        shared = cuda.shared.array(SORT_BLOCK, int32)
+        found = cuda.local.array(SORT_EACH, int32)
+        smaller = int32(0)
+        for start in range(own, n, SORT_BLOCK * SORT_EACH):
+            for k in range(0, SORT_EACH, size):
+                if start + k < n:
+                    load_vector(found, k, keys, 0, start + k, size)
+                    for j in range(k, k + size):
+                        smaller = int32(smaller + (digit_of(found[j], shift) < digit))
+        end = block_sum(smaller, shared)
+
+        for start in range(0, n, SORT_BLOCK * SORT_EACH):
+            count = int32(0)
+            for k in range(0, SORT_EACH, size):
+                if start + own + k < n:
+                    load_vector(found, k, keys, 0, start + own + k, size)
+                    for j in range(k, k + size):
+                        count = int32(count + (digit_of(found[j], shift) == digit))
+            before, total = block_scan(count, shared)
+            if count > 0:
+                place = uint32(end + before)
+                for k in range(SORT_EACH):
+                    i = uint32(start + own + k)
+                    if i < n and digit_of(found[k], shift) == digit:
+                        sorted_keys[place] = found[k]
+                        sorted_positions[place] = i if first else positions[i]
+                        place = uint32(place + 1)
+            end = int32(end + total)
+
+    return sort_digits_kernel
 
 
 @functools.cache
@@ -167,7 +177,7 @@ def dwte_kernel(size: int):
 @functools.cache
 def heads_kernel(size: int):
     """The kernel that adds what `dwte_kernel` has left in heads, for vectors of `size` channels."""
-    loaded = ROWS * size
+    loaded = HEADS * size
 
     @kernel
     def add_heads_kernel(dwte, heads, keys):
@@ -186,14 +196,14 @@ def heads_kernel(size: int):
         x = cuda.local.array(loaded, float32)
         sums = cuda.local.array(size, float32)
         load_vector(sums, 0, dwte, key, c, size)
-        for i in range(piece, pieces, ROWS):
-            for j in range(ROWS):
+        for i in range(piece, pieces, HEADS):
+            for j in range(HEADS):
                 load_vector(x, j * size, heads, min(i + j, pieces - 1), c, size)
-            for j in range(ROWS):
+            for j in range(HEADS):
                 if i + j < pieces and keys[min(i + j, pieces - 1) * PIECE] == key:
                     for k in range(size):
                         sums[k] += x[j * size + k]
-            if keys[min(i + ROWS, pieces - 1) * PIECE] != key:
+            if keys[min(i + HEADS, pieces - 1) * PIECE] != key:
                 break
         store_vector(dwte, key, c, sums, 0, size)
 
@@ -282,7 +292,8 @@ def encoder_backward(dwte, dwpe, dout, tokens, scratch):
     keys, positions = tokens.reshape(n), lists[1]
     for i in range(passes_of(dwte.shape[0])):
         to = lists[:2] if i % 2 == 0 else lists[2:]
-        sort_kernel[1 << DIGIT, SORT_BLOCK, stream()](*to, keys, positions, i * DIGIT, i == 0)
+        launch = sort_kernel(math.gcd(n, SORT_EACH))[1 << DIGIT, SORT_BLOCK, stream()]
+        launch(*to, keys.reshape(1, n), positions, i * DIGIT, i == 0)
         keys, positions = to
     columns = blocks_for(C, LANES * size)
     dwte_kernel(size)[(pieces, columns), LANES, stream()](dwte, heads, dout, keys, positions)

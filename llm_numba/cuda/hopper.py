@@ -72,25 +72,33 @@ def dynamic_shared(typingctx):
 uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", (WORD,), WORD)
 # the same value, unknown to the compiler: it does not unroll a loop that counts with it
 opaque = instruction("", "=r,0", (WORD,), WORD)
+# the same value: the compiler keeps it in registers, where it would otherwise compute it again in each round of a loop
+keep = instruction("", "=l,0", (ADDRESS,), ADDRESS)
 # (x, mask): the value of x in lane ^ mask
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", (FLOAT, WORD), FLOAT)
 # (barrier, threads): wait until that many threads are at named barrier 1 to 15; syncthreads is barrier 0
 named_barrier = instruction("bar.sync $0, $1;", "r,r", (WORD, WORD))
 sync_warp = instruction("bar.warp.sync 0xffffffff;", "", ())
-# 32-bit divisions: // and % of Numba widen to 64 bits
-divide = instruction("div.u32 $0, $1, $2;", "=r,r,r", (WORD, WORD), WORD, pure=True)
-remainder = instruction("rem.u32 $0, $1, $2;", "=r,r,r", (WORD, WORD), WORD, pure=True)
+
+
+def division(operation):
+    """A 32-bit division: // and % of Numba widen to 64 bits."""
+
+    def emit(typingctx, a, b):
+        return signature(WORD, WORD, WORD), lambda context, builder, sig, args: getattr(builder, operation)(*args)
+
+    return intrinsic(emit)
+
+
+divide, remainder = division("udiv"), division("urem")
 
 # Shared memory
 
 store_shared_float = instruction("st.shared.f32 [$0], $1;", "r,f", (SHARED, FLOAT))
 load_shared_float = instruction("ld.shared.f32 $0, [$1];", "=f,r", (SHARED,), FLOAT)
-load_shared_float2 = instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 2))
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", (SHARED, FRAGMENT))
 load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
-load_shared_float4 = instruction(
-    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 4)
-)
+load_shared_float2 = instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 2))
 # (address, four pairs): store four 8 x 8 bf16 matrices; lane l passes the address of row l % 8 of matrix l // 8, and of
 # each matrix the pair in row l // 4, columns 2 (l % 4) and the next. ldmatrix loads them the same way
 stmatrix = instruction(
@@ -120,6 +128,7 @@ load_constant_16_bytes = instruction(
 # a count by which blocks tell each other what is written: everything this thread knows to be written before store_flag
 # can be read after a wait_flag for that count
 store_flag = instruction("fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [$0], $1;", "l,r", (ADDRESS, WORD))
+clear_flag = instruction("st.relaxed.gpu.global.b32 [$0], 0;", "l", (ADDRESS,))  # nothing becomes readable by it
 # (address, count): wait until the flag is at least that
 wait_flag = instruction(
     "{ .reg .pred less; .reg .b32 flag; again: ld.acquire.gpu.global.b32 flag, [$0]; setp.lt.u32 less, flag, $1; "
@@ -191,6 +200,8 @@ bulk_load = instruction(
     "r,l,r,r",
     (SHARED, ADDRESS, WORD, SHARED),
 )
+# (from, nbytes): the same, to L2
+bulk_prefetch = instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", (ADDRESS, WORD))
 # once per kernel and tensor map, by the threads that use it: the map was written like ordinary memory
 tensor_map_acquire = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l", (ADDRESS,))
 tma_commit = instruction("cp.async.bulk.commit_group;", "", ())  # the stores since the previous call become a group

@@ -160,7 +160,7 @@ def uniform(x):
     return x
 
 
-opaque = uniform
+opaque = keep = uniform
 
 
 def shuffle_xor(x, mask):
@@ -223,16 +223,12 @@ def store_shared_16_bytes(address, words):
     store_shared(address, np.array(words, np.uint32))
 
 
-def load_shared_float2(address):
-    return tuple(load_shared(address, 8, np.float32))
-
-
 def load_shared_16_bytes(address):
     return tuple(load_shared(address, 16, np.uint32))
 
 
-def load_shared_float4(address):
-    return tuple(load_shared(address, 16, np.float32))
+def load_shared_float2(address):
+    return tuple(load_shared(address, 8, np.float32))
 
 
 def rows_of_matrices(values):
@@ -325,6 +321,10 @@ def store_flag(address, value):
     thread, shared = here()
     memory_at(address, 4, np.uint32)[0] = value
     thread.block.wake(shared.flag_waiters)
+
+
+def clear_flag(address):
+    memory_at(address, 4, np.uint32)[0] = 0
 
 
 def wait_flag(address, count):
@@ -505,6 +505,11 @@ def bulk_load(to, source, nbytes, address):
     assert int(to) % 16 == 0 and int(source) % 16 == 0 and int(nbytes) % 16 == 0
     arrive_bytes(thread, shared, barrier, address, granules_of(to, nbytes), int(nbytes))
     shared.bytes[int(to) : int(to) + int(nbytes)] = memory_at(source, int(nbytes))
+
+
+def bulk_prefetch(source, nbytes):
+    memory_at(source, int(nbytes))
+    assert int(source) % 16 == 0 and int(nbytes) % 16 == 0
 
 
 def tma_store_3d(tensor_map, source, column, row, plane):

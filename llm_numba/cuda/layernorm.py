@@ -22,7 +22,7 @@ BACKWARD_EACH = sized(25, 4)  # channels per thread, at most; each takes five re
 BACKWARD_THREADS = sized(132 * RESIDENT, 16)  # on the 132 SMs of an H100
 ROWS = sized(4, 2)  # rows of a block at a time, if a warp is enough for a row
 SHARED = sized(WARP, 1024)  # floats of shared memory for row_sum
-COLUMNS, SLICES = 8, sized(128, 2)  # a block of add_shares_kernel
+COLUMNS, SLICES = 8, sized(32, 2)  # a block of add_shares_kernel
 
 
 def block_of(C: int, most: int) -> tuple[int, int, int]:
@@ -107,7 +107,7 @@ def forward_kernel(C: int, adds: bool):
 def backward_kernel(C: int):
     """The kernel of `layernorm_backward` for C channels."""
     threads, rows, each = block_of(C, BACKWARD_EACH)
-    size = vector_size(C)
+    size, shared_sums = vector_size(C), each * threads if rows > 1 else 1
 
     @kernel(launch_bounds=(threads * rows, max(1, RESIDENT // (threads * rows))))
     def layernorm_backward_kernel(dinp, shares, dout, inp, weight, mean, rstd):
@@ -120,7 +120,7 @@ def backward_kernel(C: int):
         """
         y, thread = uint32(cuda.threadIdx.y), uint32(cuda.threadIdx.x) % threads
         shared = cuda.shared.array(SHARED, float32)
-        sums = cuda.shared.array((2, C if rows > 1 else 1), float32)
+        sums = cuda.shared.array((2, shared_sums), float32)
         norm = cuda.local.array(each, float32)
         dnorm = cuda.local.array(each, float32)
         dx = cuda.local.array(each, float32)
@@ -172,11 +172,12 @@ def backward_kernel(C: int):
                 for k in range(each):
                     c = thread * size + k // size * size * threads + k % size
                     if c < C:
+                        place = k * threads + thread
                         if turn > 0:
-                            dweight[k] += sums[0, c]
-                            dbias[k] += sums[1, c]
+                            dweight[k] += sums[0, place]
+                            dbias[k] += sums[1, place]
                         if turn < rows - 1:
-                            sums[0, c], sums[1, c] = dweight[k], dbias[k]
+                            sums[0, place], sums[1, place] = dweight[k], dbias[k]
                         else:
                             shares[cuda.blockIdx.x, c], shares[cuda.blockIdx.x, C + c] = dweight[k], dbias[k]
             cuda.syncthreads()

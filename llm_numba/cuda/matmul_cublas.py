@@ -3,7 +3,9 @@ matmul=cublas. The bindings are those of nvmath-python, the extra `cublas` of py
 
 cuBLASLt reads memory by columns, and a row-major matrix is then its transpose. So a product is computed as out.T =
 weight @ inp.T. What follows it, its epilogue, runs in the same kernel if cuBLASLt has one for these operands, else in a
-kernel of ours. cuBLASLt applies GELU before `pre` is rounded to bf16, so --recompute gelu gives slightly other bits.
+kernel of ours. cuBLASLt only approximates GELU (its gradient was up to 1% off), so that is fused for bf16 only; and it
+takes `pre` before it is rounded, so --recompute gelu gives slightly other bits.
+The functions without a docstring are explained in matmul.py.
 Source: NVIDIA, cuBLAS documentation, "Using the cuBLASLt API"
 """
 
@@ -13,7 +15,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from llm_numba.cuda.gelu import gelu_backward, gelu_forward
-from llm_numba.cuda.jit import compute_capability, stream, uint16
+from llm_numba.cuda.jit import blocks_for, compute_capability, stream, uint16
 from llm_numba.cuda.matmul_common import add_column_sums, column_sums_scratch
 from llm_numba.cuda.tiling import add_splits
 from llm_numba.util.cli import UserError, install, not_installed
@@ -49,7 +51,7 @@ def forward(out, inp, weight, bias, scratch, pre=None):
     product = functools.partial(multiply, a=weight, b=inp, scratch=scratch, a_transposed=True, bias=bias)
     if pre is None:
         product(out, epilogue=end)
-    elif not product(out, epilogue=["GELU", "AUX", *end], aux=pre):
+    elif out.dtype != uint16 or not product(out, epilogue=["GELU", "AUX", *end], aux=pre):
         product(pre, epilogue=end)
         gelu_forward(out, pre)
 
@@ -57,7 +59,7 @@ def forward(out, inp, weight, bias, scratch, pre=None):
 def input_gradient(dinp, dout, weight, scratch, pre=None):
     if pre is None:
         multiply(dinp, weight, dout, scratch)
-    elif not multiply(dinp, weight, dout, scratch, epilogue=["DGELU"], aux=pre):
+    elif dinp.dtype != uint16 or not multiply(dinp, weight, dout, scratch, epilogue=["DGELU"], aux=pre):
         multiply(dinp, weight, dout, scratch)
         gelu_backward(dinp, pre, dinp)
 
@@ -96,7 +98,7 @@ def multiply(
     set_pointers(operation, *pointers[3:])
     a, b, d = zip(pointers[:3], layouts, strict=True)
     zero, one = FACTORS.ctypes.data, FACTORS.ctypes.data + FACTORS.itemsize
-    workspace = address(scratch) + -address(scratch) % ALIGNMENT
+    workspace = blocks_for(address(scratch), ALIGNMENT) * ALIGNMENT
     cublaslt.matmul(
         handle, operation, one, *a, *b, one if accumulate else zero, *d, *d, algorithm.ptr, workspace, WORKSPACE,
         int(stream()),
@@ -134,11 +136,11 @@ def plan(matrices, a_transposed: bool, b_transposed: bool, epilogue: str, alignm
         cublaslt.matmul_algo_get_heuristic(
             handle, operation, *layouts, layouts[2], preference, 1, algorithm.ptr, count.ctypes.data
         )
-    except cublaslt.cuBLASLtError as error:
-        if epilogue in ("", "BIAS"):
-            raise RuntimeError(f"cuBLASLt cannot multiply {matrices}: {error}") from error
-    finally:
-        cublaslt.matmul_preference_destroy(preference)
+    except cublaslt.cuBLASLtError:
+        pass  # not supported, like a count of 0
+    cublaslt.matmul_preference_destroy(preference)
+    if not count[0] and epilogue in ("", "BIAS"):
+        raise RuntimeError(f"cuBLASLt has no kernel for (dtype, shape) of a, b and out = {matrices}")
     return (operation, layouts, algorithm) if count[0] else None
 
 

@@ -8,6 +8,7 @@ adjacent elements.
 
 from numba import cuda
 
+from llm_numba.cuda.hopper import inlined, unrolled
 from llm_numba.cuda.jit import device, float32, kernel, sized, to_float, to_storage, uint32
 from llm_numba.cuda.matmul_common import unfused
 from llm_numba.cuda.tiling import Tile, grouped_tile, split_product, split_scratch
@@ -16,6 +17,7 @@ SUB = 4
 SIDE = sized(16, 2)
 BLOCK = SIDE * SIDE
 TILE_K = 8
+UNROLLED = 4
 HALF = SIDE * SUB
 TILE_M = TILE_N = 2 * HALF
 PITCH = TILE_M + 4  # elements from one k to the next in shared memory; the 4 more avoid bank conflicts
@@ -59,6 +61,21 @@ def store_shared(tile, registers, transposed):
             tile[index // TILE_M, index % TILE_M] = registers[i]
         else:
             tile[index % TILE_K, index // TILE_K] = registers[i]
+
+
+@inlined
+def multiply_step(i, first, sums, a_fragment, b_fragment, a_tiles, b_tiles, current, row, column):
+    """sums (OWN, OWN) += the products of the elements at k that a thread multiplies: SUB rows from `row` on, and SUB
+    from HALF further on, and likewise columns."""
+    k = first + i
+    for i in range(SUB):
+        a_fragment[i] = a_tiles[current, k, row + i]
+        a_fragment[SUB + i] = a_tiles[current, k, HALF + row + i]
+        b_fragment[i] = b_tiles[current, k, column + i]
+        b_fragment[SUB + i] = b_tiles[current, k, HALF + column + i]
+    for i in range(OWN):
+        for j in range(OWN):
+            sums[i, j] += a_fragment[i] * b_fragment[j]
 
 
 @device
@@ -117,15 +134,9 @@ def product_kernel(a_transposed, b_transposed):
             load(b_next, b, n0, k, k_end, b_transposed)
 
             # multiply
-            for t in range(TILE_K):
-                for i in range(SUB):
-                    a_fragment[i] = a_tiles[current, t, row + i]
-                    a_fragment[SUB + i] = a_tiles[current, t, HALF + row + i]
-                    b_fragment[i] = b_tiles[current, t, column + i]
-                    b_fragment[SUB + i] = b_tiles[current, t, HALF + column + i]
-                for i in range(OWN):
-                    for j in range(OWN):
-                        sums[i, j] += a_fragment[i] * b_fragment[j]
+            for first in range(0, TILE_K, UNROLLED):
+                arguments = first, sums, a_fragment, b_fragment, a_tiles, b_tiles, current, row, column
+                unrolled(UNROLLED, multiply_step, arguments)
             current = uint32(1 - current)
 
         # store

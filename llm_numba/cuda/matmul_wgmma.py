@@ -1,8 +1,8 @@
 """Matmul in bf16 on Hopper's tensor cores (compute capability 9.0): which kernel of wgmma_product.py, and its schedule.
 
-The schedule follows from the shape. Blocks compute tiles of TILE_M x TILE_N in rounds, one tile for each block. A
-gradient of a weight has few tiles and a long K, so the tiles of a last round that is not full are split along K among
-all blocks. The costs are in steps of DEPTH along K, about 0.55 microseconds on an H200.
+The schedule follows from the shape. A product is computed in rounds, one tile for each block. Where the last round is
+not full, its tiles can be split along K among all blocks: see wgmma_tiles.py. Above all the gradients of weights need
+that, which have few tiles and a long K. The costs below are in steps of DEPTH along K, 0.6 microseconds on an H200.
 """
 
 import functools
@@ -12,110 +12,113 @@ from numba import cuda
 
 from llm_numba.cuda import memory
 from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, sized, uint16, with_shared
-from llm_numba.cuda.tensor_maps import address_of, tensor_map
-from llm_numba.cuda.wgmma_product import (
-    BLOCK,
-    DEPTH,
-    GELU,
-    GELU_BACKWARD,
-    PLAIN,
-    TILE_M,
-    WITH_BIAS,
-    activation_kernel,
-    gradient_kernel,
-)
+from llm_numba.cuda.tensor_maps import BOX_COLUMNS, address_of, tensor_map
+from llm_numba.cuda.wgmma_ends import BIAS, GELU, GELU_BACKWARD, GRADIENT, GRADIENT_WITH_BIAS, PLAIN
+from llm_numba.cuda.wgmma_product import BLOCK, product_kernel
+from llm_numba.cuda.wgmma_tiles import DEPTH, TILE_M
 
-TILE_N = 192
-GROUP, WIDE = 16, 32  # rows of tiles in a group, if there are more than WIDE columns of tiles; else 1
-PART_COST = sized(4, 0)  # steps: of a helper to store its part of a tile, and of an owner to add one
+WIDTHS = {192: 1.0, 128: 0.72}  # TILE_N of the kernels -> the time of a tile, relative to that of the first
+GROUP, WIDE = 16, 32  # rows of tiles in a group if there are more than WIDE columns of tiles, else 1
+# steps that an owner waits after the helpers have multiplied, and that adding each of their parts takes
+HANDOVER, ADDITION = sized(7, 0), sized(4, 0)
+
+product_kernel = functools.cache(product_kernel)
 
 
-def supports(dtype, R, C, OC) -> str:
+def supports(dtype, R: int, C: int, OC: int) -> str:
     """Why the kernels cannot multiply these operands, or ""."""
     if dtype != uint16:
         return "needs bf16"
     if not SIMULATED and compute_capability()[0] != 9:
         return "needs compute capability 9"
-    return "C and OC must be multiples of 8" if C % 8 or OC % 8 else ""
-
-
-@functools.cache
-def multiprocessors() -> int:
-    return 3 if SIMULATED else cuda.get_current_device().MULTIPROCESSOR_COUNT
-
-
-activation_kernel, gradient_kernel = functools.cache(activation_kernel), functools.cache(gradient_kernel)
+    return "rows must be multiples of 8 elements" if C % 8 or OC % 8 else ""
 
 
 def forward(out, inp, weight, bias, scratch, pre=None):
-    """out (R, OC) = inp (R, C) @ weight.T + bias; with pre (R, OC), pre = that and out = GELU(pre).
+    """out (R, OC) = inp (R, C) @ weight (OC, C).T + bias (OC,) or None.
 
-    weight (OC, C); bias (OC,) or None
+    With pre (R, OC): pre = that, out = GELU(pre).
     """
     OC, C = weight.shape
-    bias = 0 if bias is None else address_of(bias)
-    b = tensor_map(weight, TILE_N)
-    multiply(WITH_BIAS if pre is None else GELU, False, out, pre, inp, b, bias, OC, C)
+    end, vector = (BIAS if pre is None else GELU), (0 if bias is None else address_of(bias))
+    operands = tensor_map(inp, TILE_M), tensor_map(weight, tile_width(OC))
+    launch((0, 0, end), outputs(out, pre), operands, vector, scratch, (*out.shape, C))
 
 
 def input_gradient(dinp, dout, weight, scratch, pre=None):
-    """dinp (R, C) = dout (R, OC) @ weight (OC, C); with pre (R, C), times GELU'(pre)."""
-    OC, C = weight.shape
-    multiply(PLAIN if pre is None else GELU_BACKWARD, True, dinp, pre, dout, tensor_map(weight, DEPTH), 0, C, OC)
-
-
-def multiply(end, b_transposed, out, pre, a, b, bias, N, K):
-    """Launch the kernel of this end; b is a tensor map."""
-    M, kernel = out.shape[0], activation_kernel(b_transposed, end, TILE_N)
-    rows, columns = blocks_for(M, TILE_M), blocks_for(N, TILE_N)
-    launch = with_shared(kernel, min(rows * columns, multiprocessors()), BLOCK, kernel.shared_bytes)
-    maps = tensor_map(out, 64), 0 if pre is None else tensor_map(pre, 64), tensor_map(a, TILE_M), b
-    launch(*maps, bias, M, N, K, GROUP if columns > WIDE else 1)
+    """dinp (R, C) = dout (R, OC) @ weight (OC, C). With pre (R, C), times GELU'(pre)."""
+    end, operands = (PLAIN if pre is None else GELU_BACKWARD), (tensor_map(dout, TILE_M), tensor_map(weight, DEPTH))
+    launch((0, 1, end), outputs(dinp, pre), operands, 0, scratch, (*dinp.shape, dout.shape[1]))
 
 
 def weight_gradient(dweight, dbias, dout, inp, scratch, accumulate):
-    """dweight (OC, C) float32 = (+= if accumulate) dout.T @ inp; dbias (OC,) float32, or None, the column sums of dout.
-
-    dout (R, OC), inp (R, C)
+    """dweight (OC, C) = (+= if accumulate) dout (R, OC).T @ inp (R, C); dbias (OC,), if not None, likewise the sums of
+    dout's rows. Both are float32.
     """
-    (OC, C), R = dweight.shape, dout.shape[0]
-    kernel, plan = gradient_kernel(dbias is not None, TILE_N), split(OC, C, R, multiprocessors())
-    launch = with_shared(kernel, plan.blocks, BLOCK, kernel.shared_bytes)
-    launch(
-        address_of(dweight), 0 if dbias is None else address_of(dbias), tensor_map(dout, DEPTH), tensor_map(inp, DEPTH),
-        address_of(scratch) if plan.helpers else 0, address_of(flags()) if plan.helpers else 0, OC, C, R,
-        plan.whole, plan.splits, plan.helpers, plan.first, accumulate,
-    )  # fmt: skip
+    end, vector = (GRADIENT, 0) if dbias is None else (GRADIENT_WITH_BIAS, address_of(dbias))
+    operands, addresses = (tensor_map(dout, DEPTH), tensor_map(inp, DEPTH)), (address_of(dweight), 0)
+    launch((1, 1, end), addresses, operands, vector, scratch, (*dweight.shape, dout.shape[0]), accumulate)
 
 
-class Split(NamedTuple):
-    """How the tiles of a gradient are dealt to blocks: see gradient_kernel."""
+def outputs(out, pre):
+    """Tensor maps of bf16 results."""
+    return tensor_map(out, BOX_COLUMNS), 0 if pre is None else tensor_map(pre, BOX_COLUMNS)
+
+
+def launch(kind, results, operands, vector, scratch, sizes, accumulate=False):
+    """Launch the kernel of this kind: (a_transposed, b_transposed, end). sizes: M, N, K of the product."""
+    kernel, plan = product_kernel(*kind, tile_width(sizes[1])), schedule(*sizes, multiprocessors())
+    parts = (address_of(scratch), address_of(flags())) if plan.helpers else (0, 0)
+    group = GROUP if blocks_for(sizes[1], tile_width(sizes[1])) > WIDE else 1
+    start = with_shared(kernel, plan.blocks, BLOCK, kernel.shared_bytes)
+    start(*results, *operands, vector, *parts, *sizes, group, *plan[1:], int(accumulate))
+
+
+def tile_width(N: int) -> int:
+    """TILE_N of the kernel for a result with N columns."""
+    return min(WIDTHS, key=lambda width: blocks_for(N, width) * WIDTHS[width])
+
+
+class Schedule(NamedTuple):
+    """Which block computes what: see wgmma_tiles.py."""
 
     blocks: int
     whole: int
     splits: int = 0
     helpers: int = 0
-    first: int = 0
-
-    @property
-    def parts(self) -> int:
-        return self.helpers + self.splits - 1 if self.helpers else 0
+    owned: int = 0
 
 
 @functools.cache
-def split(M: int, N: int, K: int, blocks: int) -> Split:
-    """The faster of: every tile by one block; the tiles of the last, unfilled round split among all blocks."""
-    tiles, steps = blocks_for(M, TILE_M) * blocks_for(N, TILE_N), blocks_for(K, DEPTH)
+def schedule(M: int, N: int, K: int, blocks: int) -> Schedule:
+    """The fastest of: every tile by one block; the tiles of the last round split.
+
+    Every split tile has the same number of helpers if there are enough: blocks that read the same rows then do so at
+    the same time, and find them in L2.
+    """
+    tiles, steps = blocks_for(M, TILE_M) * blocks_for(N, tile_width(N)), blocks_for(K, DEPTH)
     rounds, splits = divmod(tiles, blocks)
-    if splits:
-        helpers = blocks - splits
-        # owner and helpers finish at the same time
-        first = min(steps, blocks_for(splits * steps + PART_COST * helpers, blocks))
-        helpers = min(helpers, splits * (steps - first))
-        added = blocks_for(helpers, splits) + 1  # parts of a tile, about
-        if helpers and first + PART_COST * added < steps:
-            return Split(blocks, rounds * blocks, splits, helpers, first)
-    return Split(min(tiles, blocks), tiles)
+    whole = Schedule(min(tiles, blocks), tiles)
+    if not splits:
+        return whole
+
+    def split(helpers):
+        # helpers finish when their owner still has something to do
+        owned = min(steps - 1, blocks_for(splits * steps + HANDOVER * helpers, splits + helpers))
+        return Schedule(blocks, rounds * blocks, splits, min(helpers, splits * (steps - owned)), owned)
+
+    def cost(plan):
+        parts = blocks_for(plan.helpers, splits) + (plan.helpers % splits > 0)  # of a tile
+        return plan.owned + ADDITION * parts if plan.helpers else steps
+
+    most = blocks - splits
+    choices = range(splits, most + 1, splits) if most >= splits else [most]
+    return min([whole, *map(split, choices if steps > 1 else [])], key=cost)
+
+
+@functools.cache
+def multiprocessors() -> int:
+    return 2 if SIMULATED else cuda.get_current_device().MULTIPROCESSOR_COUNT
 
 
 @functools.cache
@@ -124,11 +127,18 @@ def flags():
     return memory.allocate(4 * multiprocessors())
 
 
+def scratch_size(kind, M: int, N: int, K: int) -> int:
+    """Floats of scratch for the parts of a product."""
+    plan = schedule(M, N, K, multiprocessors())
+    return (plan.helpers + plan.splits - 1) * product_kernel(*kind, tile_width(N)).part_floats if plan.helpers else 0
+
+
 def forward_scratch(R: int, C: int, OC: int) -> int:
     """Floats of scratch that `forward` needs."""
-    return 0
+    return scratch_size((0, 0, BIAS), R, OC, C)
 
 
 def backward_scratch(R: int, C: int, OC: int, with_bias: bool) -> int:
     """Floats of scratch that `input_gradient` and `weight_gradient` need."""
-    return split(OC, C, R, multiprocessors()).parts * gradient_kernel(with_bias, TILE_N).part_floats
+    end = GRADIENT_WITH_BIAS if with_bias else GRADIENT
+    return max(scratch_size((0, 1, PLAIN), R, C, OC), scratch_size((1, 1, end), OC, C, R))

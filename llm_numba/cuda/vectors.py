@@ -5,6 +5,8 @@ A thread that moves 16 bytes at a time keeps memory busier than one that moves a
 
 import math
 
+import numpy as np
+
 from llm_numba.cuda.jit import SIMULATED, to_float, to_storage
 
 LARGEST = 8  # elements: 16 bytes of bf16, or twice 16 bytes of float32
@@ -42,8 +44,8 @@ if not SIMULATED:
     def load_vector(typingctx, x, first, tensor, row, column, size):
         """x[first : first + size] = tensor[row, column : column + size].
 
-        x: local, float32; tensor: two-dimensional, float32 or bf16; size: a constant, see `vector_size`; column: a
-        multiple of it.
+        x: local, float32, or int32 for an int32 tensor; tensor: two-dimensional, float32, bf16 or int32; size: a
+        constant, see `vector_size`; column: a multiple of it.
         """
         if not isinstance(size, types.IntegerLiteral):
             return None  # Numba then tries the constant
@@ -63,9 +65,10 @@ if not SIMULATED:
                         word = builder.extract_element(vector, ir.Constant(I32, i))
                         lower, upper = ir.Constant(I32, 16), ir.Constant(I32, 0xFFFF0000)
                         found += [builder.shl(word, lower), builder.and_(word, upper)] if is_bf16 else [word]
-            to = pointer(context, builder, sig.args[0], x, [first], F32)
+            element = context.get_value_type(sig.args[0].dtype)
+            to = pointer(context, builder, sig.args[0], x, [first], element)
             for i, bits in enumerate(found):
-                builder.store(builder.bitcast(bits, F32), builder.gep(to, [ir.Constant(I32, i)]))
+                builder.store(builder.bitcast(bits, element), builder.gep(to, [ir.Constant(I32, i)]))
 
         return signature(types.void, x, types.int64, tensor, types.int64, types.int64, kind), codegen
 
@@ -104,7 +107,8 @@ else:
 
     def load_vector(x, first, tensor, row, column, size):
         for i in range(size):
-            x[first + i] = to_float(tensor[row, column + i])
+            element = tensor[row, column + i]
+            x[first + i] = element if tensor.dtype == np.int32 else to_float(element)
 
     def store_vector(tensor, row, column, x, first, size):
         for i in range(size):

@@ -47,12 +47,14 @@ from llm_numba.cuda.hopper import (
     fence_proxy_async,
     forget,
     inlined,
+    keep,
     load_constant_16_bytes,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
     mbarrier_wait,
     named_barrier,
+    opaque,
     remainder,
     setmaxnreg_dec,
     setmaxnreg_inc,
@@ -75,7 +77,7 @@ from llm_numba.cuda.hopper import (
     wgmma_rs_open,
     wgmma_wait,
 )
-from llm_numba.cuda.jit import float32, int32, kernel, uint32
+from llm_numba.cuda.jit import float32, int32, int64, kernel, uint32
 from llm_numba.cuda.wgmma_registers import (
     add_sums,
     at_stage,
@@ -87,6 +89,7 @@ from llm_numba.cuda.wgmma_registers import (
     next_stage,
     pack_pairs,
     pack_scaled,
+    place_of,
     score_gradients,
     store_sums,
     store_tile,
@@ -217,6 +220,13 @@ def backward_kernel(HS: int):
         return int32(head), int32(turn), int32(n), int32(g), int32(m)
 
     @inlined
+    def tile_of(head, g, m, work):
+        """(query head of B*NH, index of its tile m of B*NH*tiles)."""
+        _, _, _, tiles, group = work
+        h = uint32(head * group + g)
+        return h, uint32(h * tiles + m)
+
+    @inlined
     def release(barrier):
         """This warp has read what the barrier stands for."""
         if cuda.threadIdx.x & 31 == 0:
@@ -246,7 +256,6 @@ def backward_kernel(HS: int):
     def load_queries(shared, qkv_map, dout_map, statistics, work, num_heads):
         """One thread: tiles of q, dout, lse and delta to shared memory."""
         stage, parity = uint32(0), uint32(0)
-        _, _, _, tiles, group = work
         tensor_map_acquire(qkv_map)
         tensor_map_acquire(dout_map)
         head, turn, n, g, m = first_tile(work)
@@ -254,21 +263,15 @@ def backward_kernel(HS: int):
             full, to = shared + FULL + 8 * stage, shared + QUERIES_AT + stage * (2 * TILE)
             mbarrier_wait(shared + EMPTY + 8 * stage, parity ^ 1)
             mbarrier_arrive_expect_tx(full, 2 * TILE + STATISTICS)
-            h = int32(head * group + g)
+            h, tile = tile_of(head, g, m, work)
             b, channel = int32(divide(h, num_heads)), int32(remainder(h, num_heads)) * HS
             for box in range(BOXES):
                 tma_load_3d(to + box * CHUNK, qkv_map, full, channel + box * 64, m * QUERIES, b)
                 tma_load_3d(to + TILE + box * CHUNK, dout_map, full, channel + box * 64, m * QUERIES, b)
-            from_tile = address(statistics) + (h * tiles + m) * STATISTICS
-            bulk_load(shared + STATISTICS_AT + stage * STATISTICS, from_tile, STATISTICS, full)
+            to = shared + STATISTICS_AT + stage * STATISTICS
+            bulk_load(to, address(statistics) + int64(tile) * STATISTICS, STATISTICS, full)
             stage, parity = next_stage(stage, parity, RING)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
-
-    @inlined
-    def flag_of(flags, head, g, m, work):
-        """The address of the count of additions to a tile of dq."""
-        _, _, _, tiles, group = work
-        return address(flags) + ((head * group + g) * tiles + m) * 4
 
     @inlined
     def await_turns(shared, flags, work):
@@ -278,7 +281,8 @@ def backward_kernel(HS: int):
         while n >= 0:
             barrier, parity = turn_barrier(shared, count)
             mbarrier_wait(barrier + TURN_EMPTY, parity ^ 1)
-            wait_flag(flag_of(flags, head, g, m, work), (m >> 1) - n)
+            _, tile = tile_of(head, g, m, work)
+            wait_flag(address(flags) + int64(tile) * 4, (m >> 1) - n)
             mbarrier_arrive(barrier + TURN_FULL)
             count = uint32(count + 1)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -291,7 +295,8 @@ def backward_kernel(HS: int):
         while n >= 0:
             barrier, parity = turn_barrier(shared, count)
             mbarrier_wait(barrier + ADDED_FULL, parity)
-            store_flag(flag_of(flags, head, g, m, work), (m >> 1) - n + 1)
+            _, tile = tile_of(head, g, m, work)
+            store_flag(address(flags) + int64(tile) * 4, (m >> 1) - n + 1)
             mbarrier_arrive(barrier + ADDED_EMPTY)
             count = uint32(count + 1)
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -319,7 +324,7 @@ def backward_kernel(HS: int):
             clear(dq, SCORES)
 
     @inlined
-    def end_dq(shared, dqkv_map, dq, pairs, warpgroup, staging, sums_at, h, box, n, m, num_heads, scale, count):
+    def end_dq(shared, dqkv_map, dq, pairs, place, warpgroup, staging, sums_at, h, box, n, m, num_heads, scale, count):
         """Add a product to 64 channels of a tile of dq in its turn. The first stores, the last leaves as bf16."""
         if n == 0:
             if m < 2:
@@ -329,7 +334,7 @@ def backward_kernel(HS: int):
             if elected:
                 tma_store_wait_read(0)
             named_barrier(warpgroup + 1, 128)
-            store_tile(staging, pairs, cuda.threadIdx.x)
+            store_tile(staging, pairs, place)
             fence_proxy_async()
             named_barrier(warpgroup + 1, 128)
             if elected:
@@ -353,15 +358,15 @@ def backward_kernel(HS: int):
         dq, pairs = cuda.local.array(SCORES, float32), cuda.local.array(PAIRS, uint32)
         kv_stage, kv_parity, ds_stage, ds_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         count = uint32(0)
-        first_ds, first_k = descriptor(shared + DS_AT, 0), descriptor(shared, 0)
+        first_ds, first_k = keep(descriptor(shared + DS_AT, 0)), keep(descriptor(shared, 0))
+        place = place_of(cuda.threadIdx.x)
         own_sums = address(dq_sums) + (cuda.threadIdx.x & 127) * 16
-        _, _, _, tiles, group = work
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
             if g == 0 and m == 2 * n:
                 mbarrier_wait(shared + KV_FULL + 8 * kv_stage, kv_parity)
-            h = head * group + g
-            sums_at = own_sums + (h * tiles + m) * (QUERIES * HS * 4)
+            h, tile = tile_of(head, g, m, work)
+            sums_at = own_sums + int64(tile) * (QUERIES * HS * 4)
             begin_dq(shared, dq, sums_at, n, m, count)
             mbarrier_wait(shared + DS_FULL + 8 * ds_stage, ds_parity)
             ds, k = at_stage(first_ds, ds_stage, 2 * CHUNK), at_stage(first_k, kv_stage, 2 * KV)
@@ -370,7 +375,7 @@ def backward_kernel(HS: int):
             settle(dq, SCORES)
             release(shared + DS_EMPTY + 8 * ds_stage)
             ds_stage, ds_parity = next_stage(ds_stage, ds_parity, DS_RING)
-            end_dq(shared, dqkv_map, dq, pairs, 2, shared + DQ_AT, sums_at, h, 0, n, m, num_heads, scale, count)
+            end_dq(shared, dqkv_map, dq, pairs, place, 2, shared + DQ_AT, sums_at, h, 0, n, m, num_heads, scale, count)
             count = uint32(count + 1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -379,16 +384,16 @@ def backward_kernel(HS: int):
                 kv_stage, kv_parity = next_stage(kv_stage, kv_parity, KV_RING)
 
     @inlined
-    def store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, head, n, num_heads, num_kv_heads, scale):
+    def store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head, n, num_heads, num_kv_heads, scale):
         """A warpgroup's 64 rows of dk and dv, once the previous block's have been read from shared memory."""
         elected, staging = cuda.threadIdx.x & 127 == 0, shared + DKV_AT + warpgroup * (2 * TILE)
         if elected:
             tma_store_wait_read(0)
         named_barrier(warpgroup + 1, 128)
         pack_scaled(pairs, dk, scale)
-        store_tile(staging, pairs, cuda.threadIdx.x)
+        store_tile(staging, pairs, place)
         pack_scaled(pairs, dv, ONE)
-        store_tile(staging + TILE, pairs, cuda.threadIdx.x)
+        store_tile(staging + TILE, pairs, place)
         fence_proxy_async()
         named_barrier(warpgroup + 1, 128)
         if elected:
@@ -415,8 +420,10 @@ def backward_kernel(HS: int):
         pairs = cuda.local.array(SUM_PAIRS, uint32)
         stage, parity, kv_stage, kv_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         ds_stage, ds_parity = uint32(0), uint32(0)
-        first_k, first_q = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + QUERIES_AT, CHUNK)
-        statistics = shared + STATISTICS_AT + uint32(first_column(thread)) * 4
+        first_k = keep(descriptor(shared + warpgroup * CHUNK, 0))
+        first_q = keep(descriptor(shared + QUERIES_AT, CHUNK))
+        place, statistics = place_of(thread), opaque(shared + STATISTICS_AT + first_column(thread) * 4)
+        ds_tile = shared + DS_AT + warpgroup * CHUNK
         clear(dk, SUMS)
         clear(dv, SUMS)
         clear(scores, SCORES)
@@ -440,7 +447,7 @@ def backward_kernel(HS: int):
             wgmma(scores, k, q, 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
                 mbarrier_wait(shared + DS_EMPTY + 8 * ds_stage, ds_parity ^ 1)
-                store_tile(shared + DS_AT + ds_stage * (2 * CHUNK) + warpgroup * CHUNK, ds, thread)
+                store_tile(ds_tile + ds_stage * (2 * CHUNK), ds, place)
             wgmma_rs_open(dk, ds, q_before, accumulate, 64, QUERIES, 1)
             wgmma(dscores, k + (KV >> 4), q + (TILE >> 4), 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
@@ -456,15 +463,27 @@ def backward_kernel(HS: int):
                 settle(dv, SUMS)
                 release(shared + KV_EMPTY + 8 * (kv_stage ^ 1))
                 store_dkv(
-                    shared, dqkv_map, warpgroup, dk, dv, pairs, head_before, n_before, num_heads, num_kv_heads, scale
+                    shared,
+                    dqkv_map,
+                    warpgroup,
+                    dk,
+                    dv,
+                    pairs,
+                    place,
+                    head_before,
+                    n_before,
+                    num_heads,
+                    num_kv_heads,
+                    scale,
                 )
-            numbers, here = statistics + stage * STATISTICS, shared + EMPTY + 8 * stage
+            numbers, here = statistics + stage * STATISTICS, uint32(shared + EMPTY + 8 * stage)
             stage, parity = next_stage(stage, parity, RING)
 
             wgmma_wait(1)
             settle(scores, SCORES)
-            if m < 2 * n + 2:
-                mask_rows(scores, int32(m * QUERIES - n * KEYS + diagonal))
+            past = int32(m - 2 * n)  # tiles from the first that sees these keys
+            if past < 2:
+                mask_rows(scores, int32(past * QUERIES + diagonal))
             exp2_columns(scores, scale * LOG2_E, numbers)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, q + (TILE >> 4), accumulate, 64, QUERIES, 1)
@@ -499,11 +518,11 @@ def backward_kernel(HS: int):
         weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
         pairs = cuda.local.array(SUM_PAIRS, uint32)
         count, kv_parity = uint32(0), uint32(0)
-        k, v = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + KV + warpgroup * CHUNK, 0)
-        k_columns = descriptor(shared + warpgroup * (2 * CHUNK), 0)
+        k, k_columns = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + warpgroup * (2 * CHUNK), 0)
+        v = k + (KV >> 4)
+        place = place_of(thread)
         staging = shared + DKV_AT + warpgroup * (2 * TILE)
         own_sums = address(dq_sums) + thread * 16 + warpgroup * (QUERIES * 64 * 4)
-        _, _, _, tiles, group = work
         clear(dk, SUMS)
         clear(dv, SUMS)
         head, turn, n, g, m = first_tile(work)
@@ -521,8 +540,9 @@ def backward_kernel(HS: int):
             wgmma(dscores, v + (2 * CHUNK >> 4), dout + (CHUNK >> 4), 1, 64, QUERIES, 64, 0, 0)
             wgmma_wait(1)
             settle(scores, SCORES)
-            if m < 2 * n + 2:
-                mask_rows(scores, int32(m * QUERIES - n * KEYS + diagonal))
+            past = int32(m - 2 * n)  # tiles from the first that sees these keys
+            if past < 2:
+                mask_rows(scores, int32(past * QUERIES + diagonal))
             numbers = shared + STATISTICS_AT + stage * STATISTICS + uint32(first_column(thread)) * 4
             exp2_columns(scores, scale * LOG2_E, numbers)
             pack_pairs(weights, scores)
@@ -535,14 +555,14 @@ def backward_kernel(HS: int):
             forget(scores, SCORES)
             forget(dscores, SCORES)
             ds_tile = shared + DS_AT + stage * (2 * CHUNK)
-            store_tile(ds_tile + warpgroup * CHUNK, ds, thread)
+            store_tile(ds_tile + warpgroup * CHUNK, ds, place)
             fence_proxy_async()
             wgmma_rs(dk, ds, q, accumulate, HS, QUERIES, 1)
 
             # dq, once both warpgroups' ds are there; the next tile's ds go elsewhere, as these may still be read then
             named_barrier(3, 256)
-            h = head * group + g
-            sums_at = own_sums + (h * tiles + m) * (QUERIES * HS * 4)
+            h, tile = tile_of(head, g, m, work)
+            sums_at = own_sums + int64(tile) * (QUERIES * HS * 4)
             begin_dq(shared, dq, sums_at, n, m, count)
             wgmma(dq, descriptor(ds_tile, 0), k_columns, 1, 64, 64, KEYS, 1, 1)
             wgmma_wait(0)
@@ -551,7 +571,21 @@ def backward_kernel(HS: int):
             settle(dv, SUMS)
             release(shared + EMPTY + 8 * stage)
             end_dq(
-                shared, dqkv_map, dq, weights, warpgroup, staging, sums_at, h, warpgroup, n, m, num_heads, scale, count
+                shared,
+                dqkv_map,
+                dq,
+                weights,
+                place,
+                warpgroup,
+                staging,
+                sums_at,
+                h,
+                warpgroup,
+                n,
+                m,
+                num_heads,
+                scale,
+                count,
             )
             count = uint32(count + 1)
             head_before, n_before = head, n
@@ -560,7 +594,18 @@ def backward_kernel(HS: int):
                 release(shared + KV_EMPTY)
                 kv_parity = uint32(kv_parity ^ 1)
                 store_dkv(
-                    shared, dqkv_map, warpgroup, dk, dv, pairs, head_before, n_before, num_heads, num_kv_heads, scale
+                    shared,
+                    dqkv_map,
+                    warpgroup,
+                    dk,
+                    dv,
+                    pairs,
+                    place,
+                    head_before,
+                    n_before,
+                    num_heads,
+                    num_kv_heads,
+                    scale,
                 )
 
     @inlined

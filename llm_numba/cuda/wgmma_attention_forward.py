@@ -39,6 +39,7 @@ from llm_numba.cuda.hopper import (
     fence_mbarrier_init,
     fence_proxy_async,
     inlined,
+    keep,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
@@ -71,6 +72,7 @@ from llm_numba.cuda.wgmma_registers import (
     mask_columns,
     next_stage,
     pack_pairs,
+    place_of,
     row_max,
     scale_rows,
     store_tile,
@@ -181,8 +183,9 @@ def forward_kernel(HS: int):
         warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
         row, column, factor = first_row(thread), first_column(thread), scale * LOG2_E
         staging = shared + OUT_AT + warpgroup * OWN
-        first_q = descriptor(shared + warpgroup * OWN, 0)
-        first_k = descriptor(shared + KV_AT, 2 * CHUNK)
+        first_q = keep(descriptor(shared + warpgroup * OWN, 0))
+        first_k = keep(descriptor(shared + KV_AT, 2 * CHUNK))
+        place = place_of(thread)
         scores, acc = cuda.local.array(SCORES, float32), cuda.local.array(SUMS, float32)
         weights, rounded = cuda.local.array(WEIGHTS, uint32), cuda.local.array(PAIRS, uint32)
         stage, parity, buffer, q_parity = uint32(0), uint32(0), uint32(0), uint32(0)
@@ -272,7 +275,7 @@ def forward_kernel(HS: int):
                 stage, parity = next_stage(stage, parity, RING)
                 scale_rows(acc, ONE / total, ONE / low_total)
                 pack_pairs(rounded, acc)
-                store_tile(staging, rounded, thread)
+                store_tile(staging, rounded, place)
                 fence_proxy_async()
                 named_barrier(warpgroup + 1, 128)
                 if thread == 0:

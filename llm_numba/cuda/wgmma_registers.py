@@ -15,6 +15,7 @@ from llm_numba.cuda.hopper import (
     inlined,
     load_float4,
     load_shared_float2,
+    opaque,
     pack,
     shuffle_xor,
     stmatrix,
@@ -68,12 +69,10 @@ def row_max(scores, top, low_top):
 @inlined
 def exp2_rows(scores, factor, shift, low_shift):
     """scores = 2**(scores * factor + the row's shift). Returns the thread's sums of its two rows."""
-    even, odd, low_even, low_odd = float32(0), float32(0), float32(0), float32(0)
-    for i in range(0, scores.shape[0], 4):
-        scores[i] = exp2(scores[i] * factor + shift)
-        scores[i + 1] = exp2(scores[i + 1] * factor + shift)
-        scores[i + 2] = exp2(scores[i + 2] * factor + low_shift)
-        scores[i + 3] = exp2(scores[i + 3] * factor + low_shift)
+    for i in range(scores.shape[0]):
+        scores[i] = exp2(scores[i] * factor + (low_shift if i & 2 else shift))
+    even, odd, low_even, low_odd = scores[0], scores[1], scores[2], scores[3]
+    for i in range(4, scores.shape[0], 4):
         even += scores[i]
         odd += scores[i + 1]
         low_even += scores[i + 2]
@@ -128,13 +127,17 @@ def pack_scaled(pairs, sums, factor):
 
 
 @inlined
-def store_tile(tile, pairs, thread):
+def place_of(thread):
+    """Where `store_tile` begins in a tile: the thread's row and 16-byte chunk for stmatrix."""
+    row, chunk = (thread >> 5 & 3) * 16 + (thread & 15), thread >> 4 & 1
+    return opaque(row * 128 + ((chunk ^ (row & 7)) << 4))
+
+
+@inlined
+def store_tile(tile, pairs, place):
     """The warpgroup's 64 rows to shared memory, as boxes of 64 columns in the order that TMA and wgmma expect."""
-    lane = thread & 31
-    row = (thread >> 5 & 3) * 16 + (lane & 15)
     for i in range(pairs.shape[0] // 4):
-        chunk = (i * 2 & 7) + (lane >> 4)
-        at = tile + (i >> 2) * CHUNK + row * 128 + ((chunk ^ (row & 7)) << 4)
+        at = (tile + place ^ (i & 3) << 5) + (i >> 2) * CHUNK
         stmatrix(at, (pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]))
 
 

@@ -12,7 +12,8 @@ from llm_numba.cuda.encoder import (
 
 def cases():
     table, i1 = array("f2"), array("i1")
-    found = [dict(kernel=sort_kernel, signature=(*[i1] * 4, types.int64, types.boolean), bf16=False)]
+    sorting = i1, i1, array("i2"), i1, types.int64, types.boolean
+    found = [dict(kernel=sort_kernel(size), signature=sorting, bf16=False) for size in (1, 8)]
     found += [dict(kernel=heads_kernel(size), signature=(table, table, i1), bf16=False) for size in (1, 8)]
     for x in ("f", "h"):
         matrix = array(x + "2")

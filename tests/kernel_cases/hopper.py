@@ -11,7 +11,9 @@ from llm_numba.cuda.hopper import (
     add_float2,
     add_float4,
     bulk_load,
+    bulk_prefetch,
     clear,
+    clear_flag,
     descriptor,
     divide,
     dynamic_shared,
@@ -19,6 +21,7 @@ from llm_numba.cuda.hopper import (
     fence_proxy_async,
     forget,
     inlined,
+    keep,
     ldmatrix,
     load_constant_16_bytes,
     load_constant_pair,
@@ -95,6 +98,7 @@ def every_instruction(out, tensor_map, memory):
             tma_load_3d(shared, tensor_map, shared, 1, 2, 3)
             tma_load_3d_hint(shared, tensor_map, shared, 1, 2, 3, EVICT_FIRST)
             bulk_load(shared, memory, 128, shared)
+            bulk_prefetch(memory, 128)
             tma_prefetch_2d(tensor_map, 1, 2)
     else:
         setmaxnreg_inc(240)
@@ -128,11 +132,12 @@ def every_instruction(out, tensor_map, memory):
         tma_commit()
         tma_store_wait_read(0)
 
-        store_float(memory, load_float(memory))
+        store_float(keep(memory), load_float(memory))
         store_float4(memory, load_float4(memory))
         add_float(memory, sums[0])
         add_float2(memory, sums[0], sums[1])
         add_float4(memory, load_float4(memory))
+        clear_flag(memory)
         store_flag(memory, 1)
         wait_flag(memory, 1)
         low, high = unpack(load_constant_pair(memory) ^ load_constant_16_bytes(memory)[0])

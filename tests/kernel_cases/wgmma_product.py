@@ -1,19 +1,14 @@
 """The argument types for which llm_numba.cuda.wgmma_product's kernels are compiled."""
 
-from numba.cuda.types import boolean, int64
+from numba.cuda.types import int64
 
-from llm_numba.cuda.matmul_wgmma import TILE_N, activation_kernel, gradient_kernel
-from llm_numba.cuda.wgmma_product import GELU, GELU_BACKWARD, PLAIN, WITH_BIAS
+from llm_numba.cuda.matmul_wgmma import WIDTHS, product_kernel
+from llm_numba.cuda.wgmma_ends import BIAS, GELU, GELU_BACKWARD, GRADIENT, GRADIENT_WITH_BIAS, PLAIN
 
-ACTIVATION, GRADIENT = (int64,) * 9, (*(int64,) * 13, boolean)
-INSTRUCTIONS = ("HGMMA", "UTMALDG", "USETMAXREG")
+KINDS = [(0, 0, BIAS), (0, 0, GELU), (0, 1, PLAIN), (0, 1, GELU_BACKWARD), (1, 1, GRADIENT), (1, 1, GRADIENT_WITH_BIAS)]
+INSTRUCTIONS = ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG")
 
 
 def cases():
-    ends = ((False, WITH_BIAS), (False, GELU), (True, PLAIN), (True, GELU_BACKWARD))
-    found = [(activation_kernel(*end, TILE_N), ACTIVATION, (*INSTRUCTIONS, "UTMASTG", "STSM")) for end in ends]
-    found += [(gradient_kernel(with_bias, TILE_N), GRADIENT, (*INSTRUCTIONS, "UBLKCP")) for with_bias in (False, True)]
-    return [
-        dict(kernel=kernel, signature=signature, bf16="hopper", contains=contains)
-        for kernel, signature, contains in found
-    ]
+    kernels = [product_kernel(*kind, width) for kind in KINDS for width in WIDTHS]
+    return [dict(kernel=kernel, signature=(int64,) * 16, bf16="hopper", contains=INSTRUCTIONS) for kernel in kernels]
