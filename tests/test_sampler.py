@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 VOCABULARY = [1, 7, pytest.param(50257, marks=pytest.mark.real)]
-CHOICES = [(1, 0, 1), (0.8, 0, 0.95), (3, 0, 0.5), (1, 0, 0), (0.5, 3, 1), (2, 4, 0.6), (1, 1000, 0.9), (1e-3, 0, 1)]
+CHOICES = [(1, 0, 1), (0.8, 0, 0.95), (3, 0, 0.5), (1, 0, 0), (0.5, 3, 1), (2, 4, 0.6), (1, 1000, 0.9), (1e-3, 5, 1)]
 
 
 def choose(logits, temperature, top_k, top_p, rng):

@@ -1,9 +1,14 @@
 """The choice of the next token when a model generates text.
 
-One block does it, without sorting. Think of the tokens as lying side by side, the most likely first, each as long as
-its weight, e**(logit / temperature). `locate` finds the token at a given place by a binary search for its weight: the
-tokens heavier than it end before the place, those at least as heavy after it. Thus it finds the last of the most likely
-tokens, by their number (top_k) or by their share of the weight (top_p), and the one at a random place.
+One block does it, without sorting. The tokens lie side by side, the most likely first, each as long as its weight,
+e**(logit / temperature):
+
+    | token 7           | token 2      | token 9  | token 4 | token 0 | ...
+    0                                       ^ place
+
+`locate` finds the token at a place by searching for its weight: all heavier tokens together end before the place, all
+tokens at least as heavy end after it. It is called for the last token that may be drawn, by number (top_k) or by share
+of the whole (top_p), and for the token at a random place.
 """
 
 import functools
@@ -71,10 +76,10 @@ def sample_kernel(size: int):
 
     @device
     def locate(weights, place, counted, shared, ranks, found):
-        """(token at `place`, low, high): the tokens in its place, if there were more than one, weigh equally much, in
-        [low, high). If `counted`, every token is as long as 1."""
-        # the exponent: the largest power of two for which the tokens that weigh at least as much reach the place
-        # reached: the total from a weight on; heavier: that from the next larger one tried on
+        """(token at `place`, low, high): its weight is in [low, high), like those of equal tokens only. If `counted`,
+        every token is as long as 1."""
+        # the exponent: the largest power of two for which the tokens that weigh at least as much reach the place.
+        # reached: their total; heavier: the total of those that weigh at least the next larger weight that was tried
         weight, a, b, c, heavier = TWO, ZERO, ZERO, ZERO, ZERO
         while weight > LIGHTEST and c <= place:
             weight, heavier = weight / EIGHT, c
@@ -85,7 +90,7 @@ def sample_kernel(size: int):
             weight, reached, heavier = TWO * weight, b, a
         else:
             reached, heavier = c, b
-        # the fraction, two bits at a time, until only one weight is left
+        # the fraction, two bits at a time, until one token or one weight is left
         width, ulp = weight, weight * ULP
         while width > ulp and reached - heavier > ONE_AND_A_HALF * (ONE if counted else weight):
             width /= FOUR
