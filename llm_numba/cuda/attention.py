@@ -56,33 +56,31 @@ def attend_kernel(HS: int, group: int):
         return x
 
     @device
-    def load_channels(x, first, tensor, head, lane):
-        """x[first : first + each] = this lane's channels of the head at tensor[0, head]; 0 past the last."""
+    def load_channels(x, first, tensor, row, head, lane):
+        """x[first : first + each] = this lane's channels of a head, whose first column is `head`; 0 past the last."""
         for k in range(0, each, size):
             c = lane * size + k // size * stride
             if c < HS:
-                load_vector(x, first + k, tensor, 0, head + c, size)
+                load_vector(x, first + k, tensor, row, head + c, size)
             else:
                 for i in range(size):
                     x[first + k + i] = ZERO
 
     @kernel(launch_bounds=(ATTENDING, 1))
-    def attend_kernel(out, cache, qkv, position, T, maxT, width, scale):
-        """out (B*T, NH*HS) = attention of the queries of qkv (1, B*T*(NH + 2*NKV)*HS); query t sees the tokens up to
-        position[0] + t: earlier ones in cache (1, B*maxT*2*NKV*HS), those of this call in qkv. cache = their keys and
-        values. In both, the value of a token stands `width` = NKV*HS behind its key.
+    def attend_kernel(out, cache, qkv, position, T, maxT, scale):
+        """out (B*T, NH*HS) = attention of the queries of qkv (B*T, (NH + 2*NKV)*HS); query t sees the tokens up to
+        position[0] + t: earlier ones in cache (B*maxT*2, NKV*HS), those of this call in qkv. cache = their keys and
+        values.
 
         Grid: (T, NH, B); block: ATTENDING, in teams of `lanes` threads. A team owns every teams-th token, AT_ONCE at a
         time, a thread `each` channels of them; it keeps the sum of the values, each times e**(score - top), where top
         is the largest score so far. At the end the teams' sums are added, in a fixed order.
         Moves: the head's part of the cache, once per block
         """
-        thread, t = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
-        h, b = uint32(cuda.blockIdx.y), uint32(cuda.blockIdx.z)
+        thread, t, h, b = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x), cuda.blockIdx.y, uint32(cuda.blockIdx.z)
         team, lane = thread // uint32(lanes), thread % uint32(lanes)
-        width, row = uint32(width), uint32(b * uint32(T) + t)
-        C = uint32(out.shape[1])
-        row_length, head = uint32(C + uint32(2) * width), uint32(h // uint32(group) * uint32(HS))
+        width = cache.shape[1]
+        head, key = h // group * HS, qkv.shape[1] - 2 * width + h // group * HS
         q = cuda.local.array(each, float32)
         keys = cuda.local.array(loaded, float32)
         values = cuda.local.array(loaded, float32)
@@ -94,16 +92,13 @@ def attend_kernel(HS: int, group: int):
         let_next_start()
         wait_for_previous()
 
-        start = uint32(position[0])
-        # where the keys of token 0 would stand in the cache, and those of token `start` in qkv
-        cached, new = uint32(b * uint32(2 * maxT) * width + head), uint32(b * uint32(T) * row_length + C + head)
-        if h % uint32(group) == 0:
+        start, row = uint32(position[0]), uint32(b * uint32(T) + t)
+        if h % group == 0:
             for c in range(thread, HS, ATTENDING):
-                to = uint32(cached + uint32(2) * (start + t) * width + uint32(c))
-                at = uint32(new + t * row_length + uint32(c))
-                cache[0, to] = qkv[0, at]
-                cache[0, to + width] = qkv[0, at + width]
-        load_channels(q, 0, qkv, row * row_length + h * uint32(HS), lane)
+                to = uint32(2) * (b * uint32(maxT) + start + t)
+                cache[to, head + c] = qkv[row, key + c]
+                cache[to + 1, head + c] = qkv[row, key + width + c]
+        load_channels(q, 0, qkv, row, h * HS, lane)
         for k in range(each):
             sums[k] = ZERO
         top, total = LOWEST, ZERO
@@ -111,11 +106,15 @@ def attend_kernel(HS: int, group: int):
         first = uint32(0)
         while first < end:
             for i in range(AT_ONCE):
-                s = min(uint32(first + team + uint32(i * teams)), uint32(end - uint32(1)))
-                source = cache if s < start else qkv
-                at = uint32(cached + uint32(2) * s * width if s < start else new + (s - start) * row_length)
-                load_channels(keys, i * each, source, at, lane)
-                load_channels(values, i * each, source, at + width, lane)
+                s = uint32(first + team + uint32(i * teams))
+                if s < start:
+                    at = uint32(2) * (b * uint32(maxT) + s)
+                    load_channels(keys, i * each, cache, at, head, lane)
+                    load_channels(values, i * each, cache, at + 1, head, lane)
+                elif s < end:
+                    at = uint32(b * uint32(T) + s - start)
+                    load_channels(keys, i * each, qkv, at, key, lane)
+                    load_channels(values, i * each, qkv, at, key + width, lane)
             before = top
             for i in range(AT_ONCE):
                 score = ZERO
@@ -244,7 +243,7 @@ def attention_cached_forward(out, cache, qkv, position, num_heads, num_kv_heads)
     """
     (B, T, C), HS, (maxT, _, width) = out.shape, head_size(out, num_heads), cache.shape[1:]
     overlapping(attend_kernel(HS, num_heads // num_kv_heads), (T, num_heads, B), ATTENDING)(
-        out.reshape(B * T, C), cache.reshape(1, -1), qkv.reshape(1, -1), position, T, maxT, width,
+        out.reshape(B * T, C), cache.reshape(-1, width), qkv.reshape(B * T, -1), position, T, maxT,
         ONE / float32(math.sqrt(HS)),
     )  # fmt: skip
 

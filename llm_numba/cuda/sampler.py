@@ -21,13 +21,12 @@ from llm_numba.cuda.jit import block_max, block_scan, block_sum, blocks_for, dev
 from llm_numba.cuda.overlap import let_next_start, overlapping, wait_for_previous
 from llm_numba.cuda.vectors import load_vector, store_vector, vector_size
 
-THREADS = sized(768, 4)
+THREADS = sized(512, 4)
 ZERO, HALF, ONE, TWO, THREE, FOUR = (float32(x) for x in (0, 0.5, 1, 2, 3, 4))
 EIGHT = float32(8)
 BELOW_ONE = float32(1 - 2.0**-24)
 LIGHTEST = float32(2.0**-100)  # the most likely token weighs 1; none lighter than this is drawn
-ULP = float32(2.0**-23)  # from 1 to the next float32
-ONE_AND_A_HALF = float32(1.5)
+STEPS, ULP = 12, float32(2.0**-23)  # a float32's fraction has 23 bits
 INFINITY, LOG2E = float32(np.inf), float32(math.log2(math.e))
 
 
@@ -51,20 +50,21 @@ def sample_kernel(size: int):
         return block_sum(a, shared), block_sum(b, shared), block_sum(c, shared)
 
     @device
-    def find(weights, low, high, rank, shared, found):
-        """The token with this rank, from 0, among those whose weights are in [low, high), or the last of these."""
+    def find(values, V, value, rank, shared, found):
+        """The token with this rank, from 0, among those of this value, of the first V."""
         x = cuda.local.array(size, float32)
         earlier = int32(0)
-        for start in range(0, weights.shape[1], row):
+        for start in range(0, V, row):
             mine, v = int32(0), start + cuda.threadIdx.x * size
-            load_vector(x, 0, weights, 0, v, size)
-            for i in range(size):
-                mine += int32(low <= x[i] and x[i] < high)
+            if v < V:
+                load_vector(x, 0, values, values.shape[0] - 1, v, size)
+                for i in range(size):
+                    mine += int32(v + i < V and x[i] == value)
             before, of_row = block_scan(mine, shared)
-            missing = min(rank - earlier, of_row - 1) - before
+            missing = rank - earlier - before
             if 0 <= missing and missing < mine:
                 for i in range(size):
-                    if low <= x[i] and x[i] < high:
+                    if v + i < V and x[i] == value:
                         if missing == 0:
                             found[0] = v + i
                         missing -= 1
@@ -76,45 +76,31 @@ def sample_kernel(size: int):
 
     @device
     def locate(weights, place, counted, shared, ranks, found):
-        """(token at `place`, low, high): its weight is in [low, high), like those of equal tokens only. If `counted`,
-        every token is as long as 1."""
-        # the exponent: the largest power of two for which the tokens that weigh at least as much reach the place.
-        # reached: their total; heavier: the total of those that weigh at least the next larger weight that was tried
-        weight, a, b, c, heavier = TWO, ZERO, ZERO, ZERO, ZERO
+        """(token at `place`, its weight). If `counted`, every token is as long as 1."""
+        # the exponent: the largest power of two for which the tokens that weigh at least as much reach the place
+        weight, a, b, c = TWO, ZERO, ZERO, ZERO
         while weight > LIGHTEST and c <= place:
-            weight, heavier = weight / EIGHT, c
+            weight /= EIGHT
             a, b, c = totals(weights, FOUR * weight, TWO * weight, weight, counted, shared)
-        if a > place:
-            weight, reached = FOUR * weight, a
-        elif b > place:
-            weight, reached, heavier = TWO * weight, b, a
-        else:
-            reached, heavier = c, b
-        # the fraction, two bits at a time, until one token or one weight is left
-        width, ulp = weight, weight * ULP
-        while width > ulp and reached - heavier > ONE_AND_A_HALF * (ONE if counted else weight):
-            width /= FOUR
-            first, second, third = weight + width, weight + TWO * width, weight + THREE * width
-            a, b, c = totals(weights, first, second, third, counted, shared)
-            if c > place:
-                weight, reached = third, c
-            elif b > place:
-                weight, reached, heavier = second, b, c
-            elif a > place:
-                weight, reached, heavier = first, a, b
-            else:
-                heavier = a
-        end = weight + max(width, ulp)
-        rank = int32(max(ZERO, (place - heavier) / (ONE if counted else weight)))
-        return find(weights, weight, end, rank, ranks, found), weight, end
+        weight *= FOUR if a > place else TWO if b > place else ONE
+        # the fraction, two bits at a time
+        step, ulp = weight / FOUR, weight * ULP
+        for _ in range(STEPS):
+            a, b, c = totals(weights, weight + step, weight + TWO * step, weight + THREE * step, counted, shared)
+            weight += step * (THREE if c > place else TWO if b > place else ONE if a > place else ZERO)
+            step /= FOUR
+        heavier, _, _ = totals(weights, weight + ulp, INFINITY, INFINITY, counted, shared)
+        a, b, _ = totals(weights, weight, weight + ulp, INFINITY, True, shared)
+        rank = max(ZERO, min((place - heavier) / (ONE if counted else weight), a - b - ONE))
+        return find(weights, weights.shape[1], weight, int32(rank), ranks, found), weight
 
     @device
     def cut(weights, place, counted, shared, ranks, found):
         """Clear the weights of the tokens behind the one at `place`."""
-        last, low, high = locate(weights, place, counted, shared, ranks, found)
+        last, lightest = locate(weights, place, counted, shared, ranks, found)
         for v in range(cuda.threadIdx.x * size, weights.shape[1], row):
             for i in range(v, v + size):
-                if weights[0, i] < low or (weights[0, i] < high and i > last):
+                if weights[0, i] < lightest or (weights[0, i] == lightest and i > last):
                     weights[0, i] = ZERO
 
     @kernel(launch_bounds=(THREADS, 1))
@@ -134,23 +120,21 @@ def sample_kernel(size: int):
         wait_for_previous()
 
         end = position[0] + logits.shape[0]  # read before the barrier, written after it
-        finite, top, likeliest = True, -INFINITY, int32(0)
+        finite, top = True, -INFINITY
         for v in range(first, V, row):
             load_vector(x, 0, logits, last, v, size)
             for i in range(size):
                 if v + i < V:
                     finite &= abs(x[i]) < INFINITY
-                    if x[i] > top:
-                        top, likeliest = x[i], int32(v + i)
-        mine, top = top, block_max(top, shared)
-        finite = cuda.syncthreads_and(int32(finite))
+                    top = max(top, x[i])
+        finite, top = cuda.syncthreads_and(int32(finite)), block_max(top, shared)
 
         temperature, top_k, top_p = float32(choice[0]), float32(choice[1]), float32(choice[2])
         share = min(float32(uniforms[end - 1]), BELOW_ONE)
         if not finite:
             drawn = int32(-1)
         elif temperature == ZERO:
-            drawn = int32(-block_max(-float32(likeliest) if mine == top else -INFINITY, shared))
+            drawn = find(logits, V, top, int32(0), ranks, found)
         else:
             for v in range(first, weights.shape[1], row):
                 if v < V:
@@ -164,7 +148,7 @@ def sample_kernel(size: int):
                 whole, _, _ = totals(weights, LIGHTEST, INFINITY, INFINITY, False, shared)
                 cut(weights, BELOW_ONE * top_p * whole, False, shared, ranks, found)
             whole, _, _ = totals(weights, LIGHTEST, INFINITY, INFINITY, False, shared)
-            drawn, _, _ = locate(weights, share * whole, False, shared, ranks, found)
+            drawn, _ = locate(weights, share * whole, False, shared, ranks, found)
         if cuda.threadIdx.x == 0:
             token[0, 0] = drawn
             position[0] = end
