@@ -406,6 +406,18 @@ def test_every_row_of_a_chunk(ops):
         assert_near(dict(enumerate(got)), dict(enumerate(expected[start:stop])), 2e-6)
 
 
+def test_a_reader_keeps_the_last_two_values(ops):
+    arena = sampling_arena(fresh_run(ops, MIDDLING, 1, 2)[0], "reuse")
+    token = arena.tensors["token", "tokens"]
+    read, waits = ops.reader(token), []
+    for value in range(5):
+        ops.to_device(token, value)
+        waits.append(read())
+        if value:
+            assert waits[-2]() == value - 1
+    assert waits[-1]() == 4 and waits[-1]().shape == (1, 1)
+
+
 def test_sampling_leaves_training_alone(ops):
     """A sample between two steps, from the same arena, changes no bit of either."""
     results = []
