@@ -95,7 +95,8 @@ def forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
     schedule = forward_schedule(B * NH, T, HS, blocks())
     launch = with_shared(forward_kernel(HS), blocks(), 128 * (CONSUMERS[HS] + 1), forward_shared(HS))
     scale = float32(1 / math.sqrt(HS))
-    launch(tensor_map(qkv, 64), tensor_map(out, 64), lse.reshape(B * NH, T), schedule, NH, num_kv_heads, scale)
+    maps = tensor_map(qkv, 64), tensor_map(qkv, KEYS), tensor_map(out, 64)
+    launch(*maps, lse.reshape(B * NH, T), schedule, NH, num_kv_heads, scale)
 
 
 def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
@@ -107,13 +108,11 @@ def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
     ends = np.cumsum([0, *sizes]) * (B * NH * tiles)
     dq, statistics, flags = (scratch[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
     statistics, flags = statistics.reshape(B * NH, tiles, 2, QUERIES), flags.reshape(B * NH, tiles)
-    rows = 256 // (HS // 8)
-    prepare = statistics_kernel(HS)[(blocks_for(tiles * QUERIES, rows), NH, B), 256, stream()]
-    prepare(statistics, flags, out, dout, lse)
+    statistics_kernel(HS)[(tiles, NH, B), QUERIES * HS // 16, stream()](statistics, flags, out, dout, lse)
     team = team_size(heads, tiles, blocks())
     launch = with_shared(backward_kernel(HS), blocks(), BACKWARD_THREADS[HS], backward_layout(HS)["end"])
-    maps = (tensor_map(x, 64) for x in (qkv, dout, dqkv))
-    sizes = num_heads, num_kv_heads, num_heads // num_kv_heads, team, blocks() // team, heads, tiles
+    maps = tensor_map(qkv, 64), tensor_map(qkv, KEYS), tensor_map(dout, 64), tensor_map(dqkv, 64)
+    sizes = team, blocks() // team, heads, tiles, NH, num_kv_heads
     launch(*maps, statistics, dq, flags, *sizes, float32(1 / math.sqrt(HS)))
 
 

@@ -50,6 +50,14 @@ def device(function: Callable):
     return cuda.jit(device=True)(function)
 
 
+def inlined(function: Callable):
+    """A device function that is always inlined, so that the local arrays it gets stay in registers.
+
+    The simulator calls it as it is: `cuda` means something in it only if it is in the kernel's file.
+    """
+    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+
+
 @functools.cache
 def stream():
     """The stream of every launch and copy. Unlike CUDA's default stream, it can be captured in a graph."""
@@ -159,6 +167,15 @@ if not SIMULATED:
 
         def codegen(context, builder, sig, args):
             return builder.asm(ir.FunctionType(F32, [F32]), "ex2.approx.ftz.f32 $0, $1;", "=f,f", args, False)
+
+        return signature(types.float32, types.float32), codegen
+
+    @intrinsic
+    def reciprocal(typingctx, x):
+        """1 / x in one instruction: off by at most one unit in the last place; results below 2**-126 become 0."""
+
+        def codegen(context, builder, sig, args):
+            return builder.asm(ir.FunctionType(F32, [F32]), "rcp.approx.ftz.f32 $0, $1;", "=f,f", args, False)
 
         return signature(types.float32, types.float32), codegen
 
@@ -274,6 +291,9 @@ else:
 
     def exp2(x):
         return np.exp2(x)
+
+    def reciprocal(x):
+        return float32(1) / x
 
     def load_float4(tile, row, column):
         return tile[row, column : column + 4]

@@ -84,6 +84,7 @@ from llm_numba.cuda.wgmma_registers import (
     exp2_columns,
     first_column,
     first_row,
+    load_columns,
     load_sums,
     mask_rows,
     next_stage,
@@ -134,32 +135,33 @@ def layout(HS: int) -> dict[str, int]:
 @functools.cache
 def statistics_kernel(HS: int):
     """The kernel that makes what `backward_kernel` reads for each query, and clears the flags."""
-    LANES, ROWS = HS // 8, 256 // (HS // 8)
+    LANES = HS // 16  # threads of a query
 
-    @kernel(launch_bounds=256)
+    @kernel(launch_bounds=QUERIES * LANES)
     def attention_statistics_kernel(statistics, flags, out, dout, lse):
         """statistics (B*NH, tiles, 2, 64) =: of each tile of 64 queries lse / ln(2), then delta = sum(dout * out).
 
         Rows past the last query get infinity and 0, which make their weights 0. flags (B*NH, tiles) = 0.
         out, dout (B, T, C), lse (B, NH, T)
-        Grid: (groups of ROWS queries, NH, B); block: HS / 8 threads for each query. Moves: out and dout once.
+        Grid: (tiles, NH, B); block: QUERIES * LANES; a thread owns 16 channels of a query. Moves: out and dout once.
         """
-        t = cuda.blockIdx.x * ROWS + cuda.threadIdx.x // LANES
-        lane, h, b = cuda.threadIdx.x % LANES, cuda.blockIdx.y, cuda.blockIdx.z
-        T, tiles = lse.shape[2], flags.shape[1]
-        at = ((b * T + min(t, T - 1)) * out.shape[2] + h * HS + lane * 8) * 2
-        x, y = load_constant_16_bytes(address(out) + at), load_constant_16_bytes(address(dout) + at)
+        tile, h, b = uint32(cuda.blockIdx.x), uint32(cuda.blockIdx.y), uint32(cuda.blockIdx.z)
+        i, lane, T = uint32(cuda.threadIdx.x // LANES), uint32(cuda.threadIdx.x % LANES), uint32(lse.shape[2])
+        t = uint32(tile * QUERIES + i)
+        first = int64(uint32(b * T + min(t, uint32(T - 1)))) * out.shape[2] + uint32(h * HS + lane * 8)
         delta = float32(0)
-        for i in range(4):
-            (left, right), (dleft, dright) = unpack(x[i]), unpack(y[i])
-            delta += left * dleft + right * dright
+        for part in range(2):
+            at = (first + part * (HS // 2)) * 2
+            x, y = load_constant_16_bytes(address(out) + at), load_constant_16_bytes(address(dout) + at)
+            for pair in range(4):
+                (left, right), (dleft, dright) = unpack(x[pair]), unpack(y[pair])
+                delta += left * dleft + right * dright
         delta += shuffle_xor(delta, 1)
         delta += shuffle_xor(delta, 2)
-        delta += shuffle_xor(delta, 4)
-        if LANES == 16:
-            delta += shuffle_xor(delta, 8)
-        if lane == 0 and t < tiles * QUERIES:
-            head, tile, i = b * lse.shape[1] + h, t // QUERIES, t % QUERIES
+        if LANES == 8:
+            delta += shuffle_xor(delta, 4)
+        if lane == 0:
+            head = uint32(b * uint32(lse.shape[1]) + h)
             statistics[head, tile, 0, i] = lse[b, h, t] * LOG2_E if t < T else float32(np.inf)
             statistics[head, tile, 1, i] = delta if t < T else float32(0)
             if i == 0:
@@ -173,7 +175,7 @@ def backward_kernel(HS: int):
     """The kernel of `backward` for heads of HS channels."""
     BOXES, RING, KV_RING, DS_RING = HS // 64, STAGES[HS], KV_STAGES[HS], DS_STAGES[HS]
     TILE, KV = BOXES * CHUNK, 2 * BOXES * CHUNK  # bytes of 64 queries, of 128 keys
-    SCORES, PAIRS, SUMS, SUM_PAIRS = 32, 16, HS // 2, HS // 4
+    SCORES, PAIRS, COLUMNS, SUMS, SUM_PAIRS = 32, 16, 16, HS // 2, HS // 4  # registers
     at = layout(HS)
     QUERIES_AT, DS_AT, DKV_AT, DQ_AT, STATISTICS_AT = (at[x] for x in ("queries", "ds", "dkv", "dq", "statistics"))
     FULL, EMPTY, KV_FULL, KV_EMPTY = at["full"], at["empty"], at["kv_full"], at["kv_empty"]
@@ -184,7 +186,7 @@ def backward_kernel(HS: int):
     @inlined
     def block_of_keys(head, turn, work):
         """The block of keys of this block's turn, or -1 if there are fewer, or no such head."""
-        team, _, heads, tiles, _ = work
+        team, _, heads, tiles, _, _, _ = work
         rank = int32(remainder(cuda.blockIdx.x, team))
         n = ((tiles + 1) >> 1) - 1 - turn * team - (team - 1 - rank if turn & 1 else rank)
         return int32(n if n >= 0 and head < heads else -1)
@@ -194,9 +196,9 @@ def backward_kernel(HS: int):
         """(head, turn, n, g, m): the first tile of queries that this block works on; n is -1 if there is none.
 
         head: of the keys; n: block of keys, this team's turn; g: query head in the group; m: tile of queries.
-        work: (blocks per team, teams, heads of keys, tiles of queries, query heads of a group)
+        work: (blocks per team, teams, B*NKV, tiles of queries, NH / NKV, NH, NKV)
         """
-        team, teams, heads, _, _ = work
+        team, teams, heads, _, _, _, _ = work
         first = int32(divide(cuda.blockIdx.x, team))
         head = first if first < teams else heads
         n = block_of_keys(head, 0, work)
@@ -205,7 +207,7 @@ def backward_kernel(HS: int):
     @inlined
     def next_tile(head, turn, n, g, m, work):
         """The next one: the tiles of a query head that see a block of keys, for each query head of the group."""
-        _, teams, _, tiles, group = work
+        _, teams, _, tiles, group, _, _ = work
         m += int32(1)
         if m == tiles:
             g += int32(1)
@@ -222,7 +224,7 @@ def backward_kernel(HS: int):
     @inlined
     def tile_of(head, g, m, work):
         """(query head of B*NH, index of its tile m of B*NH*tiles)."""
-        _, _, _, tiles, group = work
+        _, _, _, tiles, group, _, _ = work
         h = uint32(head * group + g)
         return h, uint32(h * tiles + m)
 
@@ -233,11 +235,11 @@ def backward_kernel(HS: int):
             mbarrier_arrive(barrier)
 
     @inlined
-    def load_keys(shared, qkv_map, work, num_heads, num_kv_heads):
+    def load_keys(shared, kv_map, work):
         """One thread: blocks of keys and values to shared memory."""
         stage, parity = uint32(0), uint32(0)
-        _, _, _, tiles, group = work
-        tensor_map_acquire(qkv_map)
+        _, _, _, tiles, group, num_heads, num_kv_heads = work
+        tensor_map_acquire(kv_map)
         head, turn, n, g, m = first_tile(work)
         while n >= 0:
             b, kv_head = int32(divide(head, num_kv_heads)), int32(remainder(head, num_kv_heads))
@@ -246,14 +248,12 @@ def backward_kernel(HS: int):
             mbarrier_arrive_expect_tx(full, 2 * KV)
             for box in range(2 * BOXES):  # k's, then v's
                 channel = (num_heads + kv_head + box // BOXES * num_kv_heads) * HS + box % BOXES * 64
-                box_to = to + box * 2 * CHUNK
-                tma_load_3d_hint(box_to, qkv_map, full, channel, n * KEYS, b, EVICT_FIRST)
-                tma_load_3d_hint(box_to + CHUNK, qkv_map, full, channel, n * KEYS + 64, b, EVICT_FIRST)
+                tma_load_3d_hint(to + box * 2 * CHUNK, kv_map, full, channel, n * KEYS, b, EVICT_FIRST)
             stage, parity = next_stage(stage, parity, KV_RING)
             head, turn, n, g, m = next_tile(head, turn, n, group - 1, tiles - 1, work)
 
     @inlined
-    def load_queries(shared, qkv_map, dout_map, statistics, work, num_heads):
+    def load_queries(shared, qkv_map, dout_map, statistics, work):
         """One thread: tiles of q, dout, lse and delta to shared memory."""
         stage, parity = uint32(0), uint32(0)
         tensor_map_acquire(qkv_map)
@@ -264,7 +264,7 @@ def backward_kernel(HS: int):
             mbarrier_wait(shared + EMPTY + 8 * stage, parity ^ 1)
             mbarrier_arrive_expect_tx(full, 2 * TILE + STATISTICS)
             h, tile = tile_of(head, g, m, work)
-            b, channel = int32(divide(h, num_heads)), int32(remainder(h, num_heads)) * HS
+            b, channel = int32(divide(h, work[5])), int32(remainder(h, work[5])) * HS
             for box in range(BOXES):
                 tma_load_3d(to + box * CHUNK, qkv_map, full, channel + box * 64, m * QUERIES, b)
                 tma_load_3d(to + TILE + box * CHUNK, dout_map, full, channel + box * 64, m * QUERIES, b)
@@ -324,7 +324,7 @@ def backward_kernel(HS: int):
             clear(dq, SCORES)
 
     @inlined
-    def end_dq(shared, dqkv_map, dq, pairs, place, warpgroup, staging, sums_at, h, box, n, m, num_heads, scale, count):
+    def end_dq(shared, dqkv_map, dq, pairs, place, warpgroup, staging, sums_at, h, box, n, m, work, scale, count):
         """Add a product to 64 channels of a tile of dq in its turn. The first stores, the last leaves as bf16."""
         if n == 0:
             if m < 2:
@@ -338,7 +338,7 @@ def backward_kernel(HS: int):
             fence_proxy_async()
             named_barrier(warpgroup + 1, 128)
             if elected:
-                b, channel = divide(h, num_heads), remainder(h, num_heads) * HS + box * 64
+                b, channel = divide(h, work[5]), remainder(h, work[5]) * HS + box * 64
                 tma_store_3d_hint(dqkv_map, staging, channel, m * QUERIES, b, EVICT_FIRST)
                 tma_commit()
         else:
@@ -353,7 +353,7 @@ def backward_kernel(HS: int):
         release(barrier + ADDED_FULL)
 
     @inlined
-    def add_up_dq(shared, dqkv_map, dq_sums, work, num_heads, scale):
+    def add_up_dq(shared, dqkv_map, dq_sums, work, scale):
         """Warpgroup 3 for heads of 64: dq."""
         dq, pairs = cuda.local.array(SCORES, float32), cuda.local.array(PAIRS, uint32)
         kv_stage, kv_parity, ds_stage, ds_parity = uint32(0), uint32(0), uint32(0), uint32(0)
@@ -375,7 +375,7 @@ def backward_kernel(HS: int):
             settle(dq, SCORES)
             release(shared + DS_EMPTY + 8 * ds_stage)
             ds_stage, ds_parity = next_stage(ds_stage, ds_parity, DS_RING)
-            end_dq(shared, dqkv_map, dq, pairs, place, 2, shared + DQ_AT, sums_at, h, 0, n, m, num_heads, scale, count)
+            end_dq(shared, dqkv_map, dq, pairs, place, 2, shared + DQ_AT, sums_at, h, 0, n, m, work, scale, count)
             count = uint32(count + 1)
             head_before, n_before = head, n
             head, turn, n, g, m = next_tile(head, turn, n, g, m, work)
@@ -384,7 +384,7 @@ def backward_kernel(HS: int):
                 kv_stage, kv_parity = next_stage(kv_stage, kv_parity, KV_RING)
 
     @inlined
-    def store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head, n, num_heads, num_kv_heads, scale):
+    def store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head, n, work, scale):
         """A warpgroup's 64 rows of dk and dv, once the previous block's have been read from shared memory."""
         elected, staging = cuda.threadIdx.x & 127 == 0, shared + DKV_AT + warpgroup * (2 * TILE)
         if elected:
@@ -397,6 +397,7 @@ def backward_kernel(HS: int):
         fence_proxy_async()
         named_barrier(warpgroup + 1, 128)
         if elected:
+            num_heads, num_kv_heads = work[5], work[6]
             b, kv_head = divide(head, num_kv_heads), remainder(head, num_kv_heads)
             row = n * KEYS + int32(warpgroup * 64)
             for box in range(2 * BOXES):
@@ -405,7 +406,7 @@ def backward_kernel(HS: int):
             tma_commit()
 
     @inlined
-    def own_keys(shared, dqkv_map, work, num_heads, num_kv_heads, scale):
+    def own_keys(shared, dqkv_map, work, scale):
         """Warpgroup 1 or 2 for heads of 64: dk and dv of 64 keys of each block, and ds for dq.
 
         One loop over the tiles of all blocks of keys. The last part of a tile (ds to shared memory, dk) comes after the
@@ -417,7 +418,7 @@ def backward_kernel(HS: int):
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32)
         weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
-        pairs = cuda.local.array(SUM_PAIRS, uint32)
+        pairs, columns = cuda.local.array(SUM_PAIRS, uint32), cuda.local.array(COLUMNS, float32)
         stage, parity, kv_stage, kv_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         ds_stage, ds_parity = uint32(0), uint32(0)
         first_k = keep(descriptor(shared + warpgroup * CHUNK, 0))
@@ -462,37 +463,26 @@ def backward_kernel(HS: int):
                 settle(dk, SUMS)
                 settle(dv, SUMS)
                 release(shared + KV_EMPTY + 8 * (kv_stage ^ 1))
-                store_dkv(
-                    shared,
-                    dqkv_map,
-                    warpgroup,
-                    dk,
-                    dv,
-                    pairs,
-                    place,
-                    head_before,
-                    n_before,
-                    num_heads,
-                    num_kv_heads,
-                    scale,
-                )
+                store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head_before, n_before, work, scale)
             numbers, here = statistics + stage * STATISTICS, uint32(shared + EMPTY + 8 * stage)
             stage, parity = next_stage(stage, parity, RING)
 
+            load_columns(columns, numbers)  # lse; while the products run
             wgmma_wait(1)
             settle(scores, SCORES)
             past = int32(m - 2 * n)  # tiles from the first that sees these keys
             if past < 2:
                 mask_rows(scores, int32(past * QUERIES + diagonal))
-            exp2_columns(scores, scale * LOG2_E, numbers)
+            exp2_columns(scores, scale * LOG2_E, columns)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, q + (TILE >> 4), accumulate, 64, QUERIES, 1)
+            load_columns(columns, numbers + 256)  # delta
             wgmma_wait(1)
             settle(dscores, SCORES)
             if before > 0:
                 release(before)
             before, q_before = here, q
-            score_gradients(dscores, scores, numbers + 256)
+            score_gradients(dscores, scores, columns)
             pack_pairs(ds, dscores)
             settle(ds, PAIRS)
 
@@ -505,18 +495,16 @@ def backward_kernel(HS: int):
                 if n >= 0:
                     mbarrier_wait(shared + KV_FULL + 8 * kv_stage, kv_parity)
         wgmma_wait(0)
-        if cuda.threadIdx.x & 127 == 0:
-            tma_store_wait_read(0)
 
     @inlined
-    def own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
+    def own_wide_keys(shared, dqkv_map, dq_sums, work, scale):
         """Warpgroup 1 or 2 for heads of 128: dk and dv of 64 keys of each block, and 64 channels of dq."""
         warpgroup, thread = uniform(cuda.threadIdx.x >> 7) - 1, cuda.threadIdx.x & 127
         diagonal = first_column(thread) - first_row(thread) - int32(warpgroup * 64)
         scores, dscores = cuda.local.array(SCORES, float32), cuda.local.array(SCORES, float32)
         dk, dv, dq = cuda.local.array(SUMS, float32), cuda.local.array(SUMS, float32), cuda.local.array(SCORES, float32)
         weights, ds = cuda.local.array(PAIRS, uint32), cuda.local.array(PAIRS, uint32)
-        pairs = cuda.local.array(SUM_PAIRS, uint32)
+        pairs, columns = cuda.local.array(SUM_PAIRS, uint32), cuda.local.array(COLUMNS, float32)
         count, kv_parity = uint32(0), uint32(0)
         k, k_columns = descriptor(shared + warpgroup * CHUNK, 0), descriptor(shared + warpgroup * (2 * CHUNK), 0)
         v = k + (KV >> 4)
@@ -544,12 +532,14 @@ def backward_kernel(HS: int):
             if past < 2:
                 mask_rows(scores, int32(past * QUERIES + diagonal))
             numbers = shared + STATISTICS_AT + stage * STATISTICS + uint32(first_column(thread)) * 4
-            exp2_columns(scores, scale * LOG2_E, numbers)
+            load_columns(columns, numbers)
+            exp2_columns(scores, scale * LOG2_E, columns)
             pack_pairs(weights, scores)
             wgmma_rs(dv, weights, dout, accumulate, HS, QUERIES, 1)
             wgmma_wait(1)
             settle(dscores, SCORES)
-            score_gradients(dscores, scores, numbers + 256)
+            load_columns(columns, numbers + 256)
+            score_gradients(dscores, scores, columns)
             pack_pairs(ds, dscores)
             settle(ds, PAIRS)
             forget(scores, SCORES)
@@ -583,7 +573,7 @@ def backward_kernel(HS: int):
                 warpgroup,
                 n,
                 m,
-                num_heads,
+                work,
                 scale,
                 count,
             )
@@ -593,58 +583,33 @@ def backward_kernel(HS: int):
             if head != head_before or n != n_before:
                 release(shared + KV_EMPTY)
                 kv_parity = uint32(kv_parity ^ 1)
-                store_dkv(
-                    shared,
-                    dqkv_map,
-                    warpgroup,
-                    dk,
-                    dv,
-                    pairs,
-                    place,
-                    head_before,
-                    n_before,
-                    num_heads,
-                    num_kv_heads,
-                    scale,
-                )
+                store_dkv(shared, dqkv_map, warpgroup, dk, dv, pairs, place, head_before, n_before, work, scale)
 
     @inlined
-    def consume_64(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
+    def consume_64(shared, dqkv_map, dq_sums, work, scale):
         if uniform(cuda.threadIdx.x >> 7) == 3:
             setmaxnreg_dec(80)
-            add_up_dq(shared, dqkv_map, dq_sums, work, num_heads, scale)
+            add_up_dq(shared, dqkv_map, dq_sums, work, scale)
         else:
             setmaxnreg_inc(200)
-            own_keys(shared, dqkv_map, work, num_heads, num_kv_heads, scale)
+            own_keys(shared, dqkv_map, work, scale)
 
     @inlined
-    def consume_128(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale):
+    def consume_128(shared, dqkv_map, dq_sums, work, scale):
         setmaxnreg_inc(240)
-        own_wide_keys(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale)
+        own_wide_keys(shared, dqkv_map, dq_sums, work, scale)
 
     consume = {64: consume_64, 128: consume_128}[HS]
 
     @kernel(launch_bounds=(THREADS[HS], 1))
     def attention_backward_kernel(
-        qkv_map,
-        dout_map,
-        dqkv_map,
-        statistics,
-        dq_sums,
-        flags,
-        num_heads,
-        num_kv_heads,
-        group,
-        team,
-        teams,
-        heads,
-        tiles,
-        scale,
+        qkv_map, kv_map, dout_map, dqkv_map, statistics, dq_sums, flags, team, teams, heads, tiles, NH, NKV, scale
     ):
-        """dqkv = <- qkv, dout, all through tensor maps of boxes of 64 rows, and statistics (B*NH, tiles, 2, 64).
+        """dqkv = <- qkv, dout through tensor maps, and statistics (B*NH, tiles, 2, 64).
 
-        dq_sums: B*NH*tiles tiles (64, HS) float32 in the order of the registers, of which nothing is assumed; flags
-        (B*NH, tiles): 0; group: NH / NKV; heads: B*NKV. `team` blocks share a head of keys; there are `teams`.
+        kv_map: qkv in boxes of 128 rows; the other maps have boxes of 64. dq_sums: B*NH*tiles tiles (64, HS) float32 in
+        the order of the registers, of which nothing is assumed. flags (B*NH, tiles): 0. heads: B*NKV. `team` blocks
+        share a head of keys; there are `teams` of them.
         Grid: one block per SM, or fewer; block: THREADS.
         """
         shared, thread = dynamic_shared(), cuda.threadIdx.x
@@ -666,13 +631,14 @@ def backward_kernel(HS: int):
             fence_mbarrier_init()
             fence_proxy_async()
         cuda.syncthreads()
-        work = int32(team), int32(teams), int32(heads), int32(tiles), int32(group)
+        group = int32(divide(NH, NKV))
+        work = int32(team), int32(teams), int32(heads), int32(tiles), group, int32(NH), int32(NKV)
         if uniform(thread >> 7) == 0:
             setmaxnreg_dec(PRODUCER_REGISTERS)
             if thread == 0:
-                load_keys(shared, qkv_map, work, num_heads, num_kv_heads)
+                load_keys(shared, kv_map, work)
             elif thread == 32:
-                load_queries(shared, qkv_map, dout_map, statistics, work, num_heads)
+                load_queries(shared, qkv_map, dout_map, statistics, work)
             elif thread == 64:
                 await_turns(shared, flags, work)
             elif thread == 96:
@@ -680,7 +646,7 @@ def backward_kernel(HS: int):
         else:
             if thread & 127 == 0:
                 tensor_map_acquire(dqkv_map)
-            consume(shared, dqkv_map, dq_sums, work, num_heads, num_kv_heads, scale)
+            consume(shared, dqkv_map, dq_sums, work, scale)
             tma_store_wait_read(0)
 
     return attention_backward_kernel

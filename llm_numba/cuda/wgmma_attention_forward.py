@@ -115,22 +115,22 @@ def forward_kernel(HS: int):
         return int32(int32(min(t0 + QUERIES, T) - 1) >> 7)
 
     @inlined
-    def load_tile(shared, qkv_map, stage, parity, channel, tile, b):
+    def load_tile(shared, kv_map, stage, parity, channel, tile, b):
         """Fill a stage of the ring with a tile of keys or values, and return the next stage."""
         full = shared + FULL + 8 * stage
         mbarrier_wait(shared + EMPTY + 8 * stage, parity ^ 1)
         mbarrier_arrive_expect_tx(full, TILE)
         for box in range(BOXES):
             to = shared + KV_AT + stage * TILE + box * 2 * CHUNK
-            tma_load_3d(to, qkv_map, full, channel + box * 64, tile * KEYS, b)
-            tma_load_3d(to + CHUNK, qkv_map, full, channel + box * 64, tile * KEYS + 64, b)
+            tma_load_3d(to, kv_map, full, channel + box * 64, tile * KEYS, b)
         return next_stage(stage, parity, RING)
 
     @inlined
-    def produce(shared, qkv_map, schedule, T, num_heads, num_kv_heads):
+    def produce(shared, qkv_map, kv_map, schedule, T, num_heads, num_kv_heads):
         """The producer, one thread: the items' queries, keys and values to shared memory."""
         stage, parity, buffer, q_parity = uint32(0), uint32(0), uint32(0), uint32(0)
         tensor_map_acquire(qkv_map)
+        tensor_map_acquire(kv_map)
         i, head, t0 = item_of(schedule, 0)
         while head >= 0:
             b, h = int32(divide(head, num_heads)), int32(remainder(head, num_heads))
@@ -147,11 +147,11 @@ def forward_kernel(HS: int):
             # k(last), then k(n - 1) and v(n) for n = last, ... 0; there is no k(-1)
             k, last = (num_heads + kv_head) * HS, last_tile(t0, T)
             v = k + num_kv_heads * HS
-            stage, parity = load_tile(shared, qkv_map, stage, parity, k, last, b)
+            stage, parity = load_tile(shared, kv_map, stage, parity, k, last, b)
             for n in range(last, -1, -1):
                 if n > 0:
-                    stage, parity = load_tile(shared, qkv_map, stage, parity, k, n - 1, b)
-                stage, parity = load_tile(shared, qkv_map, stage, parity, v, n, b)
+                    stage, parity = load_tile(shared, kv_map, stage, parity, k, n - 1, b)
+                stage, parity = load_tile(shared, kv_map, stage, parity, v, n, b)
             i, head, t0 = item_of(schedule, i)
 
     @inlined
@@ -289,9 +289,10 @@ def forward_kernel(HS: int):
             tma_store_wait_read(0)
 
     @kernel(launch_bounds=(THREADS, 1))
-    def attention_forward_kernel(qkv_map, out_map, lse, schedule, num_heads, num_kv_heads, scale):
-        """out =, lse (B*NH, T) = <- qkv; out and qkv through tensor maps of boxes of 64 rows and 64 columns.
+    def attention_forward_kernel(qkv_map, kv_map, out_map, lse, schedule, num_heads, num_kv_heads, scale):
+        """out =, lse (B*NH, T) = <- qkv; out and qkv through tensor maps.
 
+        kv_map: qkv in boxes of 128 rows; the other maps have boxes of 64
         schedule (rounds, blocks, 2) int32: a block's items, each a head of B*NH and a first query; then the head is -1
         Grid: one block per SM; block: a producer and the consumer warpgroups.
         """
@@ -309,7 +310,7 @@ def forward_kernel(HS: int):
         if uniform(thread >> 7) == 0:
             setmaxnreg_dec(PRODUCER_REGISTERS)
             if thread == 0:
-                produce(shared, qkv_map, schedule, lse.shape[1], num_heads, num_kv_heads)
+                produce(shared, qkv_map, kv_map, schedule, lse.shape[1], num_heads, num_kv_heads)
         else:
             setmaxnreg_inc(CONSUMER_REGISTERS)
             consume(shared, out_map, lse, schedule, lse.shape[1], num_heads, scale)

@@ -81,28 +81,27 @@ def exp2_rows(scores, factor, shift, low_shift):
 
 
 @inlined
-def exp2_columns(scores, factor, numbers):
-    """scores = 2**(scores * factor - the column's number).
+def load_columns(columns, numbers):
+    """A number for each of the thread's columns of a tile, from shared memory.
 
-    numbers: in shared memory, the address of the number of the thread's first column
+    numbers: the address of the number of the thread's first column
     """
-    for i in range(0, scores.shape[0], 4):
-        even, odd = load_shared_float2(numbers + i * 8)
-        scores[i] = exp2(scores[i] * factor - even)
-        scores[i + 1] = exp2(scores[i + 1] * factor - odd)
-        scores[i + 2] = exp2(scores[i + 2] * factor - even)
-        scores[i + 3] = exp2(scores[i + 3] * factor - odd)
+    for i in range(0, columns.shape[0], 2):
+        columns[i], columns[i + 1] = load_shared_float2(numbers + i * 16)
 
 
 @inlined
-def score_gradients(dscores, weights, numbers):
-    """dscores = weights * (dscores - the column's number); see exp2_columns."""
-    for i in range(0, dscores.shape[0], 4):
-        even, odd = load_shared_float2(numbers + i * 8)
-        dscores[i] = weights[i] * (dscores[i] - even)
-        dscores[i + 1] = weights[i + 1] * (dscores[i + 1] - odd)
-        dscores[i + 2] = weights[i + 2] * (dscores[i + 2] - even)
-        dscores[i + 3] = weights[i + 3] * (dscores[i + 3] - odd)
+def exp2_columns(scores, factor, columns):
+    """scores = 2**(scores * factor - the column's number)."""
+    for i in range(scores.shape[0]):
+        scores[i] = exp2(scores[i] * factor - columns[(i >> 2) * 2 + (i & 1)])
+
+
+@inlined
+def score_gradients(dscores, weights, columns):
+    """dscores = weights * (dscores - the column's number)."""
+    for i in range(dscores.shape[0]):
+        dscores[i] = weights[i] * (dscores[i] - columns[(i >> 2) * 2 + (i & 1)])
 
 
 @inlined

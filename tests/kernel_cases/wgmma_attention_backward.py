@@ -8,7 +8,7 @@ from llm_numba.cuda.wgmma_attention_backward import STAGES, backward_kernel, sta
 
 def cases():
     statistics = (array("f4"), array("f2"), array("h3"), array("h3"), array("f3"))
-    backward = (int64, int64, int64, array("f4"), array("f1"), array("f2"), *7 * (int64,), float32)
+    backward = (int64, int64, int64, int64, array("f4"), array("f1"), array("f2"), *6 * (int64,), float32)
     contains = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "RED")
     return [
         case
