@@ -361,7 +361,7 @@ print("\n".join(table(["slot", "tensors in it", "without sharing", "shared"], li
 #
 # There is one deliberate exception. The *logits*, the model's predictions, have $V_p$ elements for each token and would
 # be the largest tensor of all. Under `reuse` there is room for only some of the rows at a time: a quarter of them, but
-# at least 1024 (`logits_rows` in `models/gpt2.py`).
+# at least 4096 (`logits_rows` in `models/gpt2.py`).
 
 
 # %%

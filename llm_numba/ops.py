@@ -49,7 +49,7 @@ CONTRACT = {
 WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
 # what a device offers beside its ops: in jit.py, memory.py and peak.py
 BACKEND = {
-    "jit": ("is_compiled", "nothing_compiled"),
+    "jit": ("is_compiled", "shares"),
     "memory": tuple(
         "allocate available_memory view storage_dtype to_host reader set_threads capture describe_device".split()
     ),

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llm_numba.models import preset
+from llm_numba.ops import CONTRACT, get_ops
+from llm_numba.training import precompile
+from llm_numba.training.settings import Settings
 from llm_numba.util import cache
 
 pytestmark = pytest.mark.compiled
@@ -48,11 +52,35 @@ def test_starting_the_threads_does_not_count_as_a_compiled_op(tmp_path):
         from llm_numba.ops import get_ops
         ops = get_ops("cpu")
         ops.set_threads(0)
-        found = [ops.nothing_compiled()]
+        found = [bool(ops.shares())]
         ops.residual_backward(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32))
-        print(*found, ops.nothing_compiled())
+        print(*found, bool(ops.shares()))
     """
     assert output(script, NUMBA_CACHE_DIR=str(tmp_path), PYTHONPATH=str(HERE.parent)).split() == ["True", "False"]
+
+
+def test_other_processes_compile_what_this_one_leaves(monkeypatch):
+    started, done = [], []
+
+    class Other:
+        def __init__(self, command, **_):
+            started.append(command[3:])
+
+        def wait(self):
+            done.append("waited")
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(precompile.subprocess, "Popen", Other)
+    ops = get_ops("cpu").replace(shares=lambda: [{"attention"}, {"matmul_forward"}])
+    ops = ops.wrap(lambda name, op: lambda *arguments: done.append(name) or op(*arguments))
+    precompile.precompile(ops, preset("nano"), Settings(preset="nano", device="cpu"))
+    assert [names for _, *names in started] == [list(CONTRACT["attention"]), ["matmul_forward"]]
+    before, after = set(done[: done.index("waited")]), set(done[done.index("waited") :])
+    left = {"attention_forward", "attention_backward", "attention_cached_forward", "matmul_forward"}
+    assert not left & before and "matmul_backward" in before and left <= after
+    precompile.compile_share(started[1][0], "matmul_forward")  # with what the other process is given
 
 
 OP = """

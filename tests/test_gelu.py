@@ -22,9 +22,9 @@ def parts(inp):
 
 def sigmoid_error(inp):
     """The relative error of sigmoid(2u): 2u takes four operations, and e**-2u multiplies its relative error by |2u|;
-    e**x itself loses two units, and the sum and the division lose one each."""
+    e**x itself loses up to three units, the sum one and the division two."""
     double_u, sigmoid, _ = parts(inp)
-    return UNIT * ((1 - sigmoid) * (4 * double_u + 3) + 3)
+    return UNIT * ((1 - sigmoid) * (4 * double_u + 4) + 3)
 
 
 def forward_error(inp):

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("numba_cuda")
 from numba import cuda
 
-from llm_numba.cuda import memory
+from llm_numba.cuda import hopper, memory, tensor_cores
 from llm_numba.cuda.hopper import (
     clear,
     descriptor,
@@ -147,6 +147,14 @@ def run(rng, a_transposed=0, b_transposed=0, from_registers=0, missing=NOTHING):
 def needs_hopper(device):
     if device == "cpu" or not SIMULATED and compute_capability()[0] != 9:
         pytest.skip("needs compute capability 9, real or simulated")
+
+
+def test_the_simulator_has_every_instruction():
+    if not SIMULATED:
+        pytest.skip("in the simulator")
+    instructions = type(tensor_cores.mma)
+    own = {name for name, x in vars(hopper).items() if name not in vars(tensor_cores)}
+    assert not [name for name in own if isinstance(getattr(hopper, name), instructions)]
 
 
 @pytest.mark.parametrize("b_transposed", [0, 1])

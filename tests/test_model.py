@@ -28,6 +28,7 @@ from training import (
 )
 
 from llm_numba.arena import Arena
+from llm_numba.models import gpt2
 from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import get_ops
 from llm_numba.training.generate import Choice, generation_groups, generation_step, generator, stepper
@@ -275,9 +276,11 @@ def test_a_step_over_its_limit_is_left_out(ops):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("plan", PLANS)
-def test_logits_a_block_of_rows_at_a_time(ops, plan, torch_gpt2):
+def test_logits_a_block_of_rows_at_a_time(ops, plan, torch_gpt2, monkeypatch):
     """1200 rows, of whose logits there are 1024 at a time: all else is as PyTorch, which has them all, says."""
     B, T = 40, 30
+    assert [gpt2.logits_rows(rows) for rows in (1, 4096, 4097, 1 << 15)] == [1, 4096, 4096, 1 << 13]
+    monkeypatch.setattr(gpt2, "logits_rows", lambda _: 1024)
     run, batch = fresh_run(ops, MIDDLING, B, T, plan)
     assert [rows.logits.shape[1] for rows in run.m.blocks] == [1024, 176]
     assert run.m.logits.size == (1024 if plan == "reuse" else B * T) * MIDDLING.padded_vocab_size
@@ -401,6 +404,18 @@ def test_every_row_of_a_chunk(ops):
         stepper(ops, arena, group)()
         got = ops.to_host(arena.tensors[group, "logits"])[0, :, : MIDDLING.vocab_size]
         assert_near(dict(enumerate(got)), dict(enumerate(expected[start:stop])), 2e-6)
+
+
+def test_a_reader_keeps_the_last_two_values(ops):
+    arena = sampling_arena(fresh_run(ops, MIDDLING, 1, 2)[0], "reuse")
+    token = arena.tensors["token", "tokens"]
+    read, waits = ops.reader(token), []
+    for value in range(5):
+        ops.to_device(token, value)
+        waits.append(read())
+        if value:
+            assert waits[-2]() == value - 1
+    assert waits[-1]() == 4 and waits[-1]().shape == (1, 1)
 
 
 def test_sampling_leaves_training_alone(ops):

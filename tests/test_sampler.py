@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 VOCABULARY = [1, 7, pytest.param(50257, marks=pytest.mark.real)]
-CHOICES = [(1, 0, 1), (0.8, 0, 0.95), (3, 0, 0.5), (1, 0, 0), (0.5, 3, 1), (2, 4, 0.6), (1, 1000, 0.9), (1e-3, 0, 1)]
+CHOICES = [(1, 0, 1), (0.8, 0, 0.95), (3, 0, 0.5), (1, 0, 0), (0.5, 3, 1), (2, 4, 0.6), (1, 1000, 0.9), (1e-3, 5, 1)]
 
 
 def choose(logits, temperature, top_k, top_p, rng):
@@ -66,6 +66,12 @@ def test_equal_tokens_in_their_order(draw, u, token):
     logits = np.full(20, -200.0)
     logits[3:13] = 5
     assert draw(logits, u) == token
+
+
+@pytest.mark.parametrize("top_k, top_p, last", [(3, 1, 2), (0, 0.5, 3), (0, 0.51, 4), (6, 0.5, 2), (8, 1, 7)])
+def test_the_last_that_may_be_drawn(draw, top_k, top_p, last):
+    """Of eight equal tokens."""
+    assert draw([1] * 8, 1 - 2**-53, 1, top_k, top_p) == last
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -4,7 +4,6 @@ On a GPU this file runs as a separate program, because a lesson's process runs k
 NUMBA_ENABLE_CUDASIM=0 python lessons/rungs/_whole_step.py cuda d12 4 1024 bf16
 """
 
-import inspect
 import json
 import math
 import sys
@@ -16,31 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_numba.arena import DTYPES, Arena
+from llm_numba.bench.breakdown import PATTERNS, work
 from llm_numba.bench.measuring import measure, wall_time
 from llm_numba.bench.races import new_steps, step_groups
 from llm_numba.models import preset
 from llm_numba.ops import get_ops
 from llm_numba.training.memory_plan import complete, training_groups
+from llm_numba.training.override import parameters_of
 from llm_numba.training.settings import Settings
 from llm_numba.training.step import training_step
-
-# arrays that an op reads and writes; their bytes count twice
-UPDATED = {
-    "layernorm_backward": ("dinp",),
-    "encoder_backward": ("dwte", "dwpe"),
-    "fused_classifier": ("logits",),
-    "adamw_update": ("params", "master", "m", "v"),
-}
-# the closest access pattern of `peak_bandwidth`; "copy" for all other ops
-PATTERNS = {
-    "global_norm_squared": "read",
-    "gelu_backward": "add",
-    "residual_layernorm_forward": "add",
-    "layernorm_backward": "update",
-    "fused_classifier": "update",
-    "encoder_backward": "update",
-    "adamw_update": "update",
-}
 
 
 class Call(NamedTuple):
@@ -53,44 +36,17 @@ class Call(NamedTuple):
     nbytes: int
 
 
-def arguments_of(op):
-    return list(inspect.signature(getattr(op, "py_func", op)).parameters)
-
-
-def flops_of(name, given):
-    """FLOPs of matmuls and attention; the other ops are memory-bound and count as 0."""
-    shape = lambda key: given[key].shape  # noqa: E731
-    if "matmul" in name:
-        OC, C = shape("weight")
-        return (2 if name.endswith("forward") else 4) * math.prod(shape("inp")[:-1]) * OC * C
-    if name.startswith("attention"):
-        B, T, C = shape("out")  # causal: half of T * T
-        return (2 if name.endswith("forward") else 4) * B * T * T * C
-    return 0
-
-
-def bytes_of(name, given):
-    """The minimum bytes: each input read once, each output written once."""
-    if name == "residual_backward" and given["dinp"] is given["dout"]:
-        return 0
-    arrays = {key: x.size * x.dtype.itemsize for key, x in given.items() if hasattr(x, "dtype") and key != "scratch"}
-    if name.startswith("encoder"):  # only the rows of the tables that are used
-        rows = arrays["out" if name.endswith("forward") else "dout"]
-        arrays |= {key: min(size, rows) for key, size in arrays.items() if key in ("wte", "wpe", "dwte", "dwpe")}
-    return sum(size * (2 if key in UPDATED.get(name, ()) else 1) for key, size in arrays.items())
-
-
 def watched(ops, calls, timed):
     """The same ops, each appending a Call to `calls`. timed: timed(run) -> seconds."""
 
     def watch(name, op):
-        names = arguments_of(op)
+        names = parameters_of(op)
 
         def call(*given):
             by_name = dict(zip(names, given, strict=False))
             start = time.perf_counter()
             seconds = timed(partial(op, *given))
-            calls.append(Call(name, start, seconds, flops_of(name, by_name), bytes_of(name, by_name)))
+            calls.append(Call(name, start, seconds, *work(name, by_name)[1:]))
 
         return call
 

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         check_memory(ops, model, B, T, args.dtype)
 
     ops.set_threads(args.threads)
-    seconds = precompile(ops, model, Settings(preset=args.preset, dtype=args.dtype))
+    seconds = precompile(ops, model, Settings(preset=args.preset, dtype=args.dtype, device=device))
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     results = new_results(args.preset, get_num_threads(), device, args.dtype)
     races.measure_machine(ops, results)

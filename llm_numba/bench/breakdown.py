@@ -10,8 +10,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 
-import numpy as np
-
 from llm_numba.models.gpt2 import GPT2
 from llm_numba.ops import CONTRACT, WRITES, Ops
 from llm_numba.training.override import parameters_of
@@ -19,13 +17,24 @@ from llm_numba.training.settings import Settings
 from llm_numba.training.step import training_step
 
 OPS = WRITES.keys() - {"to_device"}
-NOT_MOVED = {"scratch", "accumulate"}  # of every call
-UPDATED = {  # arguments that an op reads and writes
+# arguments that an op reads and writes; their bytes count twice
+UPDATED = {
+    "encoder_backward": ("dwte", "dwpe"),
     "layernorm_backward": ("dinp",),
     "fused_classifier": ("logits",),
     "adamw_update": ("params", "master", "m", "v"),
 }
-ROWS_ONLY = {"encoder_forward": ("wte",), "encoder_backward": ("dwte",)}  # of which it moves as many rows as tokens
+TABLES = {"wte", "dwte", "wpe", "dwpe"}  # of which the encoder moves at most as many rows as there are tokens
+# the closest access pattern of `peak_bandwidth`; "copy" for all other ops
+PATTERNS = {
+    "global_norm_squared": "read",
+    "gelu_backward": "add",
+    "residual_layernorm_forward": "add",
+    "layernorm_backward": "update",
+    "fused_classifier": "update",
+    "encoder_backward": "update",
+    "adamw_update": "update",
+}
 
 
 def break_down(ops: Ops, model: GPT2, m, device: str, runs: int) -> list[dict]:
@@ -50,7 +59,7 @@ def break_down(ops: Ops, model: GPT2, m, device: str, runs: int) -> list[dict]:
         training_step(ops.wrap(marked, OPS), model, m, Settings())
 
     step = ops.capture(program)
-    for _ in range(2):  # compile, then capture
+    for _ in range(2 if device == "cuda" else 0):  # compile, then capture
         step()
     taken = []
     for _ in range(runs):
@@ -84,17 +93,20 @@ def timeline(device: str) -> tuple[Callable[[int], None], Callable[[], list[floa
 
 
 def work(op: str, given: dict) -> tuple[str, int, int]:
-    """(shape, flops, bytes) of a call, from its arguments by name; flops are 0 for an op that memory limits."""
+    """(shape, FLOPs, bytes) of a call, from its arguments by name. FLOPs of products and attention, of which memory is
+    not the limit; for all ops the fewest bytes, each input read once and each output written once."""
+    arrays = {name: x for name, x in given.items() if getattr(x, "shape", ()) and name != "scratch"}
+    sizes = {name: x.size * x.dtype.itemsize * (2 if name in UPDATED.get(op, ()) else 1) for name, x in arrays.items()}
+    if op in CONTRACT["encoder"]:
+        for name in sizes.keys() & TABLES:
+            rows = given[name].shape[0]
+            sizes[name] = sizes[name] // rows * min(rows, given["tokens"].size)
+    nbytes = 0 if op == "residual_backward" and given["dinp"] is given["dout"] else sum(sizes.values())
+    times = 4 if "backward" in op else 2
     if op in CONTRACT["matmul"]:
         (OC, C), R = given["weight"].shape, math.prod(given["inp"].shape[:-1])
-        return f"R={R} C={C} OC={OC}", (4 if "backward" in op else 2) * R * C * OC, 0
-    if op in CONTRACT["attention"]:
-        B, T, C = given["out"].shape
-        return f"B={B} T={T} C={C}", (4 if "backward" in op else 2) * B * T * T * C, 0
-    tensors = {name: x for name, x in given.items() if hasattr(x, "dtype") and np.ndim(x) and name not in NOT_MOVED}
-    sizes = {name: x.size * x.dtype.itemsize for name, x in tensors.items()}
-    for name in ROWS_ONLY.get(op, ()):
-        sizes[name] = given["tokens"].size * given[name].shape[1] * given[name].dtype.itemsize
-    for name in UPDATED.get(op, ()):
-        sizes[name] = 2 * sizes.get(name, 0)
-    return "", 0, sum(sizes.values())
+        return f"R={R} C={C} OC={OC}", times * R * C * OC, nbytes
+    if op in ("attention_forward", "attention_backward"):
+        B, T, C = given["out"].shape  # causal: half of T x T
+        return f"B={B} T={T} C={C}", times * B * T * T * C, nbytes
+    return "", 0, nbytes

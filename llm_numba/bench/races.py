@@ -58,9 +58,9 @@ def run_step(ops, model: GPT2, B: int, T: int, rounds: int, builds: dict[str, Bu
         except AssertionError as error:
             return report_wrong(error, results)
     add_row(row, ops, results)
-    results["breakdown"][f"{B} x {T}"] = break_down(
-        ops, model, new_training(ops, model, B, T, results["dtype"]), results["device"], rounds
-    )
+    gc.collect()  # as above
+    m = new_training(ops, model, B, T, results["dtype"])
+    results["breakdown"][f"{B} x {T}"] = break_down(ops, model, m, results["device"], rounds)
 
 
 def run_sampling(ops, model: GPT2, tokens: int, rounds: int, builds: dict[str, Build], results: dict) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from llm_numba.bench.breakdown import PATTERNS
 from llm_numba.util.cli import UserError
 from llm_numba.util.files import format_bytes, write_whole
 
@@ -184,7 +185,7 @@ def breakdown_table(shape: str, rows: list[dict], results: dict) -> list[str]:
     """rows: the ops of a step, see breakdown.break_down."""
     total, lines = sum(row["seconds"] for row in rows), []
     for row in rows:
-        timed = row | {"times": {"ours": [row["seconds"]]}, "pattern": "copy"}
+        timed = row | {"times": {"ours": [row["seconds"]]}, "pattern": PATTERNS.get(row["name"], "copy")}
         cells = rate(timed), share_text(timed, results), datasheet_share(timed, results)
         ms = f"{1e3 * row['seconds']:.3f}"
         lines.append([f"{row['name']} {row['shape']}", str(row["calls"]), ms, f"{row['seconds'] / total:.1%}", *cells])

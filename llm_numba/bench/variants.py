@@ -6,6 +6,7 @@ installed), whose graph has the products alone: no bias, GELU or bias gradients.
 """
 
 import argparse
+import functools
 import importlib
 import statistics
 import time
@@ -28,17 +29,23 @@ class Product(SimpleNamespace):
 
 
 def random_tensor(shape):
-    """bf16 on the GPU."""
+    """bf16 on the GPU: the pool, from a random place on."""
     from llm_numba.cuda import memory
 
-    size = int(np.prod(shape))
+    size, offset = int(np.prod(shape)), int(RNG.integers(POOL // 8)) * 8
     tensor = memory.allocate(2 * size).view(np.uint16)
-    pool = RNG.standard_normal(min(size, POOL), np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
-    tensor[: pool.size].copy_to_device(pool)
-    for start in range(POOL, size, POOL):
+    for start in range(0, size, POOL):
         n = min(POOL, size - start)
-        memory.copy(tensor[start : start + n], tensor[:n])
+        memory.copy(tensor[start : start + n], pool()[offset : offset + n])
     return tensor.reshape(*shape)
+
+
+@functools.cache
+def pool():
+    """Twice POOL random values."""
+    from numba import cuda
+
+    return cuda.to_device(RNG.standard_normal(2 * POOL, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
 def float32_tensor(*shape):

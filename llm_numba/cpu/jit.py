@@ -31,10 +31,11 @@ def is_compiled() -> bool:
     return not config.DISABLE_JIT
 
 
-def nothing_compiled() -> bool:
-    """Whether the disk holds no compiled op of this folder yet. (memory.py compiles a function that is not an op.)"""
+def shares() -> list[set[str]]:
+    """The layers or ops that other processes should compile while this one compiles the rest: attention, most of the
+    work; [] if the disk holds a compiled op already. (memory.py compiles a function that is not an op.)"""
     found = Path(config.CACHE_DIR).glob("cpu_*/*.nbi")  # Numba makes a folder for each folder of sources
-    return all(index.name.startswith("memory.") for index in found)
+    return [{"attention"}] if all(index.name.startswith("memory.") for index in found) else []
 
 
 def set_options() -> None:

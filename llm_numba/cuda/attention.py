@@ -32,7 +32,7 @@ from llm_numba.util.cli import UserError
 
 ZERO, ONE = float32(0), float32(1)
 LOWEST, MASKED = np.finfo(float32).min, float32(-np.inf)  # before the first score; the score of a key after its query
-ATTENDING = sized(512, 4)  # threads of a block of attend_kernel
+ATTENDING = sized(512, 2)  # threads of a block of attend_kernel
 AT_ONCE = sized(4, 2)  # tokens that a team loads at once
 ONE_WARP = sized(WARP, 1)
 

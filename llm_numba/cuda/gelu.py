@@ -4,21 +4,40 @@ import math
 
 from numba import cuda
 
-from llm_numba.cuda.jit import THREADS, blocks_for, device, float32, kernel, sized, stream, to_float, to_storage, uint32
+from llm_numba.cuda.jit import (
+    THREADS,
+    blocks_for,
+    exp2,
+    float32,
+    inlined,
+    kernel,
+    reciprocal,
+    sized,
+    stream,
+    to_float,
+    to_storage,
+    uint32,
+)
 
 EACH = sized(8, 2)  # elements per thread: several loads in flight keep the memory busy
 
 # 0.5 x (1 + tanh u) = x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), so with -2u = x (LINEAR + CUBIC x^2)
-LINEAR = float32(-2 * math.sqrt(2 / math.pi))
-CUBIC = float32(-2 * math.sqrt(2 / math.pi) * 0.044715)
-ONE, THREE = float32(1), float32(3)
-HIGHEST = float32(88)  # e**88 is close to the largest float32
+LINEAR, CUBIC = (-2 * math.sqrt(2 / math.pi) * factor for factor in (1, 0.044715))
+LINEAR_LOG2, CUBIC_LOG2 = float32(LINEAR / math.log(2)), float32(CUBIC / math.log(2))  # of the same power of 2
+LINEAR, THREE_CUBIC, ONE = float32(LINEAR), float32(3 * CUBIC), float32(1)
 
 
-@device
-def sigmoid_of_2u(x):
-    """1 / (1 + e^(-2u)), the factor by which GELU multiplies x."""
-    return ONE / (ONE + math.exp(min(x * (LINEAR + CUBIC * x * x), HIGHEST)))
+@inlined
+def gate(x):
+    """GELU(x) / x: 1 / (1 + e^(-2u))."""
+    return reciprocal(ONE + exp2(x * (LINEAR_LOG2 + CUBIC_LOG2 * x * x)))
+
+
+@inlined
+def slope(x):
+    """The derivative of GELU."""
+    s = gate(x)
+    return s - x * s * (ONE - s) * (LINEAR + THREE_CUBIC * x * x)
 
 
 @kernel
@@ -39,7 +58,7 @@ def gelu_forward_kernel(out, inp):
     for k in range(EACH):
         i = first + k * THREADS
         if i < out.shape[0]:
-            out[i] = to_storage(x[k] * sigmoid_of_2u(x[k]), out)
+            out[i] = to_storage(x[k] * gate(x[k]), out)
 
 
 @kernel
@@ -57,8 +76,7 @@ def gelu_backward_kernel(dinp, inp, dout):
     for k in range(EACH):
         i = first + k * THREADS
         if i < dinp.shape[0]:
-            s = sigmoid_of_2u(x[k])
-            dinp[i] = to_storage(dy[k] * (s - x[k] * s * (ONE - s) * (LINEAR + THREE * CUBIC * x[k] * x[k])), dinp)
+            dinp[i] = to_storage(dy[k] * slope(x[k]), dinp)
 
 
 def gelu_forward(out, inp):

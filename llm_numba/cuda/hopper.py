@@ -26,21 +26,13 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from llm_numba.cuda.jit import SIMULATED, int64
+from llm_numba.cuda.jit import SIMULATED, inlined, int64
 from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, address, instruction  # noqa: F401
 
 I8, I64, F32 = ir.IntType(8), ir.IntType(64), ir.FloatType()
 WORD, INDEX = types.uint32, types.int32
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000  # cache hints: read once; read again soon
 CHUNK = 8192  # bytes of 64 rows of a box
-
-
-def inlined(function):
-    """A device function that is always inlined, so that the local arrays it gets stay in registers.
-
-    The simulator calls it as it is: `cuda` means something in it only if it is in the kernel's file.
-    """
-    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 def expanded(function):
@@ -137,7 +129,6 @@ wait_flag = instruction(
     (ADDRESS, WORD),
 )
 
-reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", (FLOAT,), FLOAT, pure=True)
 # two bf16 in a register <- two float32, the first in the lower half; and back
 pack = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", (FLOAT, FLOAT), PAIR, pure=True)
 unpack = instruction(
@@ -200,9 +191,7 @@ bulk_load = instruction(
     "r,l,r,r",
     (SHARED, ADDRESS, WORD, SHARED),
 )
-# (from, nbytes): the same, to L2
-bulk_prefetch = instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", (ADDRESS, WORD))
-# once per kernel and tensor map, by the threads that use it: the map was written like ordinary memory
+# once per kernel and tensor map, by a thread of each block before a barrier: the map was written like ordinary memory
 tensor_map_acquire = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l", (ADDRESS,))
 tma_commit = instruction("cp.async.bulk.commit_group;", "", ())  # the stores since the previous call become a group
 

@@ -336,10 +336,6 @@ def wait_flag(address, count):
         thread.block.wait(thread, f"a flag to become {count}")
 
 
-def reciprocal(x):
-    return np.float32(1) / x
-
-
 def pack(low, high):
     return np.array([low, high], np.float32).astype(bfloat16).view(np.uint32)[0]
 
@@ -507,11 +503,6 @@ def bulk_load(to, source, nbytes, address):
     assert int(to) % 16 == 0 and int(source) % 16 == 0 and int(nbytes) % 16 == 0
     arrive_bytes(thread, shared, barrier, address, granules_of(to, nbytes), int(nbytes))
     shared.bytes[int(to) : int(to) + int(nbytes)] = memory_at(source, int(nbytes))
-
-
-def bulk_prefetch(source, nbytes):
-    memory_at(source, int(nbytes))
-    assert int(source) % 16 == 0 and int(nbytes) % 16 == 0
 
 
 def tma_store_3d(tensor_map, source, column, row, plane):

@@ -11,16 +11,22 @@ end of this file replaces what that simulator does not support; `sized` shrinks 
 import functools
 import operator
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numba import config, cuda
 
 from llm_numba.util.cache import compiled_code_folder
+from llm_numba.util.host import usable_cpus
 
 float32, int32, int64, uint16, uint32 = np.float32, np.int32, np.int64, np.uint16, np.uint32
 SIMULATED = bool(config.ENABLE_CUDASIM)
 WARP = 32
 ALL_LANES = 0xFFFFFFFF
+# the layers and ops that take longest to compile
+SLOWEST = [{"attention_forward"}, {"attention_backward"}, {"matmul_gelu_forward"}, {"gelu_matmul_backward"}]
+SLOWEST += [{"matmul_forward"}, {"matmul_backward"}, {"layernorm", "residual"}]
+MEMORY_OF_A_PROCESS = 2**30  # bytes on the GPU, at most
 DEFAULT_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel may use without the attribute
 
 
@@ -42,6 +48,14 @@ def kernel(function: Callable | None = None, **options):
 def device(function: Callable):
     """A device function: one that kernels call."""
     return cuda.jit(device=True)(function)
+
+
+def inlined(function: Callable):
+    """A device function that is always inlined, so that the local arrays it gets stay in registers.
+
+    The simulator calls it as it is: `cuda` means something in it only if it is in the kernel's file.
+    """
+    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 @functools.cache
@@ -100,20 +114,27 @@ def is_compiled() -> bool:
     return not SIMULATED
 
 
-def nothing_compiled() -> bool:
-    """Whether a second process could share the work of compiling: never on a GPU."""
-    return False
+def shares() -> list[set[str]]:
+    """The layers or ops that other processes should compile while this one compiles the rest, as many as have a core
+    and memory on the GPU; [] if the disk holds a compiled kernel that is not in memory.py, or in the simulator."""
+    found = [] if SIMULATED else Path(config.CACHE_DIR).glob("cuda_*/*.nbi")
+    if SIMULATED or not all(index.name.startswith("memory.") for index in found):
+        return []
+    most = min(len(usable_cpus()) - 1, cuda.current_context().get_memory_info().free // MEMORY_OF_A_PROCESS)
+    return [set().union(*SLOWEST[i::most]) for i in range(min(most, len(SLOWEST)))]
 
 
 if not SIMULATED:
     config.CACHE_DIR = config.CACHE_DIR or str(compiled_code_folder())
     config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # some kernels of a step, and most tests, use few blocks
-
     from llvmlite import ir
     from numba.cuda import cgutils, types
     from numba.cuda.extending import intrinsic
     from numba.cuda.typing import signature
 
+    from llm_numba.cuda import compiled_code
+
+    compiled_code.share_between_processes()
     I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
     @intrinsic
@@ -146,6 +167,15 @@ if not SIMULATED:
 
         def codegen(context, builder, sig, args):
             return builder.asm(ir.FunctionType(F32, [F32]), "ex2.approx.ftz.f32 $0, $1;", "=f,f", args, False)
+
+        return signature(types.float32, types.float32), codegen
+
+    @intrinsic
+    def reciprocal(typingctx, x):
+        """1 / x in one instruction: off by at most one unit in the last place; results below 2**-126 become 0."""
+
+        def codegen(context, builder, sig, args):
+            return builder.asm(ir.FunctionType(F32, [F32]), "rcp.approx.ftz.f32 $0, $1;", "=f,f", args, False)
 
         return signature(types.float32, types.float32), codegen
 
@@ -261,6 +291,9 @@ else:
 
     def exp2(x):
         return np.exp2(x)
+
+    def reciprocal(x):
+        return float32(1) / x
 
     def load_float4(tile, row, column):
         return tile[row, column : column + 4]

@@ -37,28 +37,28 @@ def supports(dtype, R, C, OC) -> str:
 
 
 @functools.cache
-def forward_kernel(rows: int, columns: int, size: int):
-    """The kernel for blocks of this many rows and columns of out, and vectors of this size."""
-    own = rows * columns
+def forward_kernel(rows: int, size: int):
+    """The kernel for blocks of this many rows, and vectors of this size."""
+    own = rows * COLUMNS
 
     @kernel(launch_bounds=(MOST_THREADS, 1))
     def few_rows_kernel(out, pre, inp, weight, bias, with_bias, with_gelu):
         """out (R, OC) = inp (R, C) @ weight (OC, C).T, + bias (OC,) if with_bias; if with_gelu, that is pre (R, OC)
         and out = GELU(pre).
 
-        Grid: (OC / columns, R / rows); block: at most MOST_THREADS, at least own; a thread owns every blockDim.x-th
+        Grid: (OC / COLUMNS, R / rows); block: at most MOST_THREADS, at least own; a thread owns every blockDim.x-th
         vector of the rows; at the end the first ones own an element of out. Moves: weight
         """
         R, OC, C = uint32(out.shape[0]), uint32(out.shape[1]), uint32(inp.shape[1])
-        o0, r0 = uint32(cuda.blockIdx.x) * uint32(columns), uint32(cuda.blockIdx.y) * uint32(rows)
+        o0, r0 = uint32(cuda.blockIdx.x) * uint32(COLUMNS), uint32(cuda.blockIdx.y) * uint32(rows)
         thread, threads = uint32(cuda.threadIdx.x), uint32(cuda.blockDim.x)
         of_warps = cuda.shared.array((WARPS, own), float32)
-        sums = cuda.local.array((columns, rows), float32)
-        weights = cuda.local.array((columns, size), float32)
+        sums = cuda.local.array((COLUMNS, rows), float32)
+        weights = cuda.local.array((COLUMNS, size), float32)
         x = cuda.local.array(size, float32)
         let_next_start()
         first = uint32(thread * uint32(size))
-        for j in range(columns):
+        for j in range(COLUMNS):
             if first < C:
                 prefetch(weight, min(o0 + j, OC - 1), first)
             for i in range(rows):
@@ -71,16 +71,16 @@ def forward_kernel(rows: int, columns: int, size: int):
         total = to_float(bias[o]) if with_bias and owner else float32(0)
         c = first
         while c < C:
-            for j in range(columns):
+            for j in range(COLUMNS):
                 load_vector(weights[j], 0, weight, min(o0 + j, OC - 1), c, size)
             for i in range(rows):
                 load_vector(x, 0, inp, min(r0 + i, R - 1), c, size)
-                for j in range(columns):
+                for j in range(COLUMNS):
                     for k in range(size):
                         sums[j, i] += x[k] * weights[j, k]
             c = uint32(c + threads * uint32(size))
 
-        for j in range(columns):
+        for j in range(COLUMNS):
             for i in range(rows):
                 of_warp = warp_sum(sums[j, i])
                 if thread % uint32(LANES) == 0:
@@ -98,10 +98,6 @@ def forward_kernel(rows: int, columns: int, size: int):
     return few_rows_kernel
 
 
-def columns_for(OC):
-    return COLUMNS
-
-
 def forward_scratch(R, C, OC):
     """None."""
     return 0
@@ -111,10 +107,9 @@ def forward(out, inp, weight, bias, scratch, pre=None):
     """See matmul.py."""
     (R, OC), C = out.shape, inp.shape[1]
     rows, size = 1 if R == 1 else ROWS, vector_size(C)
-    columns = columns_for(OC)
-    threads = max(rows * columns, min(MOST_THREADS, blocks_for(blocks_for(C, size), LANES) * LANES))
-    grid = blocks_for(OC, columns), blocks_for(R, rows)
+    threads = max(rows * COLUMNS, min(MOST_THREADS, blocks_for(blocks_for(C, size), LANES) * LANES))
+    grid = blocks_for(OC, COLUMNS), blocks_for(R, rows)
     with_bias, with_gelu = bias is not None, pre is not None
-    overlapping(forward_kernel(rows, columns, size), grid, threads)(
+    overlapping(forward_kernel(rows, size), grid, threads)(
         out, pre if with_gelu else out, inp, weight, bias if with_bias else weight.reshape(-1), with_bias, with_gelu
     )

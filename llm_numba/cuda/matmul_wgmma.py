@@ -17,10 +17,12 @@ from llm_numba.cuda.wgmma_ends import BIAS, GELU, GELU_BACKWARD, GRADIENT, GRADI
 from llm_numba.cuda.wgmma_product import BLOCK, product_kernel
 from llm_numba.cuda.wgmma_tiles import DEPTH, TILE_M
 
-WIDTHS = {192: 1.0, 128: 0.72}  # TILE_N of the kernels -> the time of a tile, relative to that of the first
+WIDTHS = {192: 1.0, 128: 0.7}  # TILE_N of the kernels -> the time of a tile, relative to that of the first
 GROUP, WIDE = 16, 32  # rows of tiles in a group if there are more than WIDE columns of tiles, else 1
 # steps that an owner waits after the helpers have multiplied, and that adding each of their parts takes
 HANDOVER, ADDITION = sized(7, 0), sized(4, 0)
+
+MOST_MULTIPROCESSORS = 1024  # of any GPU
 
 product_kernel = functools.cache(product_kernel)
 
@@ -123,8 +125,8 @@ def multiprocessors() -> int:
 
 @functools.cache
 def flags():
-    """A word for each part, 0 between launches."""
-    return memory.allocate(4 * multiprocessors())
+    """A word for each part, 0 between launches; there are fewer parts than multiprocessors."""
+    return memory.allocate(4 * MOST_MULTIPROCESSORS)
 
 
 def scratch_size(kind, M: int, N: int, K: int) -> int:

@@ -8,13 +8,26 @@ from collections.abc import Callable
 import numpy as np
 from numba import cuda
 
-from llm_numba.cuda.jit import SIMULATED, THREADS, block_sum, driver_result, float32, int32, kernel, sized, stream
+from llm_numba.cuda.jit import (
+    SIMULATED,
+    THREADS,
+    block_sum,
+    compute_capability,
+    driver_result,
+    float32,
+    int32,
+    kernel,
+    sized,
+    stream,
+    uint32,
+)
 from llm_numba.cuda.memory import allocate, available_memory, view, zero
 
 BLOCKS = 4  # of THREADS threads per SM: resident on every GPU
 CHAINS, UNROLLED = 8, 16
-FMA_REPEATS, MMA_REPEATS = 2500, 40000
-TRIES = 20
+FMA_REPEATS, MMA_REPEATS, WGMMA_REPEATS = 2500, 40000, 7000
+WGMMA_SHARED, SUMS = (64 + 256) * 64 * 2, 64 * 256 // 128  # bytes of the operands; sums of a thread
+TRIES = 8
 EACH = sized(8, 2)  # elements per thread, all in flight at once
 STREAM_FLOATS = 1 << 28  # 1 GiB per array, many times the L2 cache of any GPU
 L2_FLOATS = 1 << 26  # 256 MiB: more than the L2 cache of any GPU
@@ -41,7 +54,34 @@ def fma_kernel(out, factor, term, repeats):
 
 
 if not SIMULATED:
+    from llm_numba.cuda import hopper
     from llm_numba.cuda.tensor_cores import mma, pack
+
+    @kernel
+    def wgmma_kernel(out, repeats):
+        """out = an element of the sum of `repeats` products of 64 x 64 and 64 x 256 matrices, in shared memory.
+
+        Grid: one block per SM; block: THREADS, two warpgroups with a sum each, of which a thread holds SUMS elements.
+        Moves: out.
+        """
+        thread, shared = uint32(cuda.threadIdx.x), hopper.dynamic_shared()
+        for i in range(thread, WGMMA_SHARED // 16, THREADS):
+            x = float32(1) + float32((i * 7919) % 1024) / float32(1024)  # as above, no zeros
+            plus, minus = pack(x, -x), pack(-x, x)
+            hopper.store_shared_16_bytes(uint32(shared + 16 * i), (plus, minus, minus, plus))
+        hopper.fence_proxy_async()
+        cuda.syncthreads()
+        sums = cuda.local.array(SUMS, float32)
+        hopper.clear(sums, SUMS)
+        a, b = hopper.descriptor(shared, 0), hopper.descriptor(uint32(shared + 64 * 64 * 2), 0)
+        count = uint32(0)
+        while count < repeats:
+            hopper.wgmma(sums, a, b, uint32(1), 64, 256, 64, 0, 0)
+            hopper.wgmma_wait(1)
+            count = hopper.opaque(uint32(count + 1))
+        hopper.wgmma_wait(0)
+        hopper.settle(sums, SUMS)
+        out[cuda.grid(1)] = sums[0] + sums[SUMS - 1]
 
     @kernel
     def mma_kernel(out, repeats):
@@ -67,19 +107,25 @@ if not SIMULATED:
 def peak_flops(dtype: str = "float32") -> float | None:
     """The peak of multiply-adds over all SMs, two flops each, in flops per second; None in the simulator. Takes 0.1 s.
 
-    dtype: "float32" for the CUDA cores; "bfloat16" for the tensor cores with mma.sync, which every GPU from compute
-    capability 8.0 on has. On Hopper (9.0) mma.sync reaches only about three quarters of wgmma. The best of several
-    tries, because other work can only slow a try down.
+    dtype: "float32" for the CUDA cores; "bfloat16" for the tensor cores, with wgmma on Hopper (compute capability 9.0),
+    elsewhere with mma.sync, which reaches only about three quarters of that on Hopper. The best of several tries,
+    because other work can only slow a try down.
     """
     if SIMULATED:
         return None
-    blocks = BLOCKS * cuda.get_current_device().MULTIPROCESSOR_COUNT
+    multiprocessors = cuda.get_current_device().MULTIPROCESSOR_COUNT
+    blocks = BLOCKS * multiprocessors
     out = cuda.device_array(blocks * THREADS, np.float32)
     if dtype == "float32":
         flops = 2.0 * out.size * FMA_REPEATS * UNROLLED * CHAINS
 
         def run():
             fma_kernel[blocks, THREADS, stream()](out, float32(0.999), float32(0.001), int32(FMA_REPEATS))
+    elif compute_capability()[0] == 9:
+        flops = 2.0 * multiprocessors * (THREADS // 128) * WGMMA_REPEATS * 64 * 256 * 64
+
+        def run():
+            wgmma_kernel[multiprocessors, THREADS, stream(), WGMMA_SHARED](out, uint32(WGMMA_REPEATS))
     else:
         flops = 2.0 * (out.size // 32) * MMA_REPEATS * 4 * 16 * 8 * 16
 

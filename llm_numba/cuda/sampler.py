@@ -1,9 +1,14 @@
 """The choice of the next token when a model generates text.
 
-One block does it, without sorting. Think of the tokens as lying side by side, the most likely first, each as long as
-its weight, e**(logit / temperature). `locate` finds the token at a given place by a binary search for its weight: the
-tokens heavier than it end before the place, those at least as heavy after it. Thus it finds the last of the most likely
-tokens, by their number (top_k) or by their share of the weight (top_p), and the one at a random place.
+One block does it, without sorting. The tokens lie side by side, the most likely first, each as long as its weight,
+e**(logit / temperature):
+
+    | token 7           | token 2      | token 9  | token 4 | token 0 | ...
+    0                                       ^ place
+
+`locate` finds the token at a place by searching for its weight: all heavier tokens together end before the place, all
+tokens at least as heavy end after it. It is called for the last token that may be drawn, by number (top_k) or by share
+of the whole (top_p), and for the token at a random place.
 """
 
 import functools

@@ -68,17 +68,19 @@ class Block(numba_simulator.BlockManager):
 
     def wait(self, thread, reason):
         """The running thread waits until `wake`."""
-        thread.waits_for = reason
-        self.pass_turn()
-        thread.turn.acquire()
+        if not self.failed:
+            thread.waits_for = reason
+            self.pass_turn()
+            thread.turn.acquire()
         if self.failed:
             raise RuntimeError("another thread of the block failed")
 
     def wake(self, threads):
         """Make waiting threads ready, and empty the list."""
         for thread in threads:
-            thread.waits_for = ""
-        self.ready.extend(threads)
+            if thread.waits_for:  # else `fail` has woken it
+                thread.waits_for = ""
+                self.ready.append(thread)
         threads.clear()
 
     def pass_syncthreads(self) -> bool:
@@ -101,7 +103,7 @@ class Block(numba_simulator.BlockManager):
         if thread.exception:
             error, traceback = thread.exception
             self.fail(error.with_traceback(traceback))
-        if self.at_syncthreads and len(self.at_syncthreads) == len(self.alive):
+        if not self.failed and self.at_syncthreads and len(self.at_syncthreads) == len(self.alive):
             self.after_syncthreads()
             self.wake(self.at_syncthreads)
         self.pass_turn()

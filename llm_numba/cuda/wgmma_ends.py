@@ -5,22 +5,17 @@ describes. bf16 results go through boxes of 64 x 64 in shared memory, from where
 directly, as eight bytes of each of four threads are adjacent.
 """
 
-import math
-
-from llm_numba.cuda.gelu import CUBIC, LINEAR
+from llm_numba.cuda.gelu import gate, slope
 from llm_numba.cuda.hopper import (
     add_float,
     add_float2,
-    bulk_prefetch,
     fence_proxy_async,
-    inlined,
     ldmatrix,
     load_constant_pair,
     mbarrier_arrive_expect_tx,
     mbarrier_wait,
     named_barrier,
     pack,
-    reciprocal,
     stmatrix,
     store_float,
     store_float2,
@@ -30,18 +25,10 @@ from llm_numba.cuda.hopper import (
     tma_store_wait_read,
     unpack,
 )
-from llm_numba.cuda.jit import exp2, float32, int32, int64, uint32
+from llm_numba.cuda.jit import inlined, int32, int64, uint32
 from llm_numba.cuda.wgmma_tiles import BOX, CONSUMER
 
 PLAIN, BIAS, GELU, GELU_BACKWARD, GRADIENT, GRADIENT_WITH_BIAS = range(6)
-LINEAR_LOG2, CUBIC_LOG2 = float32(float(LINEAR) / math.log(2)), float32(float(CUBIC) / math.log(2))
-ONE, THREE = float32(1), float32(3)
-
-
-@inlined
-def gate(x):
-    """GELU(x) / x: 1 / (1 + e^(-2u)), see gelu.py."""
-    return reciprocal(ONE + exp2(x * (LINEAR_LOG2 + CUBIC_LOG2 * x * x)))
 
 
 @inlined
@@ -49,13 +36,6 @@ def gelu(pair):
     """Of two bf16."""
     x, y = unpack(pair)
     return pack(x * gate(x), y * gate(y))
-
-
-@inlined
-def slope(x):
-    """The derivative of GELU."""
-    s = gate(x)
-    return s - x * s * (ONE - s) * (LINEAR + THREE * CUBIC * x * x)
 
 
 @inlined
@@ -158,14 +138,6 @@ def store_times_slope(i, sums, size, staging, buffers, barriers, thread, consume
 def columns_inside(row, m, M, n, N):
     """How many columns of the matrix (M, N) a row of the tile at row m and column n has; 0 if it is outside."""
     return N - n if m + row < M else 0
-
-
-@inlined
-def prefetch_row(out, thread, m, n, M, N, TILE_N):
-    """A thread's row of a tile of float32 that is added to: to L2."""
-    columns = min(columns_inside(thread, m, M, n, N), TILE_N)
-    if columns > 0:
-        bulk_prefetch(out + ((int64(m) + thread) * N + n) * 4, columns * 4)
 
 
 @inlined

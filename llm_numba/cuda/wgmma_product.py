@@ -37,7 +37,6 @@ from llm_numba.cuda.wgmma_ends import (
     GRADIENT_WITH_BIAS,
     PLAIN,
     load_pre,
-    prefetch_row,
     store_bias_gradient,
     store_columns,
     store_float_columns,
@@ -104,6 +103,14 @@ def product_kernel(a_transposed, b_transposed, end, TILE_N):
         barriers, warpgroup = uint32(shared + BARRIERS), uniform(thread >> 7)
         if thread == 0:
             init_mbarriers(barriers, PRE_BARRIERS)
+        if thread == 32:
+            tensor_map_acquire(a)
+        if thread == 64:
+            tensor_map_acquire(b)
+        if thread == 96 and not IS_GRADIENT:
+            tensor_map_acquire(out)
+            if end == GELU or end == GELU_BACKWARD:
+                tensor_map_acquire(pre)
         if WITH_ONES:
             for s in range(STAGES):
                 i = thread
@@ -123,8 +130,6 @@ def product_kernel(a_transposed, b_transposed, end, TILE_N):
         if warpgroup == 0:
             setmaxnreg_dec(24)
             if thread == 0:
-                tensor_map_acquire(a)
-                tensor_map_acquire(b)
                 while k < k_end:
                     row, column = place_of(current, rows, columns, group)
                     m, n = int32(row * TILE_M), int32(column * TILE_N)
@@ -147,10 +152,6 @@ def product_kernel(a_transposed, b_transposed, end, TILE_N):
             consumer, thread = uint32(warpgroup - 1), uint32(thread & (CONSUMER - 1))
             staging = uint32(shared + STAGING + consumer * (BUFFERS * BOX))
             pre_barriers = uint32(barriers + OTHERS + consumer * (8 * BUFFERS))
-            if thread == 0 and not IS_GRADIENT:
-                tensor_map_acquire(out)
-                if end == GELU or end == GELU_BACKWARD:
-                    tensor_map_acquire(pre)
             sums = cuda.local.array(N_SUMS, float32)
             item, turn = uint32(0), uint32(0)
             while k < k_end:
@@ -163,8 +164,6 @@ def product_kernel(a_transposed, b_transposed, end, TILE_N):
                             load_pre(i, staging, BUFFERS, pre_barriers, pre, m, n)
                         for i in range(BUFFERS, 2 * BUFFERS):
                             tma_prefetch_2d(pre, n + i // 2 * 64, m + i % 2 * 64)
-                    if IS_GRADIENT and accumulate != 0 and k == 0:
-                        prefetch_row(out, thread, m, n, M, N, TILE_N)
                     position = multiply_steps(
                         sums, shared, barriers, position, uint32(k_end - k), turn, thread, consumer,
                         N_SUMS, N_SUMS, a_transposed, b_transposed, STAGE,

@@ -21,8 +21,11 @@ from llm_numba.util.normal import standard_normal
 
 
 def logits_rows(rows: int) -> int:
-    """How many of the rows (b, t) have their logits in memory at a time; those of all would be the largest tensor."""
-    return min(rows, max(1024, padded(-(-rows // 4))))  # a quarter, but at least 1024
+    """How many of the rows (b, t) have their logits in memory at a time; those of all would be the largest tensor.
+
+    A quarter, but at least 4096: each block of rows adds to the whole of dwte, which costs time.
+    """
+    return min(rows, max(4096, padded(-(-rows // 4))))
 
 
 @dataclass(frozen=True)

@@ -12,34 +12,49 @@ from tqdm import tqdm
 
 from llm_numba.arena import Arena
 from llm_numba.models import Model, model_of
-from llm_numba.ops import CONTRACT, WRITES, Ops, get_ops
+from llm_numba.ops import CONTRACT, WRITES, Ops, choose_device, get_ops
 from llm_numba.training.generate import CHUNK, generation_groups, generation_step
 from llm_numba.training.memory_plan import complete, run_groups
-from llm_numba.training.settings import Settings
+from llm_numba.training.settings import Settings, from_record, to_record
 from llm_numba.training.step import training_step
-
-SLOWEST = CONTRACT["attention"].keys()  # to compile, on a CPU
 
 
 def precompile(ops: Ops, model: Model, s: Settings) -> float:
     """Run a training step, and one of generating text, with the smallest model of the kind; returns the seconds.
 
-    Numba compiles for types, and on a GPU for a head size, so this compiles what a run of any size calls, and stores it
-    on disk. If nothing is stored yet, a second process compiles attention, on a CPU most of the work, at the same time.
+    Numba compiles for types, and on a GPU for a head size, so this compiles nearly all that a run of any size calls,
+    and stores it on disk. If nothing is stored yet, other processes compile the slowest ops at the same time.
     """
     start = time.perf_counter()
     with announced(ops, len(WRITES)) as shown:
-        if ops.nothing_compiled():
-            record = json.dumps({"model": model.name, "config": asdict(model)})
-            command = [sys.executable, "-m", "llm_numba.training.precompile", record]
-            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
-                try:
-                    run_everything(only(shown, WRITES.keys() - SLOWEST), model, s)
+        if shares := [ops_in(share) for share in ops.shares()]:
+            about = json.dumps(dict(model=model.name, config=asdict(model), settings=to_record(s)))
+            command = [sys.executable, "-m", "llm_numba.training.precompile", about]
+            quiet = subprocess.DEVNULL
+            others = [subprocess.Popen([*command, *share], stdout=quiet, stderr=quiet) for share in shares]
+            try:
+                run_everything(only(shown, WRITES.keys() - set().union(*shares)), model, s)
+                for other in others:
                     other.wait()
-                finally:
+            finally:
+                for other in others:
                     other.kill()
+                    other.wait()
         run_everything(shown, model, s)
     return time.perf_counter() - start
+
+
+def ops_in(share: set[str]) -> list[str]:
+    """The ops among these layers and ops."""
+    return [op for file, names in CONTRACT.items() for op in names if {file, op} & share]
+
+
+def compile_share(about: str, *names: str) -> None:
+    """What the other processes do."""
+    given = json.loads(about)
+    s = from_record(given["settings"], "the settings")
+    ops = get_ops(choose_device(s.device), s.dtype, variant=s.variant)
+    run_everything(only(ops, names), model_of(given), s)
 
 
 def precompile_generation(ops: Ops, model: Model, dtype: str) -> None:
@@ -88,4 +103,4 @@ def run_everything(ops: Ops, model: Model, s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_everything(only(get_ops("cpu"), SLOWEST), model_of(json.loads(sys.argv[1])), Settings())
+    compile_share(*sys.argv[1:])

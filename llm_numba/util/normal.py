@@ -6,8 +6,9 @@ a stream soon agree on where results begin. So every task starts at a known plac
 task, up to where it agrees with the task before, are dropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ FEWEST_PER_RESULT, MOST_PER_RESULT = 1.0205, 1.0235  # 32-bit numbers for each r
 OVERLAP = 32  # results at the start of a segment, among which it must agree with the segment before
 STEP, STEPS = 64, 256  # near the end of its segment a task draws STEP results at a time, at most STEPS times
 
+State = Mapping[str, Any]  # of a generator
 Place = tuple[int, int]  # in the stream: the generator's state, and whether half a number is left
 
 
@@ -44,7 +46,7 @@ def standard_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
     return out
 
 
-def draw_segment(start: dict, index: int) -> tuple[np.ndarray, list[Place], dict | None]:
+def draw_segment(start: State, index: int) -> tuple[np.ndarray, list[Place], State | None]:
     """(results, places, state) of a segment: all results that begin in it; where each of the first ones begins; and the
     state of the generator after the last, or None if the end was not found."""
     rng = generator(start, index)
@@ -66,16 +68,16 @@ def draw_segment(start: dict, index: int) -> tuple[np.ndarray, list[Place], dict
     return np.concatenate(values), places, None
 
 
-def generator(start: dict, index: int) -> np.random.Generator:
+def generator(start: State, index: int) -> np.random.Generator:
     """A generator at the start of a segment; `start`: the state at the start of the first one."""
-    bits = np.random.PCG64()
+    bits: Any = np.random.PCG64()
     bits.state = start
     return np.random.Generator(bits.advance(index * SEGMENT) if index else bits)
 
 
-def places_from(start: dict, index: int) -> Iterator[Place]:
+def places_from(start: State, index: int) -> Iterator[Place]:
     """The places from the start of a segment on, of as many numbers as STEP results can take."""
-    bits = generator(start, index).bit_generator
+    bits: Any = generator(start, index).bit_generator
     yield place(bits.state)
     for _ in range(2 * STEP):
         state = bits.advance(1).state["state"]["state"]
@@ -83,5 +85,5 @@ def places_from(start: dict, index: int) -> Iterator[Place]:
         yield state, 1
 
 
-def place(state: dict) -> Place:
+def place(state: State) -> Place:
     return state["state"]["state"], state["has_uint32"]

@@ -11,7 +11,6 @@ from llm_numba.cuda.hopper import (
     add_float2,
     add_float4,
     bulk_load,
-    bulk_prefetch,
     clear,
     clear_flag,
     descriptor,
@@ -98,7 +97,6 @@ def every_instruction(out, tensor_map, memory):
             tma_load_3d(shared, tensor_map, shared, 1, 2, 3)
             tma_load_3d_hint(shared, tensor_map, shared, 1, 2, 3, EVICT_FIRST)
             bulk_load(shared, memory, 128, shared)
-            bulk_prefetch(memory, 128)
             tma_prefetch_2d(tensor_map, 1, 2)
     else:
         setmaxnreg_inc(240)

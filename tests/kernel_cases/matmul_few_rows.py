@@ -3,7 +3,7 @@
 from assembling import array
 from numba.cuda.types import boolean
 
-from llm_numba.cuda.matmul_few_rows import COLUMNS, ROWS, forward_kernel
+from llm_numba.cuda.matmul_few_rows import ROWS, forward_kernel
 
 
 def cases():
@@ -13,7 +13,7 @@ def cases():
         signature = (matrix, matrix, matrix, matrix, array(x + "1"), boolean, boolean)
         found += [
             dict(
-                kernel=forward_kernel(rows, COLUMNS, n),
+                kernel=forward_kernel(rows, n),
                 signature=signature,
                 bf16=x == "h",
                 contains=".128" if n > 1 else (),
