@@ -50,12 +50,11 @@ WRITES = {op: names for file in CONTRACT.values() for op, names in file.items()}
 # what a device offers beside its ops: in jit.py, memory.py and peak.py
 BACKEND = {
     "jit": ("is_compiled", "shares"),
-    "memory": (
-        "allocate", "available_memory", "fewest_rows", "view", "storage_dtype", "to_host", "reader", "set_threads",
-        "capture", "describe_device",
+    "memory": tuple(
+        "allocate available_memory view storage_dtype to_host reader set_threads capture describe_device".split()
     ),
     "peak": ("peak_flops", "peak_bandwidth", "timed"),
-}  # fmt: skip
+}
 
 DEVICES = ("auto", "cpu", "cuda", "cudasim")  # cudasim: the CUDA kernels in Numba's simulator
 

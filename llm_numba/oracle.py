@@ -12,17 +12,7 @@ import math
 import numpy as np
 
 from llm_numba.arena import RUN, Groups
-from llm_numba.cpu.memory import (  # noqa: F401
-    allocate,
-    available_memory,
-    copy,
-    fewest_rows,
-    storage_dtype,
-    to_device,
-    to_host,
-    view,
-    zero,
-)  # fmt: skip
+from llm_numba.cpu.memory import allocate, available_memory, copy, storage_dtype, to_device, to_host, view, zero  # noqa: F401
 from llm_numba.cpu.sampler import sample_token  # noqa: F401
 
 

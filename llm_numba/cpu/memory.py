@@ -23,11 +23,6 @@ def allocate(nbytes: int) -> np.ndarray:
     return block[start : start + nbytes]
 
 
-def fewest_rows() -> int:
-    """The rows (b, t) that a matrix product should have at least."""
-    return 1
-
-
 def view(memory: np.ndarray, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """The memory from byte `offset` on, as an array of this shape and dtype."""
     count = int(np.prod(shape))

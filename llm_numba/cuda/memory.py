@@ -153,11 +153,6 @@ def available_memory() -> int:
     return max(0, cuda.current_context().get_memory_info().free - DRIVER_RESERVE)
 
 
-def fewest_rows() -> int:
-    """The rows (b, t) that a matrix product should have at least, to keep a large GPU busy."""
-    return sized(4096, 1)
-
-
 def set_threads(threads: int) -> None:
     """Does nothing: each kernel chooses its own number of threads."""
 

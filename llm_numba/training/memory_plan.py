@@ -1,6 +1,5 @@
 """What a run puts into the arena, and how much memory that takes, reported before any is allocated."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,21 +66,12 @@ def complete(groups: Groups, model: Model, ops: Ops, dtype: str, *programs: Prog
         view=lambda memory, offset, shape, dtype: np.broadcast_to(np.empty((), ops.storage_dtype(dtype)), shape),
         capture=lambda function: function,
     )
-    groups = with_rows(in_precision(groups, dtype), ops.fewest_rows())
+    groups = in_precision(groups, dtype)
     arena = Arena(groups | {"scratch": [TensorSpec("scratch", (0,), "float32")]}, model, "reuse", dry)
     scratch = arena.tensors["scratch", "scratch"]
     for program in programs:
         program(dry, arena)
     return groups | {"scratch": [TensorSpec("scratch", (max(needed),), "float32")]}
-
-
-def with_rows(groups: Groups, fewest: int) -> Groups:
-    """The groups; where memory holds some rows of a tensor at a time, it holds at least `fewest`, or all."""
-
-    def more(spec):
-        return spec._replace(rows=min(math.prod(spec.shape[:2]), max(fewest, spec.rows)) if spec.rows else 0)
-
-    return {group: [more(spec) for spec in specs] for group, specs in groups.items()}
 
 
 def plan_of(s: Settings) -> str:
