@@ -18,7 +18,7 @@ import functools
 
 from numba import cuda
 
-from llm_numba.cuda.gelu import sigmoid_of_2u
+from llm_numba.cuda.gelu import gate
 from llm_numba.cuda.jit import WARP, blocks_for, float32, kernel, sized, to_float, to_storage, uint32, warp_sum
 from llm_numba.cuda.matmul_simt import backward_scratch, input_gradient, weight_gradient  # noqa: F401
 from llm_numba.cuda.overlap import let_next_start, overlapping, prefetch, wait_for_previous
@@ -92,7 +92,7 @@ def forward_kernel(rows: int, size: int):
             if with_gelu:
                 pre[r, o] = to_storage(total, pre)
                 total = to_float(pre[r, o])
-                total *= sigmoid_of_2u(total)
+                total *= gate(total)
             out[r, o] = to_storage(total, out)
 
     return few_rows_kernel
