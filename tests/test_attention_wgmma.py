@@ -78,6 +78,7 @@ BREAKS = {
         ("release(barrier + ADDED_FULL)", 64, "deadlock"),
         ("named_barrier(warpgroup + 1, 128)", 64, "race"),
         ("named_barrier(3, 256)", 128, "race"),
+        ("setmaxnreg_dec(PRODUCER_REGISTERS)", 128, "deadlock: .* 240 registers"),
         ("fence_proxy_async()", 128, "without fence_proxy_async"),
     ],
 }

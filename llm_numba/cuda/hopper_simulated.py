@@ -21,7 +21,7 @@ from ml_dtypes import bfloat16
 from llm_numba.cuda.jit import WARP
 
 FIRST, NBYTES = 1024, 232448  # where dynamic shared memory begins, and how much a block can have
-GRANULE, WARPGROUP, BARRIERS = 16, 128, 64
+GRANULE, WARPGROUP, BARRIERS, REGISTERS = 16, 128, 64, 65536
 UNFINISHED = np.iinfo(np.int64).max  # the time of a read that is still under way
 
 
@@ -44,6 +44,8 @@ class Shared:
         self.unfenced = np.full(granules, -1)
         self.barriers, self.meetings, self.deposits, self.stores = {}, {}, {}, {}
         self.flag_waiters = []
+        self.registers = REGISTERS // threads // 8 * 8  # of a thread when the kernel starts
+        self.free_registers, self.register_waiters = 0, []
         for warp in range(warps):
             self.knows[warp, warp] = UNFINISHED
 
@@ -547,10 +549,19 @@ def tma_store_wait_read(n):
 
 
 def setmaxnreg_dec(n):
+    thread, shared = here()
     assert n % 8 == 0 and 24 <= n <= 256
+    shared.free_registers += shared.registers - n
+    thread.block.wake(shared.register_waiters)
 
 
-setmaxnreg_inc = setmaxnreg_dec
+def setmaxnreg_inc(n):
+    thread, shared = here()
+    assert n % 8 == 0 and 24 <= n <= 256
+    while shared.free_registers < n - shared.registers:
+        shared.register_waiters.append(thread)
+        thread.block.wait(thread, f"{n} registers")
+    shared.free_registers -= n - shared.registers
 
 
 # wgmma

@@ -181,6 +181,7 @@ def backward_kernel(HS: int):
     FULL, EMPTY, KV_FULL, KV_EMPTY = at["full"], at["empty"], at["kv_full"], at["kv_empty"]
     DS_FULL, DS_EMPTY, TURN_FULL, TURN_EMPTY = at["ds_full"], at["ds_empty"], at["turn_full"], at["turn_empty"]
     ADDED_FULL, ADDED_EMPTY = at["added_full"], at["added_empty"]
+    # registers: as in the forward, all warpgroups together have as many as a block starts with
     DQ_WARPS, KV_READERS, PRODUCER_REGISTERS = {64: (4, 12, 32), 128: (8, 8, 24)}[HS]
 
     @inlined

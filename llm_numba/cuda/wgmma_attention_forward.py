@@ -82,7 +82,8 @@ ONE, LOG2_E = float32(1), float32(1 / math.log(2))
 KEYS = 128  # rows of a tile of keys or values
 CONSUMERS = {64: 3, 128: 2}  # warpgroups, by head size
 STAGES = {64: 8, 128: 4}  # tiles in the ring
-REGISTERS = {64: (32, 160), 128: (40, 232)}  # of a thread of the producer, of a consumer
+# of a thread of the producer, of a consumer: together as many as a block starts with, else setmaxnreg waits forever
+REGISTERS = {64: (32, 160), 128: (40, 232)}
 
 
 def forward_shared(HS: int) -> int:
