@@ -11,7 +11,7 @@ from typing import NamedTuple
 from numba import cuda
 
 from llm_numba.cuda import memory
-from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, sized, uint16, with_shared
+from llm_numba.cuda.jit import SIMULATED, blocks_for, compute_capability, uint16, with_shared
 from llm_numba.cuda.tensor_maps import BOX_COLUMNS, address_of, tensor_map
 from llm_numba.cuda.wgmma_ends import BIAS, GELU, GELU_BACKWARD, GRADIENT, GRADIENT_WITH_BIAS, PLAIN
 from llm_numba.cuda.wgmma_product import BLOCK, product_kernel
@@ -20,8 +20,7 @@ from llm_numba.cuda.wgmma_tiles import DEPTH, TILE_M
 WIDTHS = {192: 1.0, 128: 0.7}  # TILE_N of the kernels -> the time of a tile, relative to that of the first
 GROUP, WIDE = 16, 32  # rows of tiles in a group if there are more than WIDE columns of tiles, else 1
 # steps that an owner waits after the helpers have multiplied, and that adding each of their parts takes
-HANDOVER, ADDITION = sized(7, 0), sized(4, 0)
-
+HANDOVER, ADDITION = 7, 4
 MOST_MULTIPROCESSORS = 1024  # of any GPU
 
 product_kernel = functools.cache(product_kernel)
