@@ -17,6 +17,7 @@ from numba import cuda
 from llm_numba.cuda import matmul_wgmma, memory, wgmma_product, wgmma_tiles
 from llm_numba.cuda.jit import SIMULATED, float32, uint16
 from llm_numba.cuda.matmul_wgmma import Schedule, schedule
+from llm_numba.models import preset
 
 pytestmark = pytest.mark.gpu
 
@@ -208,3 +209,12 @@ def test_simulator_finds_what_is_left_out(bf16, monkeypatch, function, text, num
             dweight, dbias = poisoned(OC, C, dtype=np.float32), poisoned(OC, dtype=np.float32)
             scratch = poisoned(matmul_wgmma.backward_scratch(R, C, OC, True), dtype=np.float32)
             matmul_wgmma.weight_gradient(dweight, dbias, bf16(R, OC)[1], bf16(R, C)[1], scratch, False)
+
+
+@pytest.mark.parametrize("name", ["d12", "d24", "d36", "d48"])
+def test_the_miniature_has_the_same_kernels(name):
+    """Compiling them before the first step is of use only if the first step runs those."""
+    model = preset(name)
+    small, C = model.miniature(17), model.channels
+    widths = [[matmul_wgmma.tile_width(N) for N in (C, 3 * C, 4 * C, x.padded_vocab_size)] for x in (model, small)]
+    assert small.channels == C and widths[0] == widths[1]

@@ -9,7 +9,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -57,8 +57,9 @@ class GPT2:
         return -(-self.vocab_size // 128) * 128
 
     def miniature(self, T: int) -> "GPT2":
-        """The smallest GPT-2 with a context of T tokens and heads of the same size: its step compiles the same code."""
-        return GPT2(T, 257, num_layers=1, num_heads=1, channels=self.channels // self.num_heads)
+        """A GPT-2 of one layer with a context of T tokens and few words: its step compiles the same code. The rows of
+        its matrices are as long, because a GPU has kernels for several widths."""
+        return replace(self, max_seq_len=T, vocab_size=257, num_layers=1)
 
     def flops_per_token(self, T: int) -> float:
         """Forward and backward: 6 per matmul weight, and attention's two products over half of T x T."""

@@ -20,10 +20,10 @@ from llm_numba.training.step import training_step
 
 
 def precompile(ops: Ops, model: Model, s: Settings) -> float:
-    """Run a training step, and one of generating text, with the smallest model of the kind; returns the seconds.
+    """Run a training step, and one of generating text, with a miniature of the model; returns the seconds.
 
-    Numba compiles for types, and on a GPU for a head size, so this compiles nearly all that a run of any size calls,
-    and stores it on disk. If nothing is stored yet, other processes compile the slowest ops at the same time.
+    This compiles nearly all that the run calls, and stores it on disk. If nothing is stored yet, other processes
+    compile the slowest ops at the same time.
     """
     start = time.perf_counter()
     with announced(ops, len(WRITES)) as shown:
@@ -94,7 +94,7 @@ def only(ops: Ops, names) -> Ops:
 def run_everything(ops: Ops, model: Model, s: Settings) -> None:
     """Call every op that training and generation call, with the types that they use."""
     small, T = model.miniature(CHUNK + 1), CHUNK
-    s = replace(s, batch_size=1, tokens_per_step=0)
+    s = replace(s, batch_size=2, tokens_per_step=0)  # more rows than the kernels for few rows take
     arena = Arena(run_groups(s, small, T, ops), small, "reuse", ops)
     m = arena.training(s.recompute)
     ops.to_device(m.step, 1)
