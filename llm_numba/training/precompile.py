@@ -92,8 +92,10 @@ def only(ops: Ops, names) -> Ops:
 
 
 def run_everything(ops: Ops, model: Model, s: Settings) -> None:
-    """Call every op that training and generation call, with the types that they use."""
-    small, T = model.miniature(CHUNK + 1), CHUNK
+    """Call every op that training and generation call, with the types that they use. Training has more rows than text
+    generation, for which a GPU has other kernels, unless the run's own batch has not."""
+    T = min(2 * CHUNK, s.batch_size * (s.sequence_length or model.max_seq_len))
+    small = model.miniature(2 * CHUNK + 1)
     s = replace(s, batch_size=1, tokens_per_step=0)
     arena = Arena(run_groups(s, small, T, ops), small, "reuse", ops)
     m = arena.training(s.recompute)
