@@ -26,21 +26,13 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from llm_numba.cuda.jit import SIMULATED, int64
+from llm_numba.cuda.jit import SIMULATED, inlined, int64, literal, unrolled  # noqa: F401
 from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, address, instruction  # noqa: F401
 
 I8, I64, F32 = ir.IntType(8), ir.IntType(64), ir.FloatType()
 WORD, INDEX = types.uint32, types.int32
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000  # cache hints: read once; read again soon
 CHUNK = 8192  # bytes of 64 rows of a box
-
-
-def inlined(function):
-    """A device function that is always inlined, so that the local arrays it gets stay in registers.
-
-    The simulator calls it as it is: `cuda` means something in it only if it is in the kernel's file.
-    """
-    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 def expanded(function):
@@ -208,15 +200,6 @@ def with_number(text):
         return signature(types.void, number), codegen
 
     return intrinsic(emit)
-
-
-def literal(kind):
-    """The value of a constant argument of an intrinsic: a literal, or a global or closure variable."""
-    from numba.cuda.core.errors import RequireLiteralValue
-
-    if not isinstance(kind, (types.IntegerLiteral, types.BooleanLiteral)):
-        raise RequireLiteralValue(kind)
-    return int(kind.literal_value)
 
 
 # wait until shared memory has been read by all but this thread's latest n groups of stores
@@ -397,31 +380,6 @@ def forget(typingctx, array, count):
         store_registers(builder, data, [ir.Constant(F32, ir.Undefined)] * size)
 
     return signature(types.void, array, count), codegen
-
-
-@intrinsic
-def unrolled(typingctx, count, function, arguments):
-    """function(i, *arguments) for i = 0, 1, ... count - 1, as `count` calls with a constant each.
-
-    The compiler's own unrolling gives up on large bodies, and local arrays indexed in such a loop leave the registers.
-    function: an `inlined` device function that returns nothing
-    """
-    kinds = (types.int64, *map(types.unliteral, arguments.types))
-    times = literal(count)
-    callee = typingctx.resolve_function_type(function, kinds, {})
-
-    def codegen(context, builder, sig, args):
-        call = context.get_function(function, callee)
-        context.add_linking_libs(getattr(call, "libs", ()))
-        values = unpacked(builder, args[2], len(kinds) - 1)
-        values = [
-            context.cast(builder, value, given, kind)
-            for value, given, kind in zip(values, sig.args[2].types, kinds[1:], strict=True)
-        ]
-        for i in range(times):
-            call(builder, [ir.Constant(I64, i), *values])
-
-    return signature(types.void, count, function, arguments), codegen
 
 
 if SIMULATED:
