@@ -20,13 +20,13 @@ from llm_numba.cuda.jit import (
     blocks_for,
     device,
     float32,
+    inlined,
     kernel,
     load_float4,
     stream,
-    to_float,
-    to_storage,
     uint32,
 )
+from llm_numba.cuda.vectors import load_vector, store_vector
 
 PAD = 4
 ZERO, ONE = float32(0), float32(1)
@@ -47,16 +47,48 @@ def supports(dtype, HS) -> str:
     return "" if HS <= WIDEST else f"needs heads of at most {WIDEST} channels"
 
 
-@device
-def load_rows(tile, rows, first, channel, HS, threads):
-    """tile[i, c] = rows[first + i, channel + c]; zero past the last row and past the head's HS channels."""
-    width = tile.shape[1] - PAD
-    thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-    for step in range(tile.shape[0] * width // threads):
-        i, c = (step * threads + thread) // width, (step * threads + thread) % width
-        # the address is always valid, so no load waits for the comparison
-        x = to_float(rows[min(first + i, rows.shape[0] - 1), channel + min(c, HS - 1)])
-        tile[i, c] = x if first + i < rows.shape[0] and c < HS else ZERO
+@functools.cache
+def row_functions(vector):
+    """(load_rows, store_rows), which move `vector` adjacent channels at a time: heads are multiples of that long."""
+
+    @inlined
+    def load_rows(tile, rows, first, channel, HS, threads):
+        """tile[i, c] = rows[first + i, channel + c]; zero past the last row and past the head's HS channels."""
+        values = cuda.local.array(vector, float32)
+        width = tile.shape[1] - PAD
+        thread = uint32(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
+        for step in range(tile.shape[0] * width // (threads * vector)):
+            n = uint32((step * threads + thread) * vector)
+            i, c = uint32(n // width), uint32(n % width)
+            # the address is always valid, so no load waits for the comparison
+            load_vector(values, 0, rows, min(first + i, rows.shape[0] - 1), channel + min(c, HS - vector), vector)
+            inside = first + i < rows.shape[0] and c < HS
+            for e in range(vector):
+                values[e] = values[e] if inside else ZERO
+            store_vector(tile, i, c, values, 0, vector)
+
+    @inlined
+    def store_rows(rows, acc, tile, first, channel, HS, TX, threads):
+        """rows[first + i, channel + c] = acc, except past the last row and past the head's channels.
+
+        tile: shared memory that is free now; through it adjacent threads write adjacent elements.
+        """
+        values = cuda.local.array(vector, float32)
+        R, channels = acc.shape
+        width = tile.shape[1] - PAD
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+        for r in range(R):
+            for group in range(channels // 4):
+                for e in range(4):
+                    tile[y + r * (tile.shape[0] // R), (group * TX + x) * 4 + e] = acc[r, group * 4 + e]
+        cuda.syncthreads()
+        for n in range((y * cuda.blockDim.x + x) * vector, tile.shape[0] * width, threads * vector):
+            i, c = n // width, n % width
+            if first + i < rows.shape[0] and c < HS:
+                load_vector(values, 0, tile, i, c, vector)
+                store_vector(rows, first + i, channel + c, values, 0, vector)
+
+    return load_rows, store_rows
 
 
 @device
@@ -110,32 +142,13 @@ def scale_rows(acc, factors):
             acc[r, i] *= factors[r]
 
 
-@device
-def store_rows(rows, acc, tile, first, channel, HS, TX, threads):
-    """rows[first + i, channel + c] = acc, except past the last row and past the head's channels.
-
-    tile: shared memory that is free now; through it adjacent threads write adjacent elements.
-    """
-    R, channels = acc.shape
-    width = tile.shape[1] - PAD
-    x, y = cuda.threadIdx.x, cuda.threadIdx.y
-    for r in range(R):
-        for group in range(channels // 4):
-            for e in range(4):
-                tile[y + r * (tile.shape[0] // R), (group * TX + x) * 4 + e] = acc[r, group * 4 + e]
-    cuda.syncthreads()
-    for n in range(y * cuda.blockDim.x + x, tile.shape[0] * width, threads):
-        i, c = n // width, n % width
-        if first + i < rows.shape[0] and c < HS:
-            rows[first + i, channel + c] = to_storage(tile[i, c], rows)
-
-
 @functools.cache
-def forward_kernel(width: int, GROUP: int):
+def forward_kernel(width: int, GROUP: int, vector: int):
     """The kernel of `forward` for heads of up to `width` channels, where GROUP query heads share a kv head."""
     BQ, BK, TY, TX = FORWARD_TILES[width]
     R, S, CHANNELS = BQ // TY, BK // TX, width // TX
     LONG, KEYS, TOPS, THREADS = width + PAD, BK + PAD, TX + PAD, TX * TY
+    load_rows, store_rows = row_functions(vector)
 
     @kernel(launch_bounds=(THREADS, FORWARD_BLOCKS))
     def attention_forward_kernel(out, lse, qkv, HS, scale):
@@ -212,7 +225,7 @@ def forward_kernel(width: int, GROUP: int):
 
 
 @functools.cache
-def dkv_kernel(width: int, GROUP: int):
+def dkv_kernel(width: int, GROUP: int, vector: int):
     """The kernel of `backward` for dk and dv. A block owns a tile of BK keys and iterates over tiles of BQ queries.
 
     The weights are computed again, p = e**(score - lse), and from them ds = p * (dout vT - delta) * scale.
@@ -220,6 +233,7 @@ def dkv_kernel(width: int, GROUP: int):
     BK, BQ, TY, TX = BACKWARD_TILES[width]
     R, S, CHANNELS = BK // TY, BQ // TX, width // TX
     LONG, COLUMNS, THREADS = width + PAD, BQ + PAD, TX * TY
+    load_rows, store_rows = row_functions(vector)
 
     @kernel(launch_bounds=(THREADS, BACKWARD_BLOCKS))
     def attention_dkv_kernel(dqkv, dout, lse, delta, qkv, HS, scale):
@@ -238,6 +252,7 @@ def dkv_kernel(width: int, GROUP: int):
         ds = cuda.shared.array((BK, COLUMNS), float32)
         scores, dweights = cuda.local.array((R, S), float32), cuda.local.array((R, S), float32)
         dk, dv = cuda.local.array((R, CHANNELS), float32), cuda.local.array((R, CHANNELS), float32)
+        t_lse, t_delta = cuda.local.array(S, float32), cuda.local.array(S, float32)
         row = cuda.local.array((R, 4), float32)
         x, y, kv_head, b = cuda.threadIdx.x, cuda.threadIdx.y, cuda.blockIdx.y, cuda.blockIdx.z
         T, C = dout.shape[1], dout.shape[2]
@@ -254,16 +269,18 @@ def dkv_kernel(width: int, GROUP: int):
             cuda.syncthreads()
 
             # scores and the gradient of the weights; a row per key
+            for s in range(S):
+                t = min(t0 + x + s * TX, T - 1)
+                t_lse[s], t_delta[s] = lse[b, h, t], delta[b, h, t]
             multiply(scores, k, q)
             multiply(dweights, v, dy)
             for s in range(S):
                 t = t0 + x + s * TX
-                t_lse, t_delta = lse[b, h, min(t, T - 1)], delta[b, h, min(t, T - 1)]
                 for r in range(R):
                     sees = s0 + y + r * TY <= t and t < T
-                    weight = math.exp(scores[r, s] * scale - t_lse) if sees else ZERO
+                    weight = math.exp(scores[r, s] * scale - t_lse[s]) if sees else ZERO
                     p[y + r * TY, x + s * TX] = weight
-                    ds[y + r * TY, x + s * TX] = weight * (dweights[r, s] - t_delta) * scale if sees else ZERO
+                    ds[y + r * TY, x + s * TX] = weight * (dweights[r, s] - t_delta[s]) * scale if sees else ZERO
             cuda.syncthreads()
 
             add_weighted(dv, p, dy, row, TX)
@@ -276,11 +293,12 @@ def dkv_kernel(width: int, GROUP: int):
 
 
 @functools.cache
-def dq_kernel(width: int, GROUP: int):
+def dq_kernel(width: int, GROUP: int, vector: int):
     """The kernel of `backward` for dq. A block owns a tile of BQ queries and iterates over tiles of BK keys."""
     BQ, BK, TY, TX = BACKWARD_TILES[width]
     R, S, CHANNELS = BQ // TY, BK // TX, width // TX
     LONG, COLUMNS, THREADS = width + PAD, BK + PAD, TX * TY
+    load_rows, store_rows = row_functions(vector)
 
     @kernel(launch_bounds=(THREADS, BACKWARD_BLOCKS))
     def attention_dq_kernel(dqkv, dout, lse, delta, qkv, HS, scale):
@@ -331,19 +349,19 @@ def dq_kernel(width: int, GROUP: int):
 def forward(out, lse, qkv, num_heads, num_kv_heads, scratch):
     """See attention.attention_forward."""
     B, NH, T = lse.shape
-    HS, width, group = sizes(out, num_heads, num_kv_heads)
+    HS, width, *kind = sizes(out, num_heads, num_kv_heads)
     BQ, _, TY, TX = FORWARD_TILES[width]
-    launch = forward_kernel(width, group)[(blocks_for(T, BQ), NH, B), (TX, TY), stream()]
+    launch = forward_kernel(width, *kind)[(blocks_for(T, BQ), NH, B), (TX, TY), stream()]
     launch(out, lse, qkv, HS, ONE / float32(math.sqrt(HS)))
 
 
 def backward(dqkv, dout, out, lse, qkv, num_heads, num_kv_heads, scratch):
     """See attention.attention_backward."""
     B, NH, T = lse.shape
-    HS, width, group = sizes(out, num_heads, num_kv_heads)
+    HS, width, *kind = sizes(out, num_heads, num_kv_heads)
     delta = attention_delta(dout, out, num_heads, scratch)
     rows, _, TY, TX = BACKWARD_TILES[width]
-    for half, heads in (dkv_kernel(width, group), num_kv_heads), (dq_kernel(width, group), NH):
+    for half, heads in (dkv_kernel(width, *kind), num_kv_heads), (dq_kernel(width, *kind), NH):
         launch = half[(blocks_for(T, rows), heads, B), (TX, TY), stream()]
         launch(dqkv, dout, lse, delta, qkv, HS, ONE / float32(math.sqrt(HS)))
 
@@ -353,7 +371,7 @@ def backward_scratch(B: int, T: int, NH: int, HS: int) -> int:
     return B * NH * T
 
 
-def sizes(out, num_heads, num_kv_heads) -> tuple[int, int, int]:
-    """(channels per head, row length of its tiles, query heads per kv head)."""
+def sizes(out, num_heads, num_kv_heads) -> tuple[int, int, int, int]:
+    """(channels per head, row length of its tiles, query heads per kv head, channels moved at once)."""
     HS = out.shape[2] // num_heads
-    return HS, next(width for width in WIDTHS if width >= HS), num_heads // num_kv_heads
+    return HS, next(width for width in WIDTHS if width >= HS), num_heads // num_kv_heads, math.gcd(HS, 4)
