@@ -5,11 +5,11 @@ along K in steps of TILE_K:
 
     global memory  -->  registers  -->  one of two tiles in shared memory  -->  fragments in registers  -->  multiply
 
-The tiles of a and b lie in shared memory with one row per k, so that a thread reads four elements for a k at once. While
-it multiplies a tile, its elements of the next one are on their way from global memory.
+The tiles of a and b lie in shared memory with one row per k, so that a thread reads four elements for a k at once.
+While it multiplies a tile, its elements of the next one are on their way from global memory.
 
 A thread owns four sub-tiles of SUB x SUB elements, half a tile apart. Adjacent threads own the same columns, and every
-second thread the same rows, so that a warp reads few addresses of shared memory at once.
+second thread the same rows: then 16-byte reads of shared memory are served for half a warp at once, else for a quarter.
 """
 
 import functools
@@ -31,7 +31,7 @@ TILE_M, TILE_N, TILE_K = 2 * HALF_M, 2 * HALF_N, 8
 A_PITCH, B_PITCH = (
     TILE_M + 4,
     TILE_N + 4,
-)  # elements from one k to the next in shared memory; 4 more avoid bank conflicts
+)  # elements from one k to the next in shared memory; the 4 avoid bank conflicts
 ALIGNMENT = 16  # bytes; lets the compiler read four floats at once
 A_EACH, B_EACH = TILE_M * TILE_K // BLOCK, TILE_N * TILE_K // BLOCK  # elements of a tile that a thread loads
 GROUP_M = sized(16, 2)
@@ -110,8 +110,9 @@ def product_kernel(a_transposed, b_transposed, vector):
     load_b, store_b = tile_functions(TILE_N, b_transposed, vector)
 
     @inlined
-    def store_row(i, out, m0, n0, sums, bias, values, accumulate):
-        """Store the elements that the thread owns in its row number i of out. m0, n0: its first row and column."""
+    def store_row(i, out, place, sums, bias, values, accumulate):
+        """Store the elements that the thread owns in its row number i of out. place: its first row and column."""
+        m0, n0 = place
         m = uint32(m0 + i % SUB + i // SUB * HALF_M)
         if m < out.shape[0]:
             for j in range(0, OWN, vector):
@@ -177,9 +178,8 @@ def product_kernel(a_transposed, b_transposed, vector):
         for j in range(OWN):
             n = n0 + column + j % SUB + j // SUB * HALF_N
             b_fragment[j] = to_float(bias[n]) if with_bias and n < N else float32(0)
-        unrolled(
-            OWN, store_row, (out[s], uint32(m0 + row), uint32(n0 + column), sums, b_fragment, a_fragment, accumulate)
-        )
+        place = uint32(m0 + row), uint32(n0 + column)
+        unrolled(OWN, store_row, (out[s], place, sums, b_fragment, a_fragment, accumulate))
 
     return product
 
