@@ -373,8 +373,8 @@ if found:
 # The last rung is `matmul_forward` of `llm_numba/cuda/matmul.py`, whose float32 kernel is in `matmul_simt.py`. It is v6
 # with larger tiles and four more ideas:
 #
-# - **8 x 8 results per thread**, as four blocks of 4 x 4 that are half a tile apart, so that consecutive threads still
-#   read consecutive vectors.
+# - **8 x 8 results per thread**, as four blocks of 4 x 4 that are half a tile apart, so that a warp still
+#   reads consecutive vectors.
 # - **Double buffering.** While the threads multiply one pair of tiles, the elements of the next step are already being
 #   loaded into registers. Since load and compute now use different tiles, one of the two barriers is no longer needed.
 # - **Grouped tiles.** Blocks that run at the same time own tiles that need the same rows, which they then find in the

@@ -26,7 +26,7 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from llm_numba.cuda.jit import SIMULATED, inlined, int64
+from llm_numba.cuda.jit import SIMULATED, inlined, int64, literal, unrolled  # noqa: F401
 from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, address, instruction  # noqa: F401
 
 I8, I64, F32 = ir.IntType(8), ir.IntType(64), ir.FloatType()
@@ -210,15 +210,6 @@ def with_number(text):
     return intrinsic(emit)
 
 
-def literal(kind):
-    """The value of a constant argument of an intrinsic: a literal, or a global or closure variable."""
-    from numba.cuda.core.errors import RequireLiteralValue
-
-    if not isinstance(kind, (types.IntegerLiteral, types.BooleanLiteral)):
-        raise RequireLiteralValue(kind)
-    return int(kind.literal_value)
-
-
 # wait until shared memory has been read by all but this thread's latest n groups of stores
 tma_store_wait_read = with_number("cp.async.bulk.wait_group.read {};")
 # from now on each thread of this warpgroup has n registers, a multiple of 8: fewer for one that moves data, or more
@@ -397,31 +388,6 @@ def forget(typingctx, array, count):
         store_registers(builder, data, [ir.Constant(F32, ir.Undefined)] * size)
 
     return signature(types.void, array, count), codegen
-
-
-@intrinsic
-def unrolled(typingctx, count, function, arguments):
-    """function(i, *arguments) for i = 0, 1, ... count - 1, as `count` calls with a constant each.
-
-    The compiler's own unrolling gives up on large bodies, and local arrays indexed in such a loop leave the registers.
-    function: an `inlined` device function that returns nothing
-    """
-    kinds = (types.int64, *map(types.unliteral, arguments.types))
-    times = literal(count)
-    callee = typingctx.resolve_function_type(function, kinds, {})
-
-    def codegen(context, builder, sig, args):
-        call = context.get_function(function, callee)
-        context.add_linking_libs(getattr(call, "libs", ()))
-        values = unpacked(builder, args[2], len(kinds) - 1)
-        values = [
-            context.cast(builder, value, given, kind)
-            for value, given, kind in zip(values, sig.args[2].types, kinds[1:], strict=True)
-        ]
-        for i in range(times):
-            call(builder, [ir.Constant(I64, i), *values])
-
-    return signature(types.void, count, function, arguments), codegen
 
 
 if SIMULATED:

@@ -680,8 +680,3 @@ def clear(array, count):
 
 def forget(array, count):
     array[:count] = np.nan
-
-
-def unrolled(count, function, arguments):
-    for i in range(count):
-        function(i, *arguments)

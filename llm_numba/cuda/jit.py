@@ -58,6 +58,15 @@ def inlined(function: Callable):
     return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
+def literal(kind) -> int:
+    """The value of a constant argument of an intrinsic: a literal, or a global or closure variable."""
+    from numba.cuda.core.errors import RequireLiteralValue
+
+    if not hasattr(kind, "literal_value"):
+        raise RequireLiteralValue(kind)
+    return int(kind.literal_value)
+
+
 @functools.cache
 def stream():
     """The stream of every launch and copy. Unlike CUDA's default stream, it can be captured in a graph."""
@@ -196,6 +205,31 @@ if not SIMULATED:
 
         return signature(types.UniTuple(types.float32, 4), tile, types.int64, types.int64), codegen
 
+    @intrinsic
+    def unrolled(typingctx, count, function, arguments):
+        """function(i, *arguments) for i = 0, 1, ... count - 1, as `count` calls with a constant each.
+
+        The compiler's own unrolling gives up on large bodies, and local arrays indexed in such a loop leave the
+        registers.
+        function: an `inlined` device function that returns nothing
+        """
+        kinds = (types.int64, *map(types.unliteral, arguments.types))
+        times = literal(count)
+        callee = typingctx.resolve_function_type(function, kinds, {})
+
+        def codegen(context, builder, sig, args):
+            call = context.get_function(function, callee)
+            context.add_linking_libs(getattr(call, "libs", ()))
+            values = cgutils.unpack_tuple(builder, args[2], len(kinds) - 1)
+            values = [
+                context.cast(builder, value, given, kind)
+                for value, given, kind in zip(values, sig.args[2].types, kinds[1:], strict=True)
+            ]
+            for i in range(times):
+                call(builder, [ir.Constant(ir.IntType(64), i), *values])
+
+        return signature(types.void, count, function, arguments), codegen
+
     @device
     def warp_sum(x):
         """The sum of x over the warp, in every thread."""
@@ -297,6 +331,10 @@ else:
 
     def load_float4(tile, row, column):
         return tile[row, column : column + 4]
+
+    def unrolled(count, function, arguments):
+        for i in range(count):
+            function(i, *arguments)
 
     def _shared_array(self, shape, dtype, alignment=None):
         """The simulator's own function (one array per source line), which in some versions lacks `alignment`."""

@@ -30,7 +30,7 @@ from llm_numba.cuda.jit import (
 MAX_SPLITS = 8
 MAX_SPLIT_ELEMENTS = sized(1 << 24, 1 << 8)  # of all partial products together
 MAX_GRID_Y = sized(65535, 2)  # CUDA's limit
-ELEMENT_COST, LAUNCH_COST = 4, sized(200, 2)
+LAUNCH_COST = sized(200, 2)
 
 
 class Tile(NamedTuple):
@@ -41,6 +41,7 @@ class Tile(NamedTuple):
     K: int
     group: int  # tiles in a group
     resident_blocks: int  # that an H100 runs at once
+    split_cost: int = 4  # of writing a tile of partial products to scratch and reading it back, see `split`
 
 
 @device
@@ -59,15 +60,15 @@ def grid(M: int, N: int, tile: Tile, splits: int) -> tuple[int, int, int]:
 def split(M: int, N: int, K: int, tile: Tile) -> tuple[int, int]:
     """(number of splits, their length along K).
 
-    The cost of a choice is measured in steps along K of one resident block. Writing a tile of partial products to
-    scratch and reading it back costs ELEMENT_COST on the whole GPU, the additional kernel LAUNCH_COST.
+    The cost of a choice is measured in steps of 1 along K of one resident block. A tile of partial products costs
+    tile.split_cost on the whole GPU, the additional kernel LAUNCH_COST.
     """
     tiles = blocks_for(M, tile.M) * blocks_for(N, tile.N)
     steps = blocks_for(K, tile.K)
 
     def cost(splits):
         depth = blocks_for(tiles * splits, tile.resident_blocks) * blocks_for(steps, splits) * tile.K
-        return depth + (ELEMENT_COST * tiles * splits + LAUNCH_COST if splits > 1 else 0)
+        return depth + (tile.split_cost * tiles * splits + LAUNCH_COST if splits > 1 else 0)
 
     most = max(1, min(MAX_SPLITS, steps, MAX_SPLIT_ELEMENTS // (M * N)))
     K_split = blocks_for(steps, min(range(1, most + 1), key=cost)) * tile.K
