@@ -50,7 +50,9 @@ def forward_kernel(C: int, adds: bool):
         Grid: n / rows; block: (threads, rows); a thread owns every threads-th vector of its row. Moves: 2*n*C elements,
         or 4*n*C if `adds`.
         """
-        row = uint32(cuda.blockIdx.x) * rows + uint32(cuda.threadIdx.y)
+        position = uint32(cuda.blockIdx.x) * rows + uint32(cuda.threadIdx.y)
+        row = uint32(min(position, inp.shape[0] - 1))
+        is_own = row == position  # past the last row, a row of another thread is loaded, but not stored
         thread = uint32(cuda.threadIdx.x) % threads  # the compiler derives a bound from %
         shared = cuda.shared.array(SHARED, float32)
         x = cuda.local.array(each, float32)
@@ -58,8 +60,6 @@ def forward_kernel(C: int, adds: bool):
         w = cuda.local.array(each, float32)
         b = cuda.local.array(each, float32)
         let_next_start()
-        if row >= inp.shape[0]:
-            return
         wait_for_previous()
 
         # load
@@ -79,7 +79,7 @@ def forward_kernel(C: int, adds: bool):
                     if adds:
                         x[i] = to_float(to_storage(x[i] + y[i], residual))
                     total += x[i]
-                if adds:
+                if adds and is_own:
                     store_vector(residual, row, c, x, k, size)
         # reduce: the variance is the mean of (x - m)**2; mean(x**2) - m**2 would lose precision
         m = row_sum(total, shared) / float32(C)
@@ -95,8 +95,9 @@ def forward_kernel(C: int, adds: bool):
             if c < C:
                 for i in range(k, k + size):
                     x[i] = (x[i] - m) * r * w[i] + b[i]
-                store_vector(out, row, c, x, k, size)
-        if thread == 0:
+                if is_own:
+                    store_vector(out, row, c, x, k, size)
+        if thread == 0 and is_own:
             mean[row] = m
             rstd[row] = r
 
