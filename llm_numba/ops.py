@@ -29,7 +29,7 @@ CONTRACT = {
     "layernorm": {"layernorm_forward": ("out", "mean", "rstd"), "layernorm_backward": ("dinp", "dweight", "dbias")},
     "matmul": {
         "matmul_forward": ("out",),
-        "matmul_gelu_forward": ("out", "pre"),
+        "matmul_gelu_forward": ("pre", "out"),  # in the order of computing
         "matmul_backward": ("dinp", "dweight", "dbias"),
         "gelu_matmul_backward": ("dpre", "dweight", "dbias"),
     },

@@ -68,7 +68,7 @@ from llm_numba.ops import Ops
 from llm_numba.util.cli import exit_with
 
 own = dict(is_compiled=lambda: False, set_threads=lambda n: None, capture=lambda f: f, describe_device=lambda: "NumPy",
-           peak_flops=lambda dtype: 1e9)
+           peak_flops=lambda dtype: 1e9, reader=lambda x: lambda: x.copy)
 train.get_ops = lambda *_: Ops(**vars(oracle) | own)
 
 def start(*what):

@@ -43,15 +43,15 @@ def forward_kernel(C: int, adds: bool):
     size = vector_size(C)
 
     @kernel
-    def layernorm_forward_kernel(residual, out, mean, rstd, inp, more, weight, bias):
-        """out (n, C), mean (n,), rstd (n,) <- inp (n, C), weight (1, C), bias (1, C).
+    def layernorm_forward_kernel(residual, out, mean, rstd, inp1, inp2, weight, bias):
+        """out (n, C), mean (n,), rstd (n,) <- inp1 (n, C), weight (1, C), bias (1, C).
 
-        If `adds`, residual (n, C) = inp + more (n, C), and the stored sum is normalised; else both are ignored.
+        If `adds`, residual (n, C) = inp1 + inp2 (n, C), and the stored sum is normalised; else both are ignored.
         Grid: n / rows; block: (threads, rows); a thread owns every threads-th vector of its row. Moves: 2*n*C elements,
         or 4*n*C if `adds`.
         """
         position = uint32(cuda.blockIdx.x) * rows + uint32(cuda.threadIdx.y)
-        row = uint32(min(position, inp.shape[0] - 1))
+        row = uint32(min(position, inp1.shape[0] - 1))
         is_own = row == position  # past the last row, a row of another thread is loaded, but not stored
         thread = uint32(cuda.threadIdx.x) % threads  # the compiler derives a bound from %
         shared = cuda.shared.array(SHARED, float32)
@@ -66,9 +66,9 @@ def forward_kernel(C: int, adds: bool):
         for k in range(0, each, size):
             c = thread * size + k * threads
             if c < C:
-                load_vector(x, k, inp, row, c, size)
+                load_vector(x, k, inp1, row, c, size)
                 if adds:
-                    load_vector(y, k, more, row, c, size)
+                    load_vector(y, k, inp2, row, c, size)
                 load_vector(w, k, weight, 0, c, size)
                 load_vector(b, k, bias, 0, c, size)
         total = ZERO
@@ -226,12 +226,12 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     launch_forward(False, x, y, mean, rstd, x, x, weight, bias)
 
 
-def launch_forward(adds, residual, out, mean, rstd, inp, more, weight, bias):
-    """Launch forward_kernel; residual, out, inp and more are (n, C)."""
-    n, C = inp.shape
+def launch_forward(adds, residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """Launch forward_kernel; residual, out, inp1 and inp2 are (n, C)."""
+    n, C = inp1.shape
     threads, rows, _ = block_of(C, FORWARD_EACH)
     overlapping(forward_kernel(C, adds), blocks_for(n, rows), (threads, rows))(
-        residual, out, mean.reshape(-1), rstd.reshape(-1), inp, more, weight.reshape(1, C), bias.reshape(1, C)
+        residual, out, mean.reshape(-1), rstd.reshape(-1), inp1, inp2, weight.reshape(1, C), bias.reshape(1, C)
     )
 
 

@@ -43,8 +43,8 @@ def instructions(trace: Trace) -> list[list[Access]]:
     for access in trace.accesses:
         thread = access.launch, access.block, access.lane, access.site, access.kind
         warp = access.launch, access.block, access.lane // WARP, access.site, access.kind, access.array
+        times[thread] += access.first
         groups.setdefault((*warp, times[thread]), []).append(access)
-        times[thread] += 1
     return list(groups.values())
 
 

@@ -27,7 +27,8 @@ class Access(NamedTuple):
     """One access to one element by one thread.
 
     launch: which kernel launch or prange loop. epoch: how many barriers the thread has passed. lane: the thread's index
-    in its block. offset: bytes from the start of the array. site: the instruction in the program.
+    in its block. offset: bytes from the start of the array. site: the instruction in the program. first: whether the
+    element is the first of those that the thread accesses at once.
     """
 
     launch: int
@@ -43,6 +44,7 @@ class Access(NamedTuple):
     nbytes: int
     site: tuple
     line: tuple[str, int]
+    first: bool = True
 
 
 class Trace:
@@ -141,6 +143,11 @@ def record(array: Traced, index, kind: str) -> None:
                 raise OutOfBounds(out_of_bounds(array, key, axis, kind, who, line))
     if whole and len(key) == array.ndim:
         elements = [(tuple(map(int, key)), sum(int(i) * s for i, s in zip(key, array.strides, strict=True)))]
+    elif not any(isinstance(i, slice) for i in key) and len(key) == array.ndim:  # several elements at once
+        elements = [
+            (tuple(map(int, i)), sum(int(a) * s for a, s in zip(i, array.strides, strict=True)))
+            for i in np.broadcast(*key)
+        ]
     elif kind == "read":
         return  # a view; its elements are read later
     else:
@@ -150,11 +157,12 @@ def record(array: Traced, index, kind: str) -> None:
             (i, first + sum(a * s for a, s in zip(i, view.strides, strict=True))) for i in np.ndindex(view.shape)
         ]
     start = address(array) - array.origin.address
-    for element, offset in elements:
+    for n, (element, offset) in enumerate(elements):
         if 0 <= start + offset < array.origin.nbytes:  # not the result of a NumPy operation
             access = Access(
-                *who, array.origin.space, array.origin.name, kind, element, start + offset, array.itemsize, site, line
-            )
+                *who, array.origin.space, array.origin.name, kind, element, start + offset, array.itemsize, site, line,
+                n == 0,
+            )  # fmt: skip
             _recorder.trace.accesses.append(access)
 
 
