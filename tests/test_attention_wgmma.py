@@ -74,7 +74,7 @@ BREAKS = {
     ],
     "backward": [
         ("mbarrier_wait(shared + DS_EMPTY + 8 * ds_stage, ds_parity ^ 1)", 64, "race"),
-        ("mbarrier_wait(shared + DS_FULL + 8 * ds_stage, ds_parity)", 64, "deadlock"),
+        ("mbarrier_wait(shared + DS_FULL + 8 * ds_stage, ds_parity)", 64, "race|deadlock"),
         ("release(barrier + ADDED_FULL)", 64, "deadlock"),
         ("named_barrier(warpgroup + 1, 128)", 64, "race"),
         ("named_barrier(3, 256)", 128, "race"),

@@ -231,7 +231,8 @@ def backward_kernel(HS: int):
 
     @inlined
     def release(barrier):
-        """This warp has read what the barrier stands for."""
+        """This warp has read what the barrier stands for: all its lanes, before one of them says so."""
+        sync_warp()
         if cuda.threadIdx.x & 31 == 0:
             mbarrier_arrive(barrier)
 
@@ -312,7 +313,6 @@ def backward_kernel(HS: int):
         """Wait until this block may add to its tile of dq."""
         barrier, parity = turn_barrier(shared, count)
         mbarrier_wait(barrier + TURN_FULL, parity)
-        sync_warp()
         release(barrier + TURN_EMPTY)
 
     @inlined
@@ -350,7 +350,6 @@ def backward_kernel(HS: int):
                 add_sums(sums_at, dq)
         barrier, parity = turn_barrier(shared, count)
         mbarrier_wait(barrier + ADDED_EMPTY, parity ^ 1)
-        sync_warp()
         release(barrier + ADDED_FULL)
 
     @inlined
@@ -454,7 +453,6 @@ def backward_kernel(HS: int):
             wgmma(dscores, k + (KV >> 4), q + (TILE >> 4), 0, 64, QUERIES, 64, 0, 0)
             if before > 0:
                 fence_proxy_async()
-                sync_warp()
                 release(shared + DS_FULL + 8 * ds_stage)
                 ds_stage, ds_parity = next_stage(ds_stage, ds_parity, DS_RING)
                 accumulate = uint32(1)
