@@ -410,7 +410,7 @@ FIRST_SEEN = [  # a tensor, where in it which value is put, and what the first o
     ("qkvb", (1, 71), -np.inf, "layer 1 qkv[0, 0, 71] is -inf after matmul_forward"),
     ("attprojb", (0, 4), np.inf, "layer 0 attproj[0, 0, 4] is inf after matmul_forward"),
     ("ln2b", (2, 0), np.nan, "layer 2 ln2[0, 0, 0] is nan after residual_layernorm_forward"),
-    ("fcw", (1, 139, 0), np.nan, "layer 1 fch_gelu[0, 0, 139] is nan after matmul_gelu_forward"),
+    ("fcw", (1, 139, 0), np.nan, "layer 1 fch[0, 0, 139] is nan after matmul_gelu_forward"),
     ("fcprojb", (2, 11), np.inf, "layer 2 fcproj[0, 0, 11] is inf after matmul_forward"),
     ("lnfw", (9,), np.nan, "lnf[0, 0, 9] is nan after residual_layernorm_forward"),
     ("dqkvw", (2, 50, 6), np.nan, "layer 2 dqkvw[50, 6] is nan after matmul_backward"),

@@ -164,7 +164,7 @@ def test_looking_for_what_is_not_finite_changes_nothing(compiled, text, tmp_path
 @pytest.mark.parametrize(
     "name, index, value, found",
     [
-        ("fcw", (1, 5, 3), np.nan, "layer 1 fch_gelu[0, 0, 5] is nan after matmul_gelu_forward"),
+        ("fcw", (1, 5, 3), np.nan, "layer 1 fch[0, 0, 5] is nan after matmul_gelu_forward"),
         ("qkvb", (0, 47), np.inf, "layer 0 qkv[0, 0, 47] is inf after matmul_forward"),
         ("ln2b", (1, 2), -np.inf, "layer 1 ln2[0, 0, 2] is -inf after residual_layernorm_forward"),
         ("wpe", (3, 7), np.nan, "encoded[0, 3, 7] is nan after encoder_forward"),

@@ -51,7 +51,7 @@ def test_the_step_again(broken, tmp_path, capfd):
     """The same tensor is named, compiled or not, without the data, and as often as one likes."""
     folder, line = broken
     first, semicolon, rest = line.partition("; to run the saved step again")
-    assert "step 5: layer 1 fch_gelu[0, 0, 5] is nan after matmul_gelu_forward" in first
+    assert "step 5: layer 1 fch[0, 0, 5] is nan after matmul_gelu_forward" in first
     assert rest.endswith(f"llm-numba replay {folder}\n")
     before = files_in(folder)
     for arguments in (folder,), (folder / "bad_step.safetensors",), (folder, "--device", "cpu"):
