@@ -28,12 +28,11 @@ from llm_numba.cuda.hopper import (
     tma_load_2d,
     tma_store_2d,
     tma_store_wait_read,
-    unrolled,
     wgmma,
     wgmma_rs,
     wgmma_wait,
 )
-from llm_numba.cuda.jit import SIMULATED, compute_capability, float32, kernel, uint32, with_shared
+from llm_numba.cuda.jit import SIMULATED, compute_capability, float32, kernel, uint32, unrolled, with_shared
 from llm_numba.cuda.tensor_maps import tensor_map
 
 pytestmark = pytest.mark.gpu

@@ -26,12 +26,12 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from llm_numba.cuda.jit import SIMULATED, inlined, int64, literal, unrolled  # noqa: F401
+from llm_numba.cuda.jit import SIMULATED, inlined, int64, literal
 from llm_numba.cuda.tensor_cores import ADDRESS, FLOAT, FRAGMENT, I32, PAIR, SHARED, address, instruction  # noqa: F401
 
 I8, I64, F32 = ir.IntType(8), ir.IntType(64), ir.FloatType()
 WORD, INDEX = types.uint32, types.int32
-EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000  # cache hints: read once; read again soon
+EVICT_FIRST = 0x12F0000000000000  # a cache hint: read once
 CHUNK = 8192  # bytes of 64 rows of a box
 
 
@@ -86,10 +86,7 @@ divide, remainder = division("udiv"), division("urem")
 
 # Shared memory
 
-store_shared_float = instruction("st.shared.f32 [$0], $1;", "r,f", (SHARED, FLOAT))
-load_shared_float = instruction("ld.shared.f32 $0, [$1];", "=f,r", (SHARED,), FLOAT)
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", (SHARED, FRAGMENT))
-load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", (SHARED,), FRAGMENT)
 load_shared_float2 = instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", (SHARED,), types.UniTuple(FLOAT, 2))
 # (address, four pairs): store four 8 x 8 bf16 matrices; lane l passes the address of row l % 8 of matrix l // 8, and of
 # each matrix the pair in row l // 4, columns 2 (l % 4) and the next. ldmatrix loads them the same way
@@ -175,11 +172,11 @@ def tma_store(dimensions, hint=False):
     return tma(text, (ADDRESS, SHARED), dimensions, hint)
 
 
-# (to, tensor map, mbarrier, column, row[, plane][, cache hint]): a box to shared memory, zeros outside the matrix
-tma_load_2d, tma_load_2d_hint = tma_load(2), tma_load(2, hint=True)
+# (to, tensor map, mbarrier, column, row[, plane[, cache hint]]): a box to shared memory, zeros outside the matrix
+tma_load_2d = tma_load(2)
 tma_load_3d, tma_load_3d_hint = tma_load(3), tma_load(3, hint=True)
-# (tensor map, from, column, row[, plane][, cache hint]): a box from shared memory; nothing outside the matrix
-tma_store_2d, tma_store_2d_hint = tma_store(2), tma_store(2, hint=True)
+# (tensor map, from, column, row[, plane[, cache hint]]): a box from shared memory; nothing outside the matrix
+tma_store_2d = tma_store(2)
 tma_store_3d, tma_store_3d_hint = tma_store(3), tma_store(3, hint=True)
 # (tensor map, column, row): a box to L2
 tma_prefetch_2d = instruction(

@@ -213,20 +213,8 @@ def load_shared(address, nbytes, dtype):
     return shared.bytes[int(address) : int(address) + nbytes].view(dtype).copy()
 
 
-def store_shared_float(address, x):
-    store_shared(address, np.array([x], np.float32))
-
-
-def load_shared_float(address):
-    return load_shared(address, 4, np.float32)[0]
-
-
 def store_shared_16_bytes(address, words):
     store_shared(address, np.array(words, np.uint32))
-
-
-def load_shared_16_bytes(address):
-    return tuple(load_shared(address, 16, np.uint32))
 
 
 def load_shared_float2(address):
@@ -494,10 +482,6 @@ def tma_load_2d(to, tensor_map, address, column, row):
     tma_load_3d(to, tensor_map, address, column, row, 0)
 
 
-def tma_load_2d_hint(to, tensor_map, address, column, row, hint):
-    tma_load_3d(to, tensor_map, address, column, row, 0)
-
-
 def bulk_load(to, source, nbytes, address):
     thread, shared, barrier = mbarrier_at(address)
     assert int(to) % 16 == 0 and int(source) % 16 == 0 and int(nbytes) % 16 == 0
@@ -520,10 +504,6 @@ def tma_store_3d_hint(tensor_map, source, column, row, plane, hint):
 
 
 def tma_store_2d(tensor_map, source, column, row):
-    tma_store_3d(tensor_map, source, column, row, 0)
-
-
-def tma_store_2d_hint(tensor_map, source, column, row, hint):
     tma_store_3d(tensor_map, source, column, row, 0)
 
 

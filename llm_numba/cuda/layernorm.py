@@ -217,7 +217,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     out (B, T, C), mean (B, T), rstd (B, T) <- inp (B, T, C), weight (C,), bias (C,)
     Writes:   out =, mean =, rstd = 1 / sqrt(biased variance + 1e-5)
-    Parallel: over the B*T rows; each block owns a row, so nothing races
+    Parallel: over the B*T rows; a warp owns a row, or a block a long one, so nothing races
     Moves:    2*B*T*C elements
     Source:   Ba et al. 2016, arXiv:1607.06450
     """

@@ -26,9 +26,8 @@ from llm_numba.cuda.hopper import (
     tma_prefetch_2d,
     tma_store_wait_read,
     uniform,
-    unrolled,
 )
-from llm_numba.cuda.jit import float32, int32, int64, kernel, uint32
+from llm_numba.cuda.jit import float32, int32, int64, kernel, uint32, unrolled
 from llm_numba.cuda.wgmma_ends import (
     BIAS,
     GELU,

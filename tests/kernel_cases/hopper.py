@@ -6,7 +6,6 @@ from numba.cuda.types import float32, int64, uint32
 
 from llm_numba.cuda.hopper import (
     EVICT_FIRST,
-    EVICT_LAST,
     add_float,
     add_float2,
     add_float4,
@@ -26,8 +25,6 @@ from llm_numba.cuda.hopper import (
     load_constant_pair,
     load_float,
     load_float4,
-    load_shared_16_bytes,
-    load_shared_float,
     load_shared_float2,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -46,23 +43,19 @@ from llm_numba.cuda.hopper import (
     store_float,
     store_float4,
     store_shared_16_bytes,
-    store_shared_float,
     sync_warp,
     tensor_map_acquire,
     tma_commit,
     tma_load_2d,
-    tma_load_2d_hint,
     tma_load_3d,
     tma_load_3d_hint,
     tma_prefetch_2d,
     tma_store_2d,
-    tma_store_2d_hint,
     tma_store_3d,
     tma_store_3d_hint,
     tma_store_wait_read,
     uniform,
     unpack,
-    unrolled,
     wait_flag,
     wgmma,
     wgmma_open,
@@ -70,7 +63,7 @@ from llm_numba.cuda.hopper import (
     wgmma_rs_open,
     wgmma_wait,
 )
-from llm_numba.cuda.jit import kernel
+from llm_numba.cuda.jit import kernel, unrolled
 
 
 @inlined
@@ -93,7 +86,6 @@ def every_instruction(out, tensor_map, memory):
             mbarrier_arrive_expect_tx(shared, 8192)
             mbarrier_arrive(shared)
             tma_load_2d(shared, tensor_map, shared, 1, 2)
-            tma_load_2d_hint(shared, tensor_map, shared, 1, 2, EVICT_LAST)
             tma_load_3d(shared, tensor_map, shared, 1, 2, 3)
             tma_load_3d_hint(shared, tensor_map, shared, 1, 2, 3, EVICT_FIRST)
             bulk_load(shared, memory, 128, shared)
@@ -118,13 +110,12 @@ def every_instruction(out, tensor_map, memory):
         forget(sums, 32)
 
         stmatrix(shared, ldmatrix(shared))
-        store_shared_16_bytes(shared, load_shared_16_bytes(shared))
-        store_shared_float(shared, load_shared_float(shared) + load_shared_float2(shared)[1])
+        store_shared_16_bytes(shared, ldmatrix(shared))
+        store_float(memory, load_shared_float2(shared)[1])
         fence_proxy_async()
         named_barrier(1, 128)
         sync_warp()
         tma_store_2d(tensor_map, shared, 1, 2)
-        tma_store_2d_hint(tensor_map, shared, 1, 2, EVICT_FIRST)
         tma_store_3d(tensor_map, shared, 1, 2, 3)
         tma_store_3d_hint(tensor_map, shared, 1, 2, 3, EVICT_FIRST)
         tma_commit()
